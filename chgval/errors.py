@@ -1,0 +1,33 @@
+"""The one family of errors that a user can cause.
+
+Every message names the input, says what was expected and what to do. The command line prints the message
+as one line and exits with 1; anything else that is raised is a fault of chgval and keeps its traceback.
+"""
+
+
+class ChgvalError(Exception):
+    """Base of every error that a user can cause."""
+
+
+class DataError(ChgvalError):
+    """The dataset cannot be read, or cannot be valued as it is."""
+
+
+class SettingsError(ChgvalError):
+    """A setting is out of range, or does not fit the dataset or another setting."""
+
+
+class ModelError(ChgvalError):
+    """The model cannot be built, does not fit the images, or its weights cannot be loaded."""
+
+
+class FactorError(ChgvalError):
+    """The factors given to the closed form do not fit each other."""
+
+
+class NonFiniteError(ChgvalError):
+    """The training loss became NaN or infinite."""
+
+
+class OutputError(ChgvalError):
+    """An output cannot be written, or is in the way."""

@@ -1,0 +1,71 @@
+"""Slow, obvious versions of what chgval computes. This module never imports chgval."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def chg_utility(x_ND: Array, target_D: Array) -> float:
+    """U(S) = ||a||² - ||mean_S x - a||², U(empty) = 0 (paper, section 3.2)."""
+    if len(x_ND) == 0:
+        return 0.0
+    return float(target_D @ target_D - np.sum((x_ND.mean(0) - target_D) ** 2))
+
+
+def hardness_utility(losses_N: Array) -> float:
+    return float(losses_N.mean()) if len(losses_N) else 0.0
+
+
+def shapley_by_subsets(num_players, utility) -> Array:
+    """Definition 1 of the paper: every marginal contribution to every subset."""
+    values = np.zeros(num_players)
+    for player in range(num_players):
+        others = [p for p in range(num_players) if p != player]
+        for size in range(num_players):
+            weight = 1 / (num_players * comb(num_players - 1, size))
+            for subset in combinations(others, size):
+                values[player] += weight * (utility([*subset, player]) - utility(list(subset)))
+    return values
+
+
+def theorem_1(x_ND: Array, target_D: Array) -> Array:
+    """Equation 3 of the paper, term by term as printed; needs three samples or more."""
+    n = len(x_ND)
+    k = np.arange(1, n + 1, dtype=np.float64)
+    h1, h2 = (1 / k).sum(), (1 / k**2).sum()
+    h1_from_2, h2_from_2 = h1 - 1, h2 - 1
+    total = x_ND.sum(0)
+    own = (x_ND**2).sum(1)
+    pairs = n * (n - 1) * (n - 2)
+    return (
+        (-h2 / n + (2 * h1 - 3 * h2 + 1 / n) / (n * (n - 1)) + 2 * (2 * h1 - 2 * h2 - 1 + 1 / n) / pairs)
+        * own
+        - 2 * (h1 - h2 - 1 / n + 1 / n**2) / ((n - 1) * (n - 2)) * (x_ND @ total)
+        + (2 * h1 - 2 * h2 - 1 + 1 / n) / pairs * (total @ total)
+        + ((h2 - 1 / n) / (n * (n - 1)) - (2 * h1_from_2 - 2 * h2_from_2 - 1 + 1 / n) / pairs) * own.sum()
+        + 2 * (h1 - 1 / n) / (n - 1) * (x_ND @ target_D)
+        - 2 * (h1 - 1) / (n * (n - 1)) * (total @ target_D)
+    )
+
+
+def last_layer_gradients(
+    head: torch.nn.Linear, features_ND: torch.Tensor, labels_N: torch.Tensor, *, times_loss: bool
+) -> Array:
+    """Gradient of every sample's cross entropy with respect to the layer, one autograd call per sample.
+
+    Shape (N, C * (D + 1)): the weight's gradient with the bias's as its last column, flattened.
+    """
+    rows = []
+    for feature_D, label in zip(features_ND, labels_N, strict=True):
+        loss = torch.nn.functional.cross_entropy(head(feature_D)[None], label[None])
+        gradients = torch.autograd.grad(loss, [p for p in (head.weight, head.bias) if p is not None])
+        matrix = torch.cat([g.reshape(head.out_features, -1) for g in gradients], dim=1)
+        rows.append((matrix * (loss.detach() if times_loss else 1)).flatten())
+    return torch.stack(rows).double().numpy()
