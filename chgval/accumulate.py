@@ -1,0 +1,253 @@
+"""The streaming accumulator: batches of logits and last-layer inputs go in, values come out.
+
+A training step only pays for copying its logits and last-layer inputs into the epoch's buffers. All else
+(losses, residuals, margins, the closed form) is done once an epoch, in large chunks.
+
+Shape legend: N samples, B rows of one batch, C classes, D last-layer inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from chgval.errors import FactorError
+from chgval.records import EpochSignals, FloatArray, IntArray, RunSignals
+from chgval.shapley import (
+    CHUNK_ROWS,
+    CoalitionSums,
+    Factors,
+    chg_values,
+    chg_values_per_class,
+    coalition_sums,
+    hardness_values,
+)
+
+
+class Utility(StrEnum):
+    """The game whose Shapley values are computed (paper, section 3.2 and Table 2)."""
+
+    CHG = "chg"
+    GRADIENT = "gradient"
+    HARDNESS = "hardness"
+
+
+@dataclass(slots=True)
+class _RunningMean:
+    """Mean and squared deviations of a figure per sample over the epochs that saw it (Welford)."""
+
+    mean_N: Tensor
+    squared_deviation_N: Tensor
+
+    @classmethod
+    def zeros(cls, like_N: Tensor) -> _RunningMean:
+        return cls(like_N.new_zeros(len(like_N)), like_N.new_zeros(len(like_N)))
+
+    def add(self, figure_N: Tensor, seen_N: Tensor, count_N: Tensor) -> None:
+        delta_N = (figure_N - self.mean_N).where(seen_N, 0)
+        self.mean_N += delta_N / count_N.clamp(min=1)
+        self.squared_deviation_N += delta_N * (figure_N - self.mean_N).where(seen_N, 0)
+
+
+class ValueAccumulator:
+    """Turns the logits and last-layer inputs of a run into values and signals of every sample.
+
+    Args:
+        labels_N: given class of every sample, int64, shape (N,); on the device that shall hold the buffers.
+            Samples with label -1 are never passed to `update`.
+        num_classes: C.
+        num_features: D, inputs of the last linear layer.
+        has_bias: whether that layer has a bias.
+        utility: the game.
+        per_class: whether each class is a coalition of its own.
+    """
+
+    def __init__(
+        self,
+        labels_N: Tensor,
+        num_classes: int,
+        num_features: int,
+        *,
+        has_bias: bool = True,
+        utility: Utility = Utility.CHG,
+        per_class: bool = False,
+    ) -> None:
+        num_samples, device = len(labels_N), labels_N.device
+        self.labels_N = labels_N
+        self.num_classes = num_classes
+        self.has_bias = has_bias
+        self.utility = utility
+        self.per_class = per_class
+        # The epoch's buffers. Rows that an epoch does not see keep what they held and are masked by _seen_N.
+        self._logits_NC = torch.zeros(num_samples, num_classes, device=device)
+        self._features_ND = torch.zeros(num_samples, num_features, device=device)
+        self._seen_N = torch.zeros(num_samples, dtype=torch.bool, device=device)
+        self._signals: dict[str, Tensor] | None = None
+        # The run's sums.
+        double_N = torch.zeros(num_samples, dtype=torch.float64, device=device)
+        self._count_N = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        self._means = {
+            name: _RunningMean.zeros(double_N)
+            for name in ("value", "loss", "margin", "el2n", "label_probability")
+        }
+        self._probability_sums_NC = torch.zeros_like(self._logits_NC)
+        self._was_right_N = torch.zeros_like(self._seen_N)
+        self._forgetting_events_N = torch.zeros_like(self._count_N)
+
+    @staticmethod
+    def memory_bytes(num_samples: int, num_classes: int, num_features: int) -> int:
+        """Bytes that the buffers and sums take on their device."""
+        return num_samples * (4 * (2 * num_classes + num_features) + 22 * 8)
+
+    def update(self, indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
+        """Take in one batch. Copies only; waits for nothing on the device.
+
+        Args:
+            indices_B: which samples these are, int64, shape (B,).
+            logits_BC: shape (B, C), any floating type.
+            features_BD: input of the last linear layer, shape (B, D), any floating type.
+        """
+        device = self._logits_NC.device
+        indices_B = indices_B.to(device, non_blocking=True)
+        self._logits_NC.index_copy_(0, indices_B, logits_BC.detach().to(device, torch.float32))
+        self._features_ND.index_copy_(0, indices_B, features_BD.detach().to(device, torch.float32))
+        self._seen_N.index_fill_(0, indices_B, True)
+
+    def epoch_sums(self) -> CoalitionSums:
+        """Return the sums of the epoch's closed form, over the samples that this accumulator saw.
+
+        Shards of one run add up their sums and give the total to `finish_epoch`. The factors of samples that
+        were not seen are zero, so they add nothing.
+        """
+        self._close_epoch()
+        # After _close_epoch the buffer of logits holds the residuals.
+        sums = coalition_sums(self._factors())
+        return CoalitionSums(int(self._seen_N.sum()), sums.total_CF, sums.squared_norm)
+
+    def finish_epoch(self, sums: CoalitionSums | None = None) -> EpochSignals:
+        """End the epoch: compute its values, add them to the run's means, and make room for the next epoch.
+
+        Args:
+            sums: of the whole coalition, where other shards hold a part of it.
+        Returns:
+            The epoch's values and signals, shape (N,) each.
+        Raises:
+            FactorError: the epoch saw no sample; or `sums` are given for a game that is not played on them.
+        """
+        if sums is not None and (self.per_class or self.utility is Utility.HARDNESS):
+            raise FactorError(
+                "sums of shards fit one coalition of gradients; not per-class or hardness values."
+            )
+        signals = self._close_epoch()
+        signals["value"] = self._values(signals["loss"], sums)
+        seen_N = self._seen_N
+        self._count_N += seen_N
+        for name, running in self._means.items():
+            running.add(signals[name], seen_N, self._count_N)
+        right_N = signals["predicted_label"] == self.labels_N
+        self._forgetting_events_N += seen_N & self._was_right_N & ~right_N
+        self._was_right_N = right_N.where(seen_N, self._was_right_N)
+
+        epoch = EpochSignals(
+            value_N=_figures(signals["value"], seen_N),
+            loss_N=_figures(signals["loss"], seen_N),
+            margin_N=_figures(signals["margin"], seen_N),
+            el2n_N=_figures(signals["el2n"], seen_N),
+            label_probability_N=_figures(signals["label_probability"], seen_N),
+            predicted_label_N=_integers(signals["predicted_label"].where(seen_N, -1)),
+        )
+        self._signals = None
+        self._seen_N = torch.zeros_like(seen_N)
+        return epoch
+
+    def run_signals(self) -> RunSignals:
+        """Return the figures over all finished epochs, shape (N,) each."""
+        count_N = self._count_N
+        seen_N = count_N > 0
+        std_N = (self._means["value"].squared_deviation_N / (count_N - 1)).sqrt()
+        std_N = std_N.where(count_N > 1, torch.nan)
+        probability_N, predicted_N = (self._probability_sums_NC / count_N[:, None]).max(1)
+        return RunSignals(
+            num_epochs_N=_integers(count_N),
+            value_N=_figures(self._means["value"].mean_N, seen_N),
+            value_std_N=_figures(std_N, seen_N),
+            value_stderr_N=_figures(std_N / count_N.double().sqrt(), seen_N),
+            loss_N=_figures(self._means["loss"].mean_N, seen_N),
+            margin_N=_figures(self._means["margin"].mean_N, seen_N),
+            el2n_N=_figures(self._means["el2n"].mean_N, seen_N),
+            label_probability_N=_figures(self._means["label_probability"].mean_N, seen_N),
+            forgetting_events_N=_integers(self._forgetting_events_N),
+            predicted_label_N=_integers(predicted_N.where(seen_N, -1)),
+            predicted_probability_N=_figures(probability_N, seen_N),
+        )
+
+    def _factors(self) -> Factors:
+        return Factors(self._logits_NC, self._features_ND, self.has_bias)
+
+    def _close_epoch(self) -> dict[str, Tensor]:
+        """Read the signals off the epoch's logits, then turn the logits into residuals, in place."""
+        if self._signals is not None:
+            return self._signals
+        chunks: dict[str, list[Tensor]] = {}
+        for start in range(0, len(self.labels_N), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            signals, residuals_BC = _read_logits(self._logits_NC[rows], self.labels_N[rows].clamp(min=0))
+            seen_B1 = self._seen_N[rows, None]
+            # residual + one-hot is the softmax, which the signals leave in probabilities.
+            self._probability_sums_NC[rows] += signals.pop("probabilities").where(seen_B1, 0)
+            if self.utility is Utility.CHG:
+                residuals_BC *= signals["loss"][:, None]
+            self._logits_NC[rows] = residuals_BC.where(seen_B1, 0)
+            self._features_ND[rows] = self._features_ND[rows].where(seen_B1, 0)
+            for name, figure_B in signals.items():
+                chunks.setdefault(name, []).append(figure_B)
+        self._signals = {name: torch.cat(parts) for name, parts in chunks.items()}
+        return self._signals
+
+    def _values(self, losses_N: Tensor, sums: CoalitionSums | None) -> Tensor:
+        """Values of the samples seen in this epoch; what the other rows hold is masked by the caller."""
+        if self.utility is not Utility.HARDNESS and not self.per_class:
+            return chg_values(self._factors(), self.epoch_sums() if sums is None else sums)
+        values_N = torch.zeros_like(losses_N, dtype=torch.float64)
+        rows = self._seen_N.nonzero().squeeze(1)
+        if self.utility is not Utility.HARDNESS:
+            seen = Factors(self._logits_NC[rows], self._features_ND[rows], self.has_bias)
+            values_N[rows] = chg_values_per_class(seen, self.labels_N[rows], self.num_classes)
+            return values_N
+        by_class = [rows[self.labels_N[rows] == label] for label in range(self.num_classes)]
+        for members in by_class if self.per_class else [rows]:
+            if len(members):
+                values_N[members] = hardness_values(losses_N[members])
+        return values_N
+
+
+def _read_logits(logits_BC: Tensor, labels_B: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the signals of every row, with its probabilities, and the residuals softmax - one-hot."""
+    labels_B1 = labels_B[:, None]
+    log_probabilities_BC = logits_BC.log_softmax(1)
+    probabilities_BC = log_probabilities_BC.exp()
+    label_log_probability_B1 = log_probabilities_BC.gather(1, labels_B1)
+    residuals_BC = probabilities_BC.scatter_add(1, labels_B1, -torch.ones_like(label_log_probability_B1))
+    others_BC = logits_BC.scatter(1, labels_B1, -torch.inf)
+    signals = {
+        "loss": -label_log_probability_B1.squeeze(1),
+        "margin": (logits_BC.gather(1, labels_B1) - others_BC.amax(1, keepdim=True)).squeeze(1),
+        "el2n": residuals_BC.square().sum(1).sqrt(),
+        "label_probability": label_log_probability_B1.exp().squeeze(1),
+        "predicted_label": logits_BC.argmax(1),
+        "probabilities": probabilities_BC,
+    }
+    return signals, residuals_BC
+
+
+def _figures(figure_N: Tensor, seen_N: Tensor) -> FloatArray:
+    array: FloatArray = figure_N.double().where(seen_N, torch.nan).cpu().numpy()
+    return array
+
+
+def _integers(figure_N: Tensor) -> IntArray:
+    array: IntArray = figure_N.cpu().numpy()
+    return array

@@ -1,0 +1,104 @@
+"""Plain records that pass between the layers.
+
+Shape legend: N samples (one entry per input row, NaN or -1 where the row has no figure), K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochSignals:
+    """What one epoch says of every sample; rows that the epoch did not see hold NaN (labels: -1).
+
+    Attributes:
+        value_N: Shapley value in this epoch's game; higher is more useful.
+        loss_N: cross entropy, in nats.
+        margin_N: logit of the given label minus the highest other logit (its mean over epochs is AUM).
+        el2n_N: Euclidean norm of softmax minus one-hot, in [0, sqrt(2)].
+        label_probability_N: softmax probability of the given label.
+        predicted_label_N: class of the highest logit.
+    """
+
+    value_N: FloatArray
+    loss_N: FloatArray
+    margin_N: FloatArray
+    el2n_N: FloatArray
+    label_probability_N: FloatArray
+    predicted_label_N: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSignals:
+    """What a whole run says of every sample: figures over the epochs that saw it.
+
+    Attributes:
+        num_epochs_N: how many epochs saw the sample.
+        value_N, loss_N, margin_N, el2n_N, label_probability_N: means over those epochs.
+        value_std_N: standard deviation of the value over epochs (divided by n - 1; NaN for one epoch).
+        value_stderr_N: value_std / sqrt(number of epochs).
+        forgetting_events_N: how often the sample went from predicted right to predicted wrong between one
+            epoch and the next that saw it (0 also for a sample that was never right).
+        predicted_label_N: class with the highest mean probability.
+        predicted_probability_N: that mean probability.
+    """
+
+    num_epochs_N: IntArray
+    value_N: FloatArray
+    value_std_N: FloatArray
+    value_stderr_N: FloatArray
+    loss_N: FloatArray
+    margin_N: FloatArray
+    el2n_N: FloatArray
+    label_probability_N: FloatArray
+    forgetting_events_N: IntArray
+    predicted_label_N: IntArray
+    predicted_probability_N: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """Progress inside an epoch: what a person watching wants to see.
+
+    Attributes:
+        epoch, num_epochs: which epoch is running (from 1) and how many there are.
+        step, num_steps: optimizer steps done in this epoch, and how many it has.
+        loss, accuracy: means over the epoch so far (accuracy on the training batches, in [0, 1]).
+        images_per_second: training speed in this epoch so far.
+    """
+
+    epoch: int
+    num_epochs: int
+    step: int
+    num_steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochRecord:
+    """A finished epoch. `signals` is None where the run does not value.
+
+    Attributes:
+        epoch, num_epochs: which epoch ended (from 1) and how many there are.
+        loss, accuracy: means over the epoch's training batches (accuracy in [0, 1]).
+        num_samples: training samples that the epoch saw.
+        seconds: wall time of the epoch, valuation included.
+        signals: the epoch's values and signals.
+    """
+
+    epoch: int
+    num_epochs: int
+    loss: float
+    accuracy: float
+    num_samples: int
+    seconds: float
+    signals: EpochSignals | None
