@@ -1,0 +1,1 @@
+"""Datasets: from what a person points at to batches on the device."""

@@ -1,0 +1,181 @@
+"""What a dataset is, whatever it was read from.
+
+Shape legend: N input rows, S side of a square image, D numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chgval.data.decode import Pixels
+from chgval.errors import DataError
+from chgval.records import IntArray
+
+
+class EncodedImages(Protocol):
+    """Encoded images that can be read in any order, from several processes."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> bytes:
+        """Return the file's bytes. Raises UnreadableImageError where there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelImages:
+    """Small images, decoded once: uint8, shape (N, 3, S, S). Unreadable rows are black."""
+
+    pixels_N3SS: Pixels
+
+
+@dataclass(frozen=True)
+class LargeImages:
+    """Images that are decoded anew whenever they are used, to squares of `size`."""
+
+    encoded: EncodedImages
+    size: int
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors that some other model computed: float32, shape (N, D). Unreadable rows are zero."""
+
+    vectors_ND: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All input rows, in order, and what the model is fed for them.
+
+    Attributes:
+        source: where it was read from, as the user named it.
+        ids: name of every row: a path, a value of the id column, or the row's number.
+        labels_N: class of every row as an index into class_names; -1 where unknown.
+        class_names: in the order of the class indices.
+        content: what the model is fed.
+        problems: why a row cannot be read, by row. Loaders add to it what they find later.
+        fingerprint: changes when rows, labels, class names or (the sizes of) their contents change.
+        flips: whether the mirror image of a sample still belongs to its class.
+        notes: what a person should know about how the source was read.
+    """
+
+    source: str
+    ids: Sequence[str]
+    labels_N: IntArray
+    class_names: Sequence[str]
+    content: PixelImages | LargeImages | Embeddings
+    fingerprint: str
+    problems: dict[int, str] = field(default_factory=dict)
+    flips: bool = True
+    notes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the dataset knows, with or without samples."""
+        return len(self.class_names)
+
+    @property
+    def input_size(self) -> int:
+        """Side of the images in pixels, or length of the embeddings."""
+        match self.content:
+            case PixelImages(pixels):
+                return int(pixels.shape[-1])
+            case LargeImages(_, size):
+                return size
+            case Embeddings(vectors):
+                return int(vectors.shape[1])
+
+    def usable_rows(self) -> IntArray:
+        """Rows with a known label whose content is not known to be unreadable."""
+        usable = self.labels_N >= 0
+        usable[list(self.problems)] = False
+        return usable.nonzero()[0]
+
+    def statuses(self) -> list[str]:
+        """Return what became of every row: valued, unlabelled or unreadable."""
+        statuses = ["valued" if label >= 0 else "unlabelled" for label in self.labels_N]
+        for row in self.problems:
+            statuses[row] = "unreadable"
+        return statuses
+
+    def check(self) -> None:
+        """Raise DataError where there is nothing to learn from."""
+        if not len(self):
+            raise DataError(f"{self.source}: no samples found.")
+        if len(self.problems) == len(self):
+            row, reason = next(iter(self.problems.items()))
+            raise DataError(
+                f"{self.source}: none of the {len(self):,} samples could be read "
+                f"(the first, {self.ids[row]}: {reason})."
+            )
+        usable = self.usable_rows()
+        if not len(usable):
+            raise DataError(f"{self.source}: no readable sample has a label; valuing needs labels.")
+        present = np.unique(self.labels_N[usable])
+        if len(present) < 2:
+            raise DataError(
+                f"{self.source}: all {len(usable):,} usable samples have the label "
+                f"'{self.class_names[present[0]]}'; valuing needs at least two classes."
+            )
+
+
+def class_indices(
+    raw: Sequence[object], class_names: Sequence[str] | None, source: str, ids: Sequence[str]
+) -> tuple[IntArray, list[str]]:
+    """Turn labels as they were stored into class indices.
+
+    Args:
+        raw: strings, integers, booleans or None, one per row.
+        class_names: the dataset's own list of names, which integer labels index. Without one the classes
+            are the distinct labels, sorted.
+        source: the dataset, for messages.
+        ids: name of every row, for messages.
+    Returns:
+        int64 class indices (-1 for None and for the integer -1) and the class names.
+    Raises:
+        DataError: an integer label lies outside the class list.
+    """
+    if class_names is None:
+        distinct = sorted({label for label in raw if not _unknown(label)})  # type: ignore[type-var]
+        index = {label: position for position, label in enumerate(distinct)}
+        labels = [-1 if _unknown(label) else index[label] for label in raw]  # type: ignore[index]
+        return np.array(labels, dtype=np.int64), [str(label) for label in distinct]
+    names = list(class_names)
+    by_name = {name: position for position, name in enumerate(names)}
+    labels = []
+    for row, label in enumerate(raw):
+        position = by_name.get(label) if isinstance(label, str) else -1 if _unknown(label) else label
+        if not isinstance(position, int) or not -1 <= position < len(names):
+            raise DataError(
+                f"{source}: row {row:,} ({ids[row]}) has the label {label!r}, outside the class list of "
+                f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); mend the "
+                "label, or set it to -1 if it is unknown."
+            )
+        labels.append(position)
+    return np.array(labels, dtype=np.int64), names
+
+
+def _unknown(label: object) -> bool:
+    return label is None or (isinstance(label, int) and not isinstance(label, bool) and label == -1)
+
+
+def fingerprint(
+    ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
+) -> str:
+    """Return a hash of rows, labels and classes, with their contents or (where those are large) their sizes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (*class_names, "", *ids):
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    digest.update(np.ascontiguousarray(labels_N, dtype="<i8").tobytes())
+    digest.update(contents if isinstance(contents, bytes) else np.asarray(contents, dtype="<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,295 @@
+"""Models that return (logits, last-layer inputs), whatever their architecture.
+
+Every classifier is split at its last linear layer: the backbone ends where that layer begins, the head is the
+layer itself. So nothing needs hooks, and the head can run in float32 while the backbone runs in bfloat16.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # what weights_only=True refuses a pickle of more than tensors with
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from chgval.errors import ModelError
+
+# Images up to this side keep their resolution in the first layers (He et al. 2016, section 4.2).
+SMALL_IMAGE_PIXELS = 64
+
+IMAGE_ARCHS_OF_CHGVAL = ("resnet8", "resnet20")
+EMBEDDING_ARCHS = ("linear", "mlp")
+MLP_WIDTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class InputShape:
+    """What a model is fed: images of 3 x size x size, or embeddings of `size` numbers."""
+
+    size: int
+    is_embedding: bool = False
+
+    def example(self, batch: int) -> Tensor:
+        """Return a batch of zeros of this shape."""
+        return torch.zeros((batch, self.size) if self.is_embedding else (batch, 3, self.size, self.size))
+
+
+class SplitModel(nn.Module):
+    """A classifier split at its last linear layer.
+
+    Attributes:
+        backbone: inputs -> last-layer inputs, shape (B, D).
+        head: last-layer inputs -> logits, shape (B, C).
+        small_stem: whether the first layers were exchanged for those for small images.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear, *, small_stem: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.small_stem = small_stem
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits of shape (B, C), last-layer inputs of shape (B, D)), both float32 under autocast.
+
+        bfloat16 has three digits, too few for logits whose differences the values are made of.
+        """
+        features_BD = self.backbone(inputs)
+        with torch.autocast(features_BD.device.type, enabled=False):
+            features_BD = features_BD.to(self.head.weight.dtype)
+            return self.head(features_BD), features_BD
+
+
+class CIFARResNet(nn.Module):
+    """ResNet of 6n + 2 layers for small images, with parameter-free shortcuts.
+
+    Source: He et al. 2016 (arXiv:1512.03385), section 4.2 and shortcut option A.
+
+    Args:
+        blocks_per_stage: n; 1 gives ResNet-8, 3 gives ResNet-20.
+        num_classes: outputs of the last layer.
+    """
+
+    def __init__(self, blocks_per_stage: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        blocks: list[nn.Module] = []
+        width = 16
+        for stage_width in (16, 32, 64):
+            for _ in range(blocks_per_stage):
+                blocks.append(_BasicBlock(width, stage_width))
+                width = stage_width
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, shape (B, C), of images of shape (B, 3, H, W)."""
+        hidden = self.blocks(functional.relu(self.norm(self.conv(images))))
+        logits: Tensor = self.fc(hidden.mean((2, 3)))
+        return logits
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.stride = 1 if width_in == width_out else 2
+        self.extra_width = width_out - width_in
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride=self.stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width_out)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        residual = functional.relu(self.norm1(self.conv1(hidden)))
+        residual = self.norm2(self.conv2(residual))
+        if self.extra_width:
+            hidden = hidden[:, :, :: self.stride, :: self.stride]
+            hidden = functional.pad(hidden, (0, 0, 0, 0, 0, self.extra_width))
+        return functional.relu(residual + hidden)
+
+
+def image_archs() -> list[str]:
+    """Return the names of all architectures for images."""
+    return [*IMAGE_ARCHS_OF_CHGVAL, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(
+    arch: str,
+    num_classes: int,
+    input_shape: InputShape,
+    generator: torch.Generator,
+    weights: Path | None = None,
+) -> SplitModel:
+    """Build a classifier and split it at its last linear layer.
+
+    Args:
+        arch: a name of `image_archs` or EMBEDDING_ARCHS.
+        num_classes: outputs of the last layer.
+        input_shape: what the model will be fed.
+        generator: the initial weights are drawn from it.
+        weights: a safetensors file, or a state dict saved by torch.save, in the architecture's own names. A
+            last layer for another number of classes is left out.
+
+    Raises:
+        ModelError: no such architecture; it does not fit the input; the weights do not fit it.
+    """
+    # The layers draw their initial weights from the global generator; it is put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        network = _build_network(arch, num_classes, input_shape)
+        small_images = not input_shape.is_embedding and input_shape.size <= SMALL_IMAGE_PIXELS
+        small_stem = small_images and _exchange_stem(network)
+    if weights is not None:
+        _load_weights(network, weights, arch)
+    model = _split(network, arch)
+    model.small_stem = small_stem
+    _check_fit(model, arch, num_classes, input_shape)
+    return model
+
+
+def _build_network(arch: str, num_classes: int, input_shape: InputShape) -> nn.Module:
+    if input_shape.is_embedding:
+        if arch == "linear":
+            return nn.Sequential(nn.Linear(input_shape.size, num_classes))
+        if arch == "mlp":
+            return nn.Sequential(
+                nn.Linear(input_shape.size, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, num_classes)
+            )
+        raise ModelError(f"--arch {arch}: not a model for embeddings; choose one of linear, mlp.")
+    if arch == "resnet8":
+        return CIFARResNet(1, num_classes)
+    if arch == "resnet20":
+        return CIFARResNet(3, num_classes)
+    if arch not in image_archs():
+        raise ModelError(
+            f"--arch {arch}: no such model for images; choose resnet8, resnet20 or a torchvision "
+            "classification model such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
+        )
+    builder = torchvision.models.get_model_builder(arch)
+    options: dict[str, object] = {"weights": None, "num_classes": num_classes}
+    parameters = inspect.signature(builder).parameters
+    if "weights_backbone" in parameters:
+        options["weights_backbone"] = None
+    if arch in ("inception_v3", "googlenet"):  # their auxiliary classifiers would return more than logits
+        options.update(aux_logits=False, init_weights=True)
+    if arch.startswith("vit_"):
+        options["image_size"] = input_shape.size
+    try:
+        network: nn.Module = builder(**options)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(
+            f"--arch {arch} cannot be built for images of {input_shape.size} pixels "
+            f"({str(error) or 'size not supported'}); pass another --image-size or --arch."
+        ) from error
+    return network
+
+
+def _exchange_stem(network: nn.Module) -> bool:
+    """Give the ResNets and DenseNets a 3x3 stride-1 first layer without pooling; say whether it was done."""
+    if isinstance(network, torchvision.models.ResNet):
+        network.conv1 = _small_conv(network.conv1)
+        network.maxpool = nn.Identity()
+        return True
+    if isinstance(network, torchvision.models.DenseNet):
+        network.features.conv0 = _small_conv(network.features.conv0)
+        network.features.pool0 = nn.Identity()
+        return True
+    return False
+
+
+def _small_conv(conv: nn.Conv2d) -> nn.Conv2d:
+    small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    return small
+
+
+def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"--weights {path}: no such file; pass a safetensors file or a state dict."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+        raise ModelError(
+            f"--weights {path}: cannot be read as tensors ({_first_line(error)}); pass a safetensors file, "
+            "or a state dict saved with torch.save(model.state_dict(), ...)."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(
+            f"--weights {path}: expected a state dict (names to tensors), found {type(state).__name__} with "
+            "other contents; save model.state_dict()."
+        )
+    expected = network.state_dict()
+    head_name = _head_name(network, arch)
+    for name in (f"{head_name}.weight", f"{head_name}.bias"):
+        if name in state and name in expected and state[name].shape != expected[name].shape:
+            del state[name]
+    missing = [name for name in expected if name not in state and not name.startswith(f"{head_name}.")]
+    unknown = [name for name in state if name not in expected]
+    wrong = [n for n in expected if n in state and state[n].shape != expected[n].shape]
+    if missing or unknown or wrong:
+        found = "; ".join(
+            f"{title}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for title, names in (("missing", missing), ("unknown", unknown), ("other shape", wrong))
+            if names
+        )
+        raise ModelError(
+            f"--weights {path}: does not fit --arch {arch} ({found}); pass weights of this architecture, and "
+            "the --image-size they were trained at."
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+
+
+def _head_name(network: nn.Module, arch: str) -> str:
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ModelError(
+            f"--arch {arch}: has no linear last layer, so it has no last-layer gradients; choose another."
+        )
+    return names[-1]
+
+
+def _split(network: nn.Module, arch: str) -> SplitModel:
+    name = _head_name(network, arch)
+    head = network.get_submodule(name)
+    assert isinstance(head, nn.Linear)  # noqa: S101 (that is how the name was found)
+    parent_name, _, child_name = name.rpartition(".")
+    setattr(network.get_submodule(parent_name), child_name, nn.Identity())
+    return SplitModel(network, head)
+
+
+def _check_fit(model: SplitModel, arch: str, num_classes: int, input_shape: InputShape) -> None:
+    """Run one input through the model, to find a misfit before training does."""
+    unfit = f"--arch {arch} does not take images of {input_shape.size} pixels"
+    try:
+        with torch.inference_mode():
+            logits_BC, features_BD = model.eval()(input_shape.example(1))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ModelError(
+            f"{unfit} ({_first_line(error)}); pass a larger --image-size or another --arch."
+        ) from error
+    finally:
+        model.train()
+    if logits_BC.shape != (1, num_classes) or features_BD.shape != (1, model.head.in_features):
+        raise ModelError(
+            f"--arch {arch}: its last linear layer does not return the logits, so it has no last-layer "
+            "gradients; choose another."
+        )
