@@ -71,7 +71,8 @@ class StepRecord:
         epoch, num_epochs: which epoch is running (from 1) and how many there are.
         step, num_steps: optimizer steps done in this epoch, and how many it has.
         loss, accuracy: means over the epoch so far (accuracy on the training batches, in [0, 1]).
-        images_per_second: training speed in this epoch so far.
+        num_samples: samples trained on in this epoch so far.
+        seconds: wall time that this took.
     """
 
     epoch: int
@@ -80,7 +81,8 @@ class StepRecord:
     num_steps: int
     loss: float
     accuracy: float
-    images_per_second: float
+    num_samples: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +104,42 @@ class EpochRecord:
     num_samples: int
     seconds: float
     signals: EpochSignals | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLine:
+    """One sample in a summary."""
+
+    id: str
+    label_name: str
+    predicted_name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLine:
+    """One class in a summary. `agreement`: share whose predicted label is the given one, in [0, 1]."""
+
+    name: str
+    num_samples: int
+    mean_value: float
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What a person wants to know at the end of a run.
+
+    Attributes:
+        classes: one line per class, the largest first where there are too many to show.
+        hidden_classes: classes left out of `classes`.
+        lowest, highest: the samples of the lowest and of the highest value, the most extreme first.
+        histogram_counts, histogram_edges: of the values; one more edge than counts.
+    """
+
+    classes: list[ClassLine]
+    hidden_classes: int
+    lowest: list[SampleLine]
+    highest: list[SampleLine]
+    histogram_counts: list[int]
+    histogram_edges: list[float]

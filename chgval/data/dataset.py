@@ -148,7 +148,7 @@ def class_indices(
     if class_names is None:
         distinct = sorted({label for label in raw if not _unknown(label)})  # type: ignore[type-var]
         index = {label: position for position, label in enumerate(distinct)}
-        labels = [-1 if _unknown(label) else index[label] for label in raw]  # type: ignore[index]
+        labels = [-1 if _unknown(label) else index[label] for label in raw]
         return np.array(labels, dtype=np.int64), [str(label) for label in distinct]
     names = list(class_names)
     by_name = {name: position for position, name in enumerate(names)}
@@ -172,7 +172,7 @@ def _unknown(label: object) -> bool:
 def fingerprint(
     ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
 ) -> str:
-    """Return a hash of rows, labels and classes, with their contents or (where those are large) their sizes."""
+    """Return a hash of rows, labels and classes, and of their contents or (for images) encoded sizes."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (*class_names, "", *ids):
         digest.update(text.encode("utf-8", "surrogateescape") + b"\0")

@@ -1,0 +1,5 @@
+"""Lets `python -m chgval` work."""
+
+from chgval.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""Settings of a run: frozen, checked when created. Nothing below the command line sees a flag."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from chgval.errors import SettingsError
+
+ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
+REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
+STANDARD_OUTPUT = "-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What to read and how.
+
+    Attributes:
+        source: a folder, a Parquet file, glob, folder or URI, or builtin:digits.
+        image_column, label_column, id_column: columns of Parquet files; None finds them by type and name.
+        features_column: column of embeddings; the model is then fed these instead of images.
+        image_size: side in pixels of the squares that the model is fed; None takes it from the images.
+        mean, std: of the pixels, in [0, 1], per channel; None takes them from the images.
+        on_error: whether rows that cannot be read are kept with a status, or stop the run.
+        workers: processes that decode large images; None chooses.
+    """
+
+    source: str
+    image_column: str | None = None
+    label_column: str | None = None
+    id_column: str | None = None
+    features_column: str | None = None
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    on_error: Literal["keep", "fail"] = "keep"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least("--image-size", self.image_size, 1)
+        _check_at_least("--workers", self.workers, 0)
+        if self.std is not None and min(self.std) <= 0:
+            raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
+        if self.features_column is not None and (self.image_column or self.image_size):
+            raise SettingsError("--features-column: embeddings take no --image-column or --image-size.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How to train. None lets the run choose from the data, the model and the device.
+
+    Attributes:
+        arch: the model's name.
+        weights: file of pretrained weights.
+        epochs, batch_size: passes over the data, and samples in one optimizer step.
+        lr: the schedule's highest learning rate.
+        momentum, weight_decay: of SGD with Nesterov momentum.
+        schedule: one-cycle (linear up, cosine down) or cosine (down only).
+        augment: none, crop (random shifts), or crop-flip (also mirrored).
+        device: auto, cpu, cuda, cuda:N or mps.
+        compile_model: whether to compile the backbone.
+        seed: of all randomness in the run.
+    """
+
+    arch: str | None = None
+    weights: Path | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    augment: Literal["none", "crop", "crop-flip"] | None = None
+    device: str = "auto"
+    compile_model: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least("--epochs", self.epochs, 1)
+        _check_at_least("--batch-size", self.batch_size, 2)
+        _check_at_least("--seed", self.seed, 0)
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise SettingsError(f"--lr {self.lr}: the learning rate must be above 0.")
+        if not 0 < self.momentum < 1:
+            raise SettingsError(f"--momentum {self.momentum}: must lie between 0 and 1, both excluded.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SettingsError(f"--weight-decay {self.weight_decay}: must be 0 or more.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig:
+    """Where the report goes.
+
+    Attributes:
+        path: a file, or "-" for standard output.
+        report_format: None takes it from the file's ending (parquet for standard output).
+        overwrite: whether an output that exists may be replaced.
+    """
+
+    path: str = "values.parquet"
+    report_format: ReportFormat | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise SettingsError("--output: expected a file name, or - for standard output.")
+        ending = Path(self.path).suffix.removeprefix(".")
+        if self.report_format is None and not self.to_stdout and ending not in REPORT_FORMATS:
+            raise SettingsError(
+                f"--output {self.path}: the ending says no format; end it in one of "
+                f"{', '.join(f'.{name}' for name in REPORT_FORMATS)}, or pass --format."
+            )
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether the report goes to standard output."""
+        return self.path == STANDARD_OUTPUT
+
+    @property
+    def resolved_format(self) -> ReportFormat:
+        """The format of the report."""
+        if self.report_format is not None:
+            return self.report_format
+        ending = Path(self.path).suffix.removeprefix(".")
+        return next((name for name in REPORT_FORMATS if name == ending), "parquet")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValueConfig:
+    """Settings of `chgval value`.
+
+    Attributes:
+        data, train, output: see there.
+        mode: online takes the values from the training steps, exact from a pass of its own before each epoch,
+            none trains without valuing.
+        utility: the game whose Shapley values are computed.
+        per_class: whether every class is a coalition of its own.
+    """
+
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    mode: Literal["online", "exact", "none"] = "online"
+    utility: Literal["chg", "gradient", "hardness"] = "chg"
+    per_class: bool = False
+
+
+def _check_at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise SettingsError(f"{option} {value}: must be {least} or more.")

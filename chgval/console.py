@@ -1,0 +1,200 @@
+"""All printing for people. It goes to standard error; standard output belongs to the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from chgval.records import EpochRecord, RunSummary, SampleLine, StepRecord
+
+HISTOGRAM_BINS = 12
+HISTOGRAM_WIDTH = 40
+LONGEST_NAME = 40
+
+
+class Console:
+    """Prints to standard error what a person wants to see of a run.
+
+    Args:
+        quiet: whether to print errors only.
+        verbose: whether to print every setting, and a line every few steps.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+        self._verbose = verbose and not quiet
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if not self._quiet:
+            self._rich.print(Text(printable(text)))
+
+    def detail(self, text: str) -> None:
+        """Print one line that only --verbose shows."""
+        if self._verbose:
+            self._rich.print(Text(printable(text), style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Print one line about something that the user should look at."""
+        if not self._quiet:
+            self._rich.print(Text("warning: ", style="yellow") + Text(printable(text)))
+
+    def fail(self, text: str) -> None:
+        """Print why the command could not do what it was asked."""
+        self._rich.print(Text("error: ", style="bold red") + Text(printable(text)))
+
+    def settings(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Print names and values in two columns."""
+        if not self._quiet:
+            width = max(len(name) for name, _ in pairs)
+            for name, value in pairs:
+                self._rich.print(Text(f"{name:<{width}}  ", style="bold") + Text(printable(value)))
+
+    @contextmanager
+    def progress(self, total_steps: int) -> Iterator[_Shown]:
+        """Show records of a run as they come: a bar on a terminal, else a line per epoch."""
+        if self._quiet or not self._rich.is_terminal:
+            yield _Lines(self)
+            return
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=self._rich,
+            transient=True,
+        ) as progress:
+            yield _Bar(self, progress, total_steps)
+
+    def summary(self, summary: RunSummary) -> None:
+        """Print what a run found: counts per class, extremes and a histogram."""
+        if self._quiet:
+            return
+        self.say("")
+        self._classes(summary)
+        self._histogram(summary)
+        self._samples("Lowest values (look here first)", summary.lowest)
+        self._samples("Highest values", summary.highest)
+
+    def _classes(self, summary: RunSummary) -> None:
+        table = Table(title="Classes", title_justify="left", box=None, pad_edge=False)
+        table.add_column("class", max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
+        for heading in ("samples", "mean value", "agreement"):
+            table.add_column(heading, justify="right")
+        for line in summary.classes:
+            table.add_row(
+                Text(printable(line.name)),
+                f"{line.num_samples:,}",
+                f"{line.mean_value:.3e}" if line.num_samples else "",
+                f"{line.agreement:.0%}" if line.num_samples else "",
+            )
+        if summary.hidden_classes:
+            table.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
+        self._rich.print(table, soft_wrap=False)
+        self.say(
+            "agreement: share of the class whose predicted label, averaged over epochs, is the given one"
+        )
+
+    def _histogram(self, summary: RunSummary) -> None:
+        self.say("")
+        self._rich.print(Text("Values", style="italic"))
+        most = max(summary.histogram_counts)
+        edges = summary.histogram_edges
+        for low, high, count in zip(edges[:-1], edges[1:], summary.histogram_counts, strict=True):
+            bar = "█" * round(HISTOGRAM_WIDTH * count / most) or ("▏" if count else "")
+            self.say(f"{low:>10.2e} to {high:>9.2e} {count:>9,} {bar}")
+
+    def _samples(self, title: str, lines: Sequence[SampleLine]) -> None:
+        self.say("")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("value", justify="right")
+        for heading in ("label", "predicted", "id"):
+            table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
+        for line in lines:
+            row = (line.label_name, line.predicted_name, line.id)
+            table.add_row(f"{line.value:.3e}", *(Text(printable(text)) for text in row))
+        self._rich.print(table, soft_wrap=False)
+
+
+class _Shown:
+    """Where records of a run go."""
+
+    def show(self, record: StepRecord | EpochRecord) -> None:
+        raise NotImplementedError
+
+
+class _Lines(_Shown):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def show(self, record: StepRecord | EpochRecord) -> None:
+        if isinstance(record, EpochRecord):
+            self._console.say(epoch_line(record))
+        else:
+            self._console.detail(step_line(record))
+
+
+class _Bar(_Shown):
+    def __init__(self, console: Console, progress: Progress, total_steps: int) -> None:
+        self._console = console
+        self._progress = progress
+        self._task = progress.add_task("training", total=total_steps, figures="")
+
+    def show(self, record: StepRecord | EpochRecord) -> None:
+        if isinstance(record, EpochRecord):
+            self._console.say(epoch_line(record))
+            return
+        done = (record.epoch - 1) * record.num_steps + record.step
+        speed = record.num_samples / max(record.seconds, 1e-9)
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=f"epoch {record.epoch}/{record.num_epochs}",
+            figures=f"loss {record.loss:.3f}  acc {record.accuracy:.1%}  {speed:,.0f}/s",
+        )
+
+
+def epoch_line(record: EpochRecord) -> str:
+    """Return one aligned line about an epoch."""
+    width = len(str(record.num_epochs))
+    return (
+        f"epoch {record.epoch:>{width}}/{record.num_epochs}  loss {record.loss:7.4f}  "
+        f"accuracy {record.accuracy:6.1%}  {record.num_samples / record.seconds:>9,.0f} samples/s  "
+        f"{record.seconds:6.1f} s"
+    )
+
+
+def step_line(record: StepRecord) -> str:
+    """Return one line about the steps so far."""
+    return (
+        f"  step {record.step}/{record.num_steps}  loss {record.loss:.4f}  accuracy {record.accuracy:.1%}  "
+        f"{record.num_samples / max(record.seconds, 1e-9):,.0f} samples/s"
+    )
+
+
+def histogram(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[list[int], list[float]]:
+    """Return counts and edges of equal bins."""
+    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
+    return counts.tolist(), edges.tolist()
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act upon; names of files and classes are data from strangers."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def force_utf8() -> None:
+    """Keep a terminal that cannot show a character from ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")

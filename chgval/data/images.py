@@ -1,0 +1,157 @@
+"""From streams of encoded images to what a model is fed: which size, and decoded once or anew at each use."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, image_size
+from chgval.records import IntArray
+
+# Squares up to this side are decoded once and kept as uint8.
+LARGEST_KEPT_SIZE = 64
+# Headers read to choose the image size.
+PROBED_IMAGES = 512
+# Share of the machine's memory that decoded images may fill before they go to a file.
+MEMORY_SHARE = 0.25
+DECODED_AT_A_TIME = 512
+
+Encoded = bytes | UnreadableImageError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImages:
+    """Images ready for a model, why some rows are not, and how many bytes each was encoded in."""
+
+    content: PixelImages | LargeImages
+    problems: dict[int, str]
+    encoded_sizes: list[int]
+
+
+def choose_size(probed: Iterable[Encoded], largest: int) -> int:
+    """Return the side of the squares that a model is fed: the median shorter side, but at most `largest`.
+
+    Sizes above 64 pixels are rounded down to a multiple of 32, which every architecture takes.
+    """
+    sides = []
+    for encoded in itertools.islice(probed, PROBED_IMAGES):
+        if not isinstance(encoded, UnreadableImageError):
+            try:
+                sides.append(min(image_size(encoded)))
+            except UnreadableImageError:
+                continue
+    side = min(largest, int(statistics.median_low(sides))) if sides else min(largest, LARGEST_KEPT_SIZE)
+    return max(1, side if side <= LARGEST_KEPT_SIZE else side // 32 * 32)
+
+
+def decode_once(stream: Iterable[Encoded], num_rows: int, size: int) -> LoadedImages:
+    """Decode every image of the stream, in order, on all cores."""
+    pixels_N3SS = _allocate((num_rows, 3, size, size))
+    problems: dict[int, str] = {}
+    sizes: list[int] = []
+
+    def decode(encoded: Encoded) -> Pixels | UnreadableImageError:
+        if isinstance(encoded, UnreadableImageError):
+            return encoded
+        try:
+            return decode_centre(encoded, size)
+        except UnreadableImageError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for group in _grouped(stream, DECODED_AT_A_TIME):
+            for row, decoded in enumerate(pool.map(decode, group), start=len(sizes)):
+                if isinstance(decoded, UnreadableImageError):
+                    problems[row] = str(decoded)
+                else:
+                    pixels_N3SS[row] = decoded
+            sizes.extend(
+                0 if isinstance(encoded, UnreadableImageError) else len(encoded) for encoded in group
+            )
+    return LoadedImages(PixelImages(pixels_N3SS), problems, sizes)
+
+
+def keep_encoded(
+    images: EncodedImages, sizes: list[int], size: int, problems: dict[int, str]
+) -> LoadedImages:
+    """Leave large images encoded. Where no header can be read at all, every row is checked."""
+    probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
+    problems = {**problems, **_unreadable_headers(images, probed)}
+    if len(images) and all(row in problems for row in probed):
+        problems.update(_unreadable_headers(images, range(len(images))))
+    return LoadedImages(LargeImages(images, size), problems, sizes)
+
+
+def _unreadable_headers(images: EncodedImages, rows: Iterable[int]) -> dict[int, str]:
+    problems = {}
+    for row in rows:
+        try:
+            image_size(images.read(row))
+        except UnreadableImageError as error:
+            problems[row] = str(error)
+    return problems
+
+
+class SpooledImages:
+    """Encoded images copied, in order, into one temporary file, for reading in any order.
+
+    Random access to rows of Parquet files reads a whole row group a row; this reads the row. The file goes
+    when the object does.
+    """
+
+    def __init__(self, stream: Iterable[Encoded]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="chgval-")
+        self._path = Path(self._folder.name) / "images"
+        self.problems: dict[int, str] = {}
+        ends = [0]
+        with self._path.open("wb") as file:
+            for row, encoded in enumerate(stream):
+                if isinstance(encoded, UnreadableImageError):
+                    self.problems[row] = str(encoded)
+                    encoded = b""
+                file.write(encoded)
+                ends.append(ends[-1] + len(encoded))
+        self._ends: IntArray = np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of every image."""
+        sizes: list[int] = np.diff(self._ends).tolist()
+        return sizes
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of one image."""
+        with self._path.open("rb") as file:
+            file.seek(int(self._ends[row]))
+            return file.read(int(self._ends[row + 1] - self._ends[row]))
+
+    def __getstate__(self) -> dict[str, object]:
+        # A worker process reads the file; it must not remove it.
+        return {name: value for name, value in self.__dict__.items() if name != "_folder"}
+
+
+def _grouped(stream: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
+    iterator = iter(stream)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _allocate(shape: tuple[int, ...]) -> Pixels:
+    """Zeros in memory, or in an unnamed temporary file where they would fill too much of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if np.prod(shape, dtype=np.int64) <= MEMORY_SHARE * memory:
+        return np.zeros(shape, dtype=np.uint8)
+    with tempfile.TemporaryFile(prefix="chgval-") as file:
+        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)

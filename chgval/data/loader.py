@@ -1,0 +1,337 @@
+"""Batches on the device, in a given order: augmented for training, plain for a pass that only looks.
+
+Shape legend: N input rows, B rows of one batch, S side of a square image, D numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from chgval.data.dataset import Dataset, Embeddings, EncodedImages, LargeImages, PixelImages
+from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
+from chgval.errors import DataError
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+# Random shifts of small images reach this share of their side: 4 of 32 pixels, as for CIFAR.
+SHIFT_SHARE = 1 / 8
+# Pixels used to estimate mean and standard deviation.
+STATISTICS_IMAGES = 2000
+# A pass without gradients takes larger batches.
+PLAIN_BATCH_FACTOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples on the device. `inputs_B` is float32: (B, 3, S, S) in channels-last order, or (B, D)."""
+
+    indices_B: Tensor
+    inputs_B: Tensor
+    labels_B: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Mean and standard deviation that inputs are normalised by: per channel, or per embedding number."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Loader(Protocol):
+    """Where a training loop takes its batches from."""
+
+    statistics: Statistics
+
+    @property
+    def num_batches(self) -> int:
+        """Optimizer steps in one epoch."""
+        ...
+
+    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield all usable samples once, in random order, augmented; all randomness is from `generator`."""
+        ...
+
+    def plain_batches(self) -> Iterator[Batch]:
+        """Yield all usable samples once, in order, as they are."""
+        ...
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    augment: Augment,
+    device: torch.device,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    workers: int | None = None,
+    fail_on_error: bool = False,
+) -> Loader:
+    """Return the loader that fits the dataset's content.
+
+    Args:
+        dataset: the samples.
+        batch_size: most samples in one batch; batches of an epoch differ in size by at most one.
+        augment: how images are varied; embeddings never are.
+        device: where the batches go.
+        mean: of the pixels, in [0, 1], per channel; None takes it from the images.
+        std: likewise.
+        workers: processes that decode large images; None takes one per core, at most 8.
+        fail_on_error: whether an image that turns out unreadable stops the run.
+    """
+    match dataset.content:
+        case Embeddings() | PixelImages():
+            return MemoryLoader(dataset, batch_size, augment, device, mean, std)
+        case LargeImages():
+            workers = min(8, os.cpu_count() or 1) if workers is None else workers
+            return DecodingLoader(dataset, batch_size, augment, device, mean, std, workers, fail_on_error)
+
+
+class MemoryLoader:
+    """Samples that fit in memory as the model takes them: small images and embeddings.
+
+    They are put on the device once; everything about an epoch that is random is drawn before it starts, so
+    that no step waits for the host.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        augment: Augment,
+        device: torch.device,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+    ) -> None:
+        rows_N = torch.from_numpy(dataset.usable_rows())
+        self._is_embedding = isinstance(dataset.content, Embeddings)
+        if isinstance(dataset.content, Embeddings):
+            contents = torch.from_numpy(dataset.content.vectors_ND)
+            self.statistics = _vector_statistics(contents[rows_N])
+        elif isinstance(dataset.content, PixelImages):
+            contents = torch.from_numpy(dataset.content.pixels_N3SS)
+            self.statistics = _statistics(contents[_spread(rows_N, STATISTICS_IMAGES)], mean, std)
+        else:
+            raise TypeError("images that are decoded at each use need a DecodingLoader")
+        self._contents = contents.to(device)
+        self._labels = torch.from_numpy(dataset.labels_N).to(device)
+        self._rows_N = rows_N
+        self._batch_size = batch_size
+        self._augment: Augment = "none" if self._is_embedding else augment
+        self._device = device
+        self._normaliser = _Normaliser(self.statistics, device)
+
+    @property
+    def num_batches(self) -> int:
+        """Optimizer steps in one epoch."""
+        return math.ceil(len(self._rows_N) / self._batch_size)
+
+    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield all usable samples once, in random order, augmented."""
+        num_rows = len(self._rows_N)
+        order_N = self._rows_N[torch.randperm(num_rows, generator=generator)].to(self._device)
+        shift = max(1, round(SHIFT_SHARE * self._contents.shape[-1]))
+        shifts_N2 = torch.randint(2 * shift + 1, (num_rows, 2), generator=generator).to(self._device)
+        flips_N = (torch.rand(num_rows, generator=generator) < 0.5).to(self._device)
+        start = 0
+        for indices_B in order_N.tensor_split(self.num_batches):
+            part = slice(start, start + len(indices_B))
+            start += len(indices_B)
+            contents_B = self._contents[indices_B]
+            if self._augment != "none":
+                contents_B = _shifted(contents_B, shifts_N2[part], shift)
+            if self._augment == "crop-flip":
+                contents_B = _flipped(contents_B, flips_N[part])
+            yield self._batch(indices_B, contents_B)
+
+    def plain_batches(self) -> Iterator[Batch]:
+        """Yield all usable samples once, in order, as they are."""
+        size = PLAIN_BATCH_FACTOR * self._batch_size
+        for indices_B in torch.split(self._rows_N.to(self._device), size):
+            yield self._batch(indices_B, self._contents[indices_B])
+
+    def _batch(self, indices_B: Tensor, contents_B: Tensor) -> Batch:
+        return Batch(indices_B, self._normaliser(contents_B), self._labels[indices_B])
+
+
+class DecodingLoader:
+    """Large images, decoded at each use by worker processes.
+
+    An image that cannot be decoded is left out of its batch and entered in the dataset's problems.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        augment: Augment,
+        device: torch.device,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+        workers: int,
+        fail_on_error: bool,
+    ) -> None:
+        if not isinstance(dataset.content, LargeImages):
+            raise TypeError("samples that are in memory need a MemoryLoader")
+        self._dataset = dataset
+        self._content = dataset.content
+        self._batch_size = batch_size
+        self._augment: Augment = augment
+        self._device = device
+        self._workers = workers
+        self._fail_on_error = fail_on_error
+        self._labels = torch.from_numpy(dataset.labels_N).to(device)
+        if mean is None or std is None:
+            rows = _spread(torch.from_numpy(dataset.usable_rows()), STATISTICS_IMAGES // 4)
+            samples = torch.cat([pixels for _, pixels in self._decoded([rows.tolist()], seed=None)])
+        else:
+            samples = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        self.statistics = _statistics(samples, mean, std)
+        self._normaliser = _Normaliser(self.statistics, device)
+
+    @property
+    def num_batches(self) -> int:
+        """Optimizer steps in one epoch."""
+        return math.ceil(len(self._dataset.usable_rows()) / self._batch_size)
+
+    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield all usable samples once, in random order, each in a random crop."""
+        rows_N = torch.from_numpy(self._dataset.usable_rows())
+        order_N = rows_N[torch.randperm(len(rows_N), generator=generator)]
+        seed = int(torch.randint(2**62, (), generator=generator)) if self._augment != "none" else None
+        batches = [part.tolist() for part in order_N.tensor_split(self.num_batches)]
+        for indices_B, pixels_B in self._decoded(batches, seed):
+            flips_B = (torch.rand(len(indices_B), generator=generator) < 0.5).to(self._device)
+            batch = pixels_B.to(self._device, non_blocking=True)
+            if self._augment == "crop-flip":
+                batch = _flipped(batch, flips_B)
+            yield self._batch(indices_B, batch)
+
+    def plain_batches(self) -> Iterator[Batch]:
+        """Yield all usable samples once, in order, cut to their centre."""
+        rows_N = torch.from_numpy(self._dataset.usable_rows())
+        size = PLAIN_BATCH_FACTOR * self._batch_size
+        batches = [rows_N[start : start + size].tolist() for start in range(0, len(rows_N), size)]
+        for indices_B, pixels_B in self._decoded(batches, seed=None):
+            yield self._batch(indices_B, pixels_B.to(self._device, non_blocking=True))
+
+    def _decoded(self, batches: list[list[int]], seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (row numbers, uint8 pixels) of every batch, without the rows that cannot be decoded."""
+        loader: DataLoader[_Decoded] = DataLoader(
+            _DecodingDataset(self._content.encoded, self._content.size, seed),
+            batch_sampler=batches,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+        )
+        for indices_B, pixels_B, problems in loader:
+            for row, reason in problems.items():
+                self._dataset.problems[row] = reason
+                if self._fail_on_error:
+                    raise DataError(
+                        f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
+                        "mend it, or leave out --on-error fail."
+                    )
+            if len(indices_B):
+                yield indices_B, pixels_B
+
+    def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
+        indices_B = indices_B.to(self._device, non_blocking=True)
+        return Batch(indices_B, self._normaliser(pixels_B), self._labels[indices_B])
+
+
+_Decoded = tuple[int, Tensor | str]
+
+
+class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
+    """What a worker process holds: where the images are, and the epoch's seed."""
+
+    def __init__(self, encoded: EncodedImages, size: int, seed: int | None) -> None:
+        self._encoded = encoded
+        self._size = size
+        self._seed = seed
+
+    def __getitem__(self, row: int) -> _Decoded:
+        try:
+            encoded = self._encoded.read(row)
+            if self._seed is None:
+                pixels = decode_centre(encoded, self._size)
+            else:
+                # A generator per row: the crop depends neither on the worker nor on the batch.
+                rng = np.random.default_rng([self._seed, row])
+                pixels = decode_random_crop(encoded, self._size, rng)
+        except UnreadableImageError as error:
+            return row, str(error)
+        return row, torch.from_numpy(pixels)
+
+
+def _collate(samples: list[_Decoded]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
+    problems = {row: reason for row, reason in samples if isinstance(reason, str)}
+    indices_B = torch.tensor([row for row, _ in good], dtype=torch.int64)
+    pixels_B = torch.stack([pixels for _, pixels in good]) if good else torch.zeros(0, dtype=torch.uint8)
+    return indices_B, pixels_B, problems
+
+
+class _Normaliser:
+    """uint8 pixels or raw embeddings to the float32 inputs of a model."""
+
+    def __init__(self, statistics: Statistics, device: torch.device) -> None:
+        is_pixels = len(statistics.mean.shape) == 3
+        scale = 255.0 if is_pixels else 1.0
+        self._offset = (statistics.mean / statistics.std).to(device)
+        self._factor = (1 / (scale * statistics.std)).to(device)
+        self._is_pixels = is_pixels
+
+    def __call__(self, contents_B: Tensor) -> Tensor:
+        if self._is_pixels:
+            contents_B = contents_B.to(torch.float32, memory_format=torch.channels_last)
+        return contents_B * self._factor - self._offset
+
+
+def _statistics(
+    pixels_B3SS: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Statistics:
+    """Mean and standard deviation of pixels in [0, 1], per channel, shape (3, 1, 1)."""
+    if mean is None or std is None:
+        values_3P = pixels_B3SS.transpose(0, 1).flatten(1).double() / 255
+        mean = mean or tuple(values_3P.mean(1).tolist())
+        std = std or tuple(max(value, 1e-3) for value in values_3P.std(1).tolist())
+    return Statistics(torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+
+
+def _vector_statistics(vectors_ND: Tensor) -> Statistics:
+    """Mean and standard deviation of every number of an embedding, shape (D,); constants keep a std of 1."""
+    std_D = vectors_ND.double().std(0)
+    return Statistics(vectors_ND.double().mean(0).float(), std_D.where(std_D > 1e-6, 1).float())
+
+
+def _spread(rows_N: Tensor, most: int) -> Tensor:
+    """Return at most that many of the rows, evenly spread."""
+    if len(rows_N) <= most:
+        return rows_N
+    return rows_N[torch.linspace(0, len(rows_N) - 1, most).long()]
+
+
+def _shifted(pixels_B3SS: Tensor, shifts_B2: Tensor, shift: int) -> Tensor:
+    """Move every image by its own shift, up to `shift` pixels each way; what moves in is black."""
+    size = pixels_B3SS.shape[-1]
+    padded = functional.pad(pixels_B3SS, (shift, shift, shift, shift))
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    batch = torch.arange(len(pixels_B3SS), device=pixels_B3SS.device)
+    return windows[batch, :, shifts_B2[:, 0], shifts_B2[:, 1]]
+
+
+def _flipped(pixels_B3SS: Tensor, flips_B: Tensor) -> Tensor:
+    return torch.where(flips_B[:, None, None, None], pixels_B3SS.flip(3), pixels_B3SS)

@@ -1,0 +1,57 @@
+"""The one entry to all kinds of datasets."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from chgval.config import DataConfig
+from chgval.data.dataset import Dataset
+from chgval.data.digits import read_digits
+from chgval.data.image_folder import read_image_folder
+from chgval.data.parquet import read_parquet
+from chgval.errors import DataError
+
+
+def open_dataset(config: DataConfig, largest_size: int) -> Dataset:
+    """Read what the user named, whatever kind of dataset it is.
+
+    Args:
+        config: the source and how to read it.
+        largest_size: the largest image size to choose where the user gave none.
+    Raises:
+        DataError: it does not exist, is of no known kind, or holds nothing to learn from; with
+            on_error "fail" also if any row cannot be read.
+    """
+    dataset = _read(config, largest_size)
+    dataset.check()
+    if dataset.problems and config.on_error == "fail":
+        row, reason = next(iter(dataset.problems.items()))
+        raise DataError(
+            f"{config.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
+            f"(the first, {dataset.ids[row]}: {reason}); mend them, or leave out --on-error fail."
+        )
+    return dataset
+
+
+def _read(config: DataConfig, largest_size: int) -> Dataset:
+    source = config.source
+    if source.startswith("builtin:"):
+        if source != "builtin:digits":
+            raise DataError(f"{source}: no such built-in dataset; there is builtin:digits.")
+        return read_digits()
+    path = Path(source)
+    if "://" in source or path.suffix == ".parquet" or path.is_file() or glob.has_magic(source):
+        if "://" not in source and not glob.has_magic(source) and not path.exists():
+            raise DataError(f"{source}: no such file or folder.")
+        return read_parquet(source, config, largest_size)
+    if not path.is_dir():
+        raise DataError(f"{source}: no such file or folder.")
+    if _holds_parquet(path):
+        return read_parquet(source, config, largest_size)
+    return read_image_folder(path, config.image_size, largest_size)
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Look where shards lie: in the folder itself, in data/, or one folder down (a config or a split)."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))

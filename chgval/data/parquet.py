@@ -1,0 +1,389 @@
+"""Parquet files, in the conventions of Hugging Face datasets."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+from numpy.typing import NDArray
+
+from chgval.config import DataConfig
+from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages, class_indices, fingerprint
+from chgval.data.decode import UnreadableImageError
+from chgval.data.images import (
+    LARGEST_KEPT_SIZE,
+    PROBED_IMAGES,
+    Encoded,
+    SpooledImages,
+    choose_size,
+    decode_once,
+    keep_encoded,
+)
+from chgval.errors import DataError
+
+IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
+LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
+ID_NAMES = ("id", "image_id", "file_name", "filename")
+# Rows handed on at a time: what bounds the memory, whatever the size of a row group.
+IMAGE_ROWS = 64
+COLUMN_ROWS = 65_536
+
+# A split in a file name stands between delimiters: train-00000-of-00002, my_train.parquet.
+_TRAIN = re.compile(r"(^|[-._ /])(train|training)($|[-._ /0-9])")
+_OTHER_SPLIT = re.compile(r"(^|[-._ /])(validation|valid|val|dev|test|testing|eval|evaluation)($|[-._ /0-9])")
+
+
+def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
+    """Read a Parquet file, a glob, a folder of shards, or a URI of any of these.
+
+    Args:
+        source: what the user named.
+        config: names of columns and the image size, where the user gave them.
+        largest_size: the largest image size to choose.
+    Raises:
+        DataError: nothing to read, a column is missing or of the wrong type, or a label is out of range.
+    """
+    shards, notes = _open_shards(source)
+    schema = shards.schema
+    hints = _huggingface_features(schema)
+    label_column = _label_column(source, schema, hints, config.label_column)
+    id_column = _id_column(source, schema, config.id_column)
+    columns = _table(shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
+    num_rows = columns.num_rows
+    if not num_rows:
+        raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
+    ids = columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None
+    names = _class_names(hints, label_column)
+    raw_labels = _plain_labels(source, label_column, columns[label_column])
+
+    problems: dict[int, str]
+    if config.features_column is not None:
+        vectors_ND, problems = _read_vectors(source, shards, config.features_column, num_rows)
+        row_ids = ids or [str(row) for row in range(num_rows)]
+        content: PixelImages | LargeImages | Embeddings = Embeddings(vectors_ND)
+        contents: Sequence[int] | bytes = vectors_ND.tobytes()
+    else:
+        image_column = _image_column(source, schema, hints, config.image_column)
+        folder = Path(shards.files[0]).parent if "://" not in source else None
+        paths: list[str | None] = []
+        size = config.image_size
+        if size is None:
+            probed = _encoded(shards, image_column, folder, [], limit=PROBED_IMAGES)
+            size = choose_size(probed, largest_size)
+        stream = _encoded(shards, image_column, folder, paths)
+        if size <= LARGEST_KEPT_SIZE:
+            loaded = decode_once(stream, num_rows, size)
+        else:
+            spooled = SpooledImages(stream)
+            loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems)
+        content, problems, contents = loaded.content, loaded.problems, loaded.encoded_sizes
+        row_ids = ids or _path_ids(paths)
+
+    labels_N, class_names = class_indices(raw_labels, names, source, row_ids)
+    return Dataset(
+        source=source,
+        ids=row_ids,
+        labels_N=labels_N,
+        class_names=class_names,
+        content=content,
+        problems=problems,
+        fingerprint=fingerprint(row_ids, labels_N, class_names, contents),
+        notes=notes,
+    )
+
+
+def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
+    """Find the files that a path, glob, folder or URI names, sorted; of several splits the training one."""
+    try:
+        if "://" in source:
+            filesystem, root = pafs.FileSystem.from_uri(source)
+            files = _remote_files(filesystem, root)
+        else:
+            filesystem, root = pafs.LocalFileSystem(), source
+            files = _local_files(Path(source))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{source}: cannot be opened ({_first_line(error)}).") from error
+    if not files:
+        raise DataError(
+            f"{source}: no Parquet files found; expected a file, a glob or a folder of *.parquet."
+        )
+    training = [file for file in files if _TRAIN.search(_inner_name(file, root))]
+    other = [file for file in files if _OTHER_SPLIT.search(_inner_name(file, root)) and file not in training]
+    notes = []
+    if training and other:
+        files = [file for file in files if file not in other]
+        notes.append(f"reading the training split only ({len(files)} of {len(files) + len(other)} files)")
+    try:
+        return pads.dataset(files, format="parquet", filesystem=filesystem), notes
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{source}: cannot be read as Parquet ({_first_line(error)}); the file may be truncated."
+        ) from error
+
+
+def _local_files(path: Path) -> list[str]:
+    if path.is_dir():
+        found = path.rglob("*.parquet")
+        # A report's values.epochs/ and hidden folders are not data.
+        return sorted(
+            str(file)
+            for file in found
+            if not any(
+                part.startswith((".", "_")) or part.endswith(".epochs")
+                for part in file.parts[len(path.parts) :]
+            )
+        )
+    if path.is_file():
+        return [str(path)]
+    return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+
+
+def _remote_files(filesystem: pafs.FileSystem, root: str) -> list[str]:
+    if glob.has_magic(root):
+        parent = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
+        found = filesystem.get_file_info(pafs.FileSelector(parent, recursive=True))
+        return sorted(info.path for info in found if info.is_file and fnmatch.fnmatch(info.path, root))
+    info = filesystem.get_file_info(root)
+    if info.type == pafs.FileType.Directory:
+        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        return sorted(info.path for info in found if info.is_file and info.path.endswith(".parquet"))
+    return [root] if info.is_file else []
+
+
+def _inner_name(file: str, root: str) -> str:
+    """Return the part of a file's name that lies below what the user named, without the ending."""
+    inner: str = file[len(root) :] if file != root and file.startswith(root) else Path(file).name
+    return inner.removesuffix(".parquet")
+
+
+def _huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {name: hint for name, hint in features.items() if isinstance(hint, dict)}
+
+
+def _class_names(hints: dict[str, dict[str, object]], column: str) -> list[str] | None:
+    names = hints.get(column, {}).get("names")
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _image_column(
+    source: str, schema: pa.Schema, hints: dict[str, dict[str, object]], name: str | None
+) -> str:
+    if name is not None:
+        _check_column(source, schema, "--image-column", name, _is_image, "a struct {bytes, path} or binary")
+        return name
+    candidates = [field.name for field in schema if _is_image(field.type)]
+    preferred = [n for n in candidates if hints.get(n, {}).get("_type") == "Image"]
+    preferred = preferred or [n for n in IMAGE_NAMES if n in candidates] or candidates
+    if len(preferred) > 1:
+        preferred = [n for n in IMAGE_NAMES if n in preferred][:1] or preferred
+    if len(preferred) == 1:
+        return preferred[0]
+    if candidates:
+        raise DataError(
+            f"{source}: columns {', '.join(candidates)} could all hold the images; pass --image-column."
+        )
+    lists = [field.name for field in schema if _is_vector(field.type)]
+    advice = (
+        f"pass --features-column {lists[0]} to value embeddings" if lists else "images are structs or binary"
+    )
+    raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
+
+
+def _label_column(
+    source: str, schema: pa.Schema, hints: dict[str, dict[str, object]], name: str | None
+) -> str:
+    if name is not None:
+        expected = "integers, strings or booleans"
+        _check_column(source, schema, "--label-column", name, _is_label, expected)
+        return name
+    candidates: list[str] = [field.name for field in schema if _is_label(field.type)]
+    if "label" in candidates:
+        return "label"
+    class_labels = [n for n in candidates if hints.get(n, {}).get("_type") == "ClassLabel"]
+    if len(class_labels) == 1:
+        return class_labels[0]
+    for preferred in LABEL_NAMES:
+        if preferred in candidates:
+            return preferred
+    raise DataError(f"{source}: column 'label' not found; {_columns_are(schema)}; pass --label-column.")
+
+
+def _id_column(source: str, schema: pa.Schema, name: str | None) -> str | None:
+    if name is not None:
+        _check_column(source, schema, "--id-column", name, _is_id, "strings or integers")
+        return name
+    return next((n for n in ID_NAMES if n in schema.names and _is_id(schema.field(n).type)), None)
+
+
+def _check_column(
+    source: str, schema: pa.Schema, option: str, name: str, fits: Callable[[pa.DataType], bool], expected: str
+) -> None:
+    if name not in schema.names:
+        raise DataError(f"{source}: column '{name}' not found; {_columns_are(schema)}. Mend {option}.")
+    kind = schema.field(name).type
+    if not fits(kind):
+        raise DataError(f"{source}: column '{name}' holds {kind}; {option} needs {expected}.")
+
+
+def _columns_are(schema: pa.Schema) -> str:
+    return f"columns are {', '.join(schema.names)}"
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    return _is_binary(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+    return bool(number or _is_string(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_integer(kind) or _is_string(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
+
+
+def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[object]:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+        try:
+            column = column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{source}: column '{name}' holds fractions ({_first_line(error)}); labels are classes, so "
+                "pass a column of integers or strings with --label-column."
+            ) from error
+    labels: list[object] = column.to_pylist()
+    return labels
+
+
+def _path_ids(paths: Sequence[str | None]) -> list[str]:
+    """Return the paths inside the image column if they name every row, else the rows' numbers."""
+    names = [path for path in paths if path]
+    return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
+
+
+def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Read columns in order, a bounded number of rows at a time, however large the row groups are."""
+    options = pads.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+    scanner = shards.scanner(
+        columns=columns,
+        batch_size=rows,
+        batch_readahead=1,
+        fragment_readahead=1,
+        fragment_scan_options=options,
+        use_threads=False,
+    )
+    try:
+        yield from scanner.to_batches()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{shards.files[0]}{' and others' if len(shards.files) > 1 else ''}: reading "
+            f"{', '.join(columns)} failed "
+            f"({_first_line(error)}); the file may be damaged, or differ from the others."
+        ) from error
+
+
+def _table(shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
+    schema = pa.schema([shards.schema.field(name) for name in columns])
+    return pa.Table.from_batches(_batches(shards, columns, COLUMN_ROWS), schema=schema)
+
+
+def _encoded(
+    shards: pads.FileSystemDataset,
+    column: str,
+    folder: Path | None,
+    paths: list[str | None],
+    limit: int | None = None,
+) -> Iterator[Encoded]:
+    """Yield every image's bytes; append its path inside the column, if it has one, to `paths`."""
+    rows = itertools.chain.from_iterable(
+        batch.column(0).to_pylist() for batch in _batches(shards, [column], IMAGE_ROWS)
+    )
+    for image in itertools.islice(rows, limit):
+        encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        paths.append(path)
+        if encoded is None and path and folder is not None:
+            # The convention for images that were not embedded.
+            try:
+                encoded = (folder / path).read_bytes()
+            except OSError as error:
+                yield UnreadableImageError(f"{path}: {error.strerror or type(error).__name__}")
+                continue
+        yield UnreadableImageError("no image in this row") if encoded is None else encoded
+
+
+def _read_vectors(
+    source: str, shards: pads.FileSystemDataset, column: str, num_rows: int
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    _check_column(source, shards.schema, "--features-column", column, _is_vector, "lists of numbers")
+    vectors_ND: NDArray[np.float32] | None = None
+    problems: dict[int, str] = {}
+    start = 0
+    for batch in _batches(shards, [column], COLUMN_ROWS):
+        lists = batch.column(0)
+        lengths = pc.list_value_length(lists)
+        for offset in pc.indices_nonzero(pc.is_null(lists)).to_pylist():
+            problems[start + offset] = "no features in this row"
+        present = lists.drop_null()
+        if len(present):
+            distinct = pc.unique(lengths.drop_null()).to_pylist()
+            width = vectors_ND.shape[1] if vectors_ND is not None else distinct[0]
+            if distinct != [width]:
+                wrong = next(i for i, n in enumerate(lengths.to_pylist()) if n not in (None, width))
+                raise DataError(
+                    f"{source}: column '{column}' has {width} numbers in its first rows and "
+                    f"{lengths[wrong].as_py()} in row {start + wrong:,}; embeddings need one length."
+                )
+            if width == 0:
+                raise DataError(f"{source}: column '{column}' holds empty lists; embeddings need numbers.")
+            if vectors_ND is None:
+                vectors_ND = np.zeros((num_rows, width), dtype=np.float32)
+            numbers = present.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+            rows = start + np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
+            vectors_ND[rows] = numbers.reshape(len(rows), width)
+        start += len(batch)
+    if vectors_ND is None:
+        raise DataError(f"{source}: column '{column}' is null in every row; embeddings need numbers.")
+    for row in np.flatnonzero(~np.isfinite(vectors_ND).all(1)).tolist():
+        problems[row] = "features are not finite numbers"
+        vectors_ND[row] = 0
+    return vectors_ND, problems
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

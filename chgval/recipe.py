@@ -1,0 +1,71 @@
+"""How to train where the user did not say: chosen from the data, the model's kind and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from chgval.config import TrainConfig
+
+# On a CPU, images are shrunk to what a small network can learn from in reasonable time.
+LARGEST_SIZE_ON_CPU = 64
+LARGEST_SIZE = 224
+BATCH_SIZE = 128
+# A tenth of the samples: an epoch of a small dataset must still have steps to learn in.
+SMALLEST_SHARE_OF_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The resolved settings of a training run; see TrainConfig for what each means."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: Literal["one-cycle", "cosine"]
+    augment: Literal["none", "crop", "crop-flip"]
+
+
+def largest_image_size(arch: str | None, device_type: str) -> int:
+    """Return the largest image size to choose; an architecture that the user names gets its usual 224."""
+    small_model = arch in (None, "resnet8", "resnet20")
+    return LARGEST_SIZE_ON_CPU if device_type == "cpu" and small_model else LARGEST_SIZE
+
+
+def choose_arch(image_size: int | None, device_type: str) -> str:
+    """Return the default model: logistic regression for embeddings (no image size), else a ResNet."""
+    if image_size is None:
+        return "linear"
+    return "resnet8" if device_type == "cpu" else "resnet18"
+
+
+def choose_recipe(
+    config: TrainConfig, num_samples: int, *, has_batch_norm: bool, num_features: int | None, flips: bool
+) -> Recipe:
+    """Fill in what the user left open.
+
+    Args:
+        config: what the user said.
+        num_samples: usable samples.
+        has_batch_norm: networks without it diverge at the learning rates of those with it.
+        num_features: length of the embeddings; None for images.
+        flips: whether a mirrored sample still belongs to its class.
+    """
+    batch_size = min(BATCH_SIZE, max(8, num_samples // SMALLEST_SHARE_OF_STEPS))
+    if num_features is not None:
+        # The curvature of the loss grows with the squared length of the (normalised) inputs.
+        epochs, lr = 20, min(0.1, 6.4 / num_features)
+    else:
+        epochs = 30 if num_samples <= 5_000 else 15
+        lr = 0.1 if has_batch_norm else 0.01
+    return Recipe(
+        epochs=config.epochs or epochs,
+        batch_size=config.batch_size or batch_size,
+        lr=config.lr or lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        augment=config.augment or ("crop-flip" if flips else "crop"),
+    )

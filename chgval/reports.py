@@ -1,0 +1,250 @@
+"""The values report: its columns, its metadata, and how it gets to disk or down a pipe.
+
+docs/reports.md describes every column.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from chgval.config import OutputConfig, ReportFormat
+from chgval.data.dataset import Dataset
+from chgval.errors import OutputError
+from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, RunSignals
+
+# Raised whenever a column changes its name, type or meaning.
+REPORT_VERSION = 1
+METADATA_KEY = b"chgval"
+ROW_GROUP_ROWS = 262_144
+
+VALUES_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("label_name", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("value_std", pa.float64()),
+        pa.field("value_stderr", pa.float64()),
+        pa.field("rank", pa.int64()),
+        pa.field("percentile", pa.float64()),
+        pa.field("loss_mean", pa.float64()),
+        pa.field("margin_mean", pa.float64()),
+        pa.field("el2n_mean", pa.float64()),
+        pa.field("label_probability_mean", pa.float64()),
+        pa.field("forgetting_events", pa.int64()),
+        pa.field("num_epochs", pa.int64(), nullable=False),
+        pa.field("predicted_label", pa.int64()),
+        pa.field("predicted_name", pa.string()),
+        pa.field("predicted_probability", pa.float64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+EPOCH_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("loss", pa.float32()),
+        pa.field("margin", pa.float32()),
+        pa.field("el2n", pa.float32()),
+        pa.field("label_probability", pa.float32()),
+        pa.field("predicted_label", pa.int32()),
+    ]
+)
+
+
+def values_table(dataset: Dataset, signals: RunSignals) -> pa.Table:
+    """Return the report: one row per input row, in input order."""
+    names = np.array([*dataset.class_names, None], dtype=object)  # index -1 gives None
+    rank_N, percentile_N = _ranks(signals.value_N)
+    seen_N = signals.num_epochs_N > 0
+    columns = {
+        "index": np.arange(len(dataset)),
+        "id": dataset.ids,
+        "label": dataset.labels_N,
+        "label_name": names[dataset.labels_N],
+        "value": _or_null(signals.value_N),
+        "value_std": _or_null(signals.value_std_N),
+        "value_stderr": _or_null(signals.value_stderr_N),
+        "rank": pa.array(rank_N, mask=rank_N == 0),
+        "percentile": _or_null(percentile_N),
+        "loss_mean": _or_null(signals.loss_N),
+        "margin_mean": _or_null(signals.margin_N),
+        "el2n_mean": _or_null(signals.el2n_N),
+        "label_probability_mean": _or_null(signals.label_probability_N),
+        "forgetting_events": pa.array(signals.forgetting_events_N, mask=~seen_N),
+        "num_epochs": signals.num_epochs_N,
+        "predicted_label": pa.array(signals.predicted_label_N, mask=~seen_N),
+        "predicted_name": names[signals.predicted_label_N],
+        "predicted_probability": _or_null(signals.predicted_probability_N),
+        "status": dataset.statuses(),
+        "reason": [dataset.problems.get(row) for row in range(len(dataset))],
+    }
+    return pa.table(columns, schema=VALUES_SCHEMA)
+
+
+def epoch_table(signals: EpochSignals) -> pa.Table:
+    """Return one epoch's values and signals: one row per input row."""
+    unseen_N = signals.predicted_label_N < 0
+    columns = {
+        "index": np.arange(len(signals.value_N)),
+        "value": _or_null(signals.value_N),
+        "loss": _or_null(signals.loss_N.astype(np.float32)),
+        "margin": _or_null(signals.margin_N.astype(np.float32)),
+        "el2n": _or_null(signals.el2n_N.astype(np.float32)),
+        "label_probability": _or_null(signals.label_probability_N.astype(np.float32)),
+        "predicted_label": pa.array(signals.predicted_label_N.astype(np.int32), mask=unseen_N),
+    }
+    return pa.table(columns, schema=EPOCH_SCHEMA)
+
+
+def with_metadata(table: pa.Table, metadata: dict[str, object]) -> pa.Table:
+    """Attach what is known of the run under the schema's key `chgval`."""
+    text = json.dumps({"report_version": REPORT_VERSION, **metadata}, ensure_ascii=False)
+    return table.replace_schema_metadata({METADATA_KEY: text.encode("utf-8", "surrogateescape")})
+
+
+class ReportWriter:
+    """Writes a run's report and, for a report in a file, one part per epoch beside it.
+
+    `check` lets a run find out before it reads and trains what it may not write; creating the writer makes
+    the folder of the parts.
+
+    Args:
+        config: where to write.
+    Raises:
+        OutputError: the output exists and may not be replaced, or cannot be written.
+    """
+
+    def __init__(self, config: OutputConfig) -> None:
+        self.check(config)
+        self._config = config
+        self._path = Path(config.path)
+        self.epochs_folder: Path | None = None
+        if not config.to_stdout:
+            self.epochs_folder = epochs_folder(config)
+            with _could_not_write(self.epochs_folder):
+                for part in self.epochs_folder.glob("epoch=*"):
+                    shutil.rmtree(part)
+                self.epochs_folder.mkdir(exist_ok=True)
+
+    @staticmethod
+    def check(config: OutputConfig) -> None:
+        """Raise OutputError where the output cannot be written; leave everything as it is."""
+        path, report_format = Path(config.path), config.resolved_format
+        if config.to_stdout:
+            if sys.stdout.isatty() and report_format in ("parquet", "arrow"):
+                raise OutputError(
+                    f"--output -: standard output is a terminal, and {report_format} is not text; "
+                    "redirect it, or pass --format csv."
+                )
+            return
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; --output needs a file name.")
+        for existing in (path, epochs_folder(config)):
+            if (existing.exists() or existing.is_symlink()) and not config.overwrite:
+                raise OutputError(f"{existing}: exists already; pass --overwrite, or another --output.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
+        with _could_not_write(path):
+            _part(path).touch()
+            _part(path).unlink()
+
+    def write_epoch(self, record: EpochRecord, metadata: dict[str, object]) -> None:
+        """Put one epoch's values where a reader finds them at once: epochs/epoch=3/values.parquet."""
+        if self.epochs_folder is None or record.signals is None:
+            return
+        folder = self.epochs_folder / f"epoch={record.epoch}"
+        path = folder / "values.parquet"
+        with _could_not_write(path):
+            folder.mkdir(exist_ok=True)
+            with _replacing(path) as file:
+                _write(with_metadata(epoch_table(record.signals), metadata), file, "parquet")
+
+    def write(self, table: pa.Table, metadata: dict[str, object]) -> None:
+        """Write the report. A file appears under its name only when it is complete."""
+        table = with_metadata(table, metadata)
+        if self._config.to_stdout:
+            _write(table, sys.stdout.buffer, self._config.resolved_format)
+            sys.stdout.buffer.flush()
+            return
+        with _could_not_write(self._path), _replacing(self._path) as file:
+            _write(table, file, self._config.resolved_format)
+
+
+def epochs_folder(config: OutputConfig) -> Path:
+    """Return the folder of the per-epoch parts: values.epochs beside values.parquet."""
+    path = Path(config.path)
+    return path.with_name(f"{path.stem}.epochs")
+
+
+def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None:
+    match report_format:
+        case "parquet":
+            pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+        case "arrow":
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table, ROW_GROUP_ROWS)
+        case "csv":
+            pacsv.write_csv(table, file)
+        case "jsonl":
+            for batch in table.to_batches(ROW_GROUP_ROWS):
+                for row in batch.to_pylist():
+                    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its name only when it was written whole and lies on the disk."""
+    part = _part(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _could_not_write(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written ({reason}); pass another --output.") from error
+
+
+def _or_null(figure_N: NDArray[np.floating]) -> pa.Array:
+    return pa.array(figure_N, mask=np.isnan(figure_N))
+
+
+def _ranks(value_N: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Return ranks (1 is the highest value, 0 is none; ties by index) and percentiles (100 is highest)."""
+    rank_N = np.zeros(len(value_N), dtype=np.int64)
+    percentile_N = np.full(len(value_N), np.nan)
+    rows = np.flatnonzero(~np.isnan(value_N))
+    order = rows[np.argsort(-value_N[rows], kind="stable")]
+    rank_N[order] = np.arange(1, len(order) + 1)
+    percentile_N[order] = 100 * (len(order) - rank_N[order]) / max(1, len(order) - 1)
+    return rank_N, percentile_N

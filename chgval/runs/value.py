@@ -1,0 +1,372 @@
+"""`chgval value`: train once, and report what every sample is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import torch
+import torchvision
+from torch import nn
+
+import chgval
+from chgval.accumulate import Utility, ValueAccumulator
+from chgval.config import ValueConfig
+from chgval.console import Console, histogram
+from chgval.data.dataset import Dataset, Embeddings, LargeImages
+from chgval.data.loader import Loader, make_loader
+from chgval.data.open import open_dataset
+from chgval.errors import SettingsError
+from chgval.models import InputShape, SplitModel, build_model
+from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
+from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
+from chgval.reports import ReportWriter, values_table
+from chgval.training import train_epochs
+
+SHOWN_SAMPLES = 5
+SHOWN_CLASSES = 20
+SHOWN_PROBLEMS = 5
+# Share of a GPU's free memory that the accumulator's buffers may take; beyond it they stay on the host.
+ACCUMULATOR_MEMORY_SHARE = 0.25
+# An epoch with a pass of its own costs about this much more: a forward pass beside a forward and a backward.
+SEPARATE_PASS_COST = 1.4
+# The plan times this many readings of the training loop.
+TIMED_READINGS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a run consists of, ready to start."""
+
+    dataset: Dataset
+    arch: str
+    model: SplitModel
+    loader: Loader
+    recipe: Recipe
+    device: torch.device
+    generator: torch.Generator
+    accumulator: ValueAccumulator | None
+
+
+def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
+    """Value a dataset and write the report; with mode "none", train the same without valuing.
+
+    Args:
+        config: the settings.
+        console: where to tell what happens.
+        command: the command line, for the report's metadata.
+    Raises:
+        ChgvalError: see the modules that this calls.
+    """
+    started = time.perf_counter()
+    if config.mode != "none":
+        ReportWriter.check(config.output)
+    with torch.random.fork_rng():
+        run = prepare(config, console)
+        console.settings(_settings_shown(run, config))
+        writer = ReportWriter(config.output) if config.mode != "none" else None
+        metadata = _metadata(run, config, command)
+        finished = _train(run, config, console, writer, metadata)
+    seconds = time.perf_counter() - started
+    if writer is None or run.accumulator is None:
+        console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
+        return
+    signals = run.accumulator.run_signals()
+    table = values_table(run.dataset, signals)
+    writer.write(table, {**metadata, "epochs": finished, "wall_seconds": round(seconds, 3), "finished": True})
+    _tell_problems(run.dataset, console)
+    console.summary(summarise(run.dataset, signals))
+    statuses = run.dataset.statuses()
+    counts = ", ".join(
+        f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])
+    )
+    target = "standard output" if config.output.to_stdout else config.output.path
+    console.say(f"\n{len(run.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
+
+
+def run_plan(config: ValueConfig, console: Console) -> None:
+    """Tell what a run would do and cost, from a few timed steps, and stop."""
+    if config.mode != "none":
+        ReportWriter.check(config.output)
+    with torch.random.fork_rng():
+        run = prepare(config, console)
+        console.settings([*_settings_shown(run, config), *_costs(run, config)])
+
+
+def prepare(config: ValueConfig, console: Console) -> Run:
+    """Read the data, build the model and resolve all that the user left open.
+
+    Seeds torch's global generator, which dropout layers draw from; the caller puts it back.
+    """
+    train = config.train
+    torch.manual_seed(train.seed)
+    generator = torch.Generator().manual_seed(train.seed)
+    device = pick_device(train.device)
+    console.detail(f"reading {config.data.source}")
+    dataset = open_dataset(config.data, largest_image_size(train.arch, device.type))
+    for note in dataset.notes:
+        console.say(f"note: {note}")
+    is_embedding = isinstance(dataset.content, Embeddings)
+    arch = train.arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
+    shape = InputShape(dataset.input_size, is_embedding)
+    model = build_model(arch, dataset.num_classes, shape, generator, train.weights)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = choose_recipe(
+        train,
+        len(dataset.usable_rows()),
+        has_batch_norm=any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
+        num_features=dataset.input_size if is_embedding else None,
+        flips=dataset.flips,
+    )
+    if train.compile_model:
+        model.backbone.compile()
+    loader = make_loader(
+        dataset,
+        batch_size=recipe.batch_size,
+        augment=recipe.augment,
+        device=device,
+        mean=config.data.mean,
+        std=config.data.std,
+        workers=config.data.workers,
+        fail_on_error=config.data.on_error == "fail",
+    )
+    accumulator = None if config.mode == "none" else _make_accumulator(config, dataset, model, device)
+    return Run(dataset, arch, model, loader, recipe, device, generator, accumulator)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; auto takes the fastest there is.
+
+    Raises:
+        SettingsError: this machine, or this build of PyTorch, does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError("--device mps: not available on this machine.")
+    return device
+
+
+def summarise(dataset: Dataset, signals: RunSignals) -> RunSummary:
+    """Pick out of the signals what a person wants to see."""
+    rows = np.flatnonzero(~np.isnan(signals.value_N))
+    order = rows[np.argsort(signals.value_N[rows], kind="stable")]
+    labels = dataset.labels_N[rows]
+    values, agrees = signals.value_N[rows], signals.predicted_label_N[rows] == labels
+    counts = np.bincount(labels, minlength=dataset.num_classes)
+    safe_counts = counts.clip(min=1)
+    means = np.bincount(labels, weights=values, minlength=dataset.num_classes) / safe_counts
+    agreements = np.bincount(labels, weights=agrees, minlength=dataset.num_classes) / safe_counts
+    shown = range(dataset.num_classes)
+    if dataset.num_classes > SHOWN_CLASSES:
+        shown = np.argsort(-counts, kind="stable")[:SHOWN_CLASSES].tolist()
+    histogram_counts, edges = histogram(values)
+
+    def line(row: int) -> SampleLine:
+        return SampleLine(
+            id=dataset.ids[row],
+            label_name=dataset.class_names[dataset.labels_N[row]],
+            predicted_name=dataset.class_names[signals.predicted_label_N[row]],
+            value=float(signals.value_N[row]),
+        )
+
+    return RunSummary(
+        classes=[
+            ClassLine(
+                name=dataset.class_names[label],
+                num_samples=int(counts[label]),
+                mean_value=float(means[label]),
+                agreement=float(agreements[label]),
+            )
+            for label in shown
+        ],
+        hidden_classes=dataset.num_classes - len(shown),
+        lowest=[line(row) for row in order[:SHOWN_SAMPLES]],
+        highest=[line(row) for row in order[::-1][:SHOWN_SAMPLES]],
+        histogram_counts=histogram_counts,
+        histogram_edges=edges,
+    )
+
+
+def _train(
+    run: Run,
+    config: ValueConfig,
+    console: Console,
+    writer: ReportWriter | None,
+    metadata: dict[str, object],
+) -> int:
+    """Train to the end, showing and writing each epoch as it comes; return how many there were."""
+    finished = 0
+    with console.progress(run.recipe.epochs * run.loader.num_batches) as shown:
+        for record in _records(run, separate_pass=config.mode == "exact"):
+            shown.show(record)
+            if isinstance(record, EpochRecord):
+                finished = record.epoch
+                if writer is not None:
+                    writer.write_epoch(record, metadata)
+    return finished
+
+
+def _records(run: Run, *, separate_pass: bool) -> Iterator[StepRecord | EpochRecord]:
+    return train_epochs(
+        run.model,
+        run.loader,
+        run.recipe,
+        device=run.device,
+        generator=run.generator,
+        accumulator=run.accumulator,
+        separate_pass=separate_pass,
+    )
+
+
+def _make_accumulator(
+    config: ValueConfig, dataset: Dataset, model: SplitModel, device: torch.device
+) -> ValueAccumulator:
+    needed = ValueAccumulator.memory_bytes(len(dataset), dataset.num_classes, model.head.in_features)
+    if device.type == "cuda" and needed > ACCUMULATOR_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    return ValueAccumulator(
+        torch.from_numpy(dataset.labels_N).to(device),
+        dataset.num_classes,
+        model.head.in_features,
+        has_bias=model.head.bias is not None,
+        utility=Utility(config.utility),
+        per_class=config.per_class,
+    )
+
+
+def _settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
+    dataset, recipe = run.dataset, run.recipe
+    kind = "numbers" if isinstance(dataset.content, Embeddings) else "px"
+    decoded = ", decoded at each use" if isinstance(dataset.content, LargeImages) else ""
+    usable = len(dataset.usable_rows())
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    stem = ", small-image stem" if run.model.small_stem else ""
+    valuing = {
+        "online": f"{config.utility} values from the training steps",
+        "exact": f"{config.utility} values from a pass before each epoch",
+        "none": "no values",
+    }[config.mode]
+    return [
+        (
+            "data",
+            f"{dataset.source}: {len(dataset):,} rows, {usable:,} usable, {dataset.num_classes:,} classes, "
+            f"{dataset.input_size} {kind}{decoded}",
+        ),
+        ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}"),
+        (
+            "training",
+            f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
+            f"augment {recipe.augment}, seed {config.train.seed}",
+        ),
+        ("values", f"{valuing}{', within each class' if config.per_class else ''}"),
+    ]
+
+
+def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
+    """Time a few steps; they also show the memory that a run takes."""
+    readings: list[StepRecord] = []
+    for record in _records(run, separate_pass=False):
+        if isinstance(record, EpochRecord) or len(readings) == TIMED_READINGS:
+            break
+        readings.append(record)
+    first, last = readings[0], readings[-1]
+    samples, seconds = last.num_samples, last.seconds
+    if len(readings) > 1:  # the first steps also pay for what is done once
+        samples, seconds = samples - first.num_samples, seconds - first.seconds
+    rate = samples / seconds
+    epoch_seconds = len(run.dataset.usable_rows()) / rate
+    if config.mode == "exact":
+        epoch_seconds *= SEPARATE_PASS_COST
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    costs = [
+        ("speed", f"{rate:,.0f} samples/s, over {samples:,} samples"),
+        (
+            "time",
+            f"about {_duration(epoch_seconds * run.recipe.epochs)} ({_duration(epoch_seconds)} an epoch)",
+        ),
+        ("memory", f"{_gibibytes(host)} on the host (peak so far)"),
+    ]
+    if run.device.type == "cuda":
+        costs.append(("", f"{_gibibytes(torch.cuda.max_memory_allocated(run.device))} on {run.device}"))
+    if run.accumulator is not None:
+        needed = ValueAccumulator.memory_bytes(
+            len(run.dataset), run.dataset.num_classes, run.model.head.in_features
+        )
+        costs.append(("", f"{_gibibytes(needed)} of it for valuing, on {run.accumulator.labels_N.device}"))
+        if config.output.to_stdout:
+            costs.append(("output", "standard output"))
+        else:
+            costs.append(("output", config.output.path))
+    return costs
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def _tell_problems(dataset: Dataset, console: Console) -> None:
+    if not dataset.problems:
+        return
+    rows = sorted(dataset.problems)
+    console.warn(f"{len(rows):,} of {len(dataset):,} samples could not be read; they have no value:")
+    for row in rows[:SHOWN_PROBLEMS]:
+        console.warn(f"  {dataset.ids[row]}: {dataset.problems[row]}")
+    if len(rows) > SHOWN_PROBLEMS:
+        console.warn(f"  ... and {len(rows) - SHOWN_PROBLEMS:,} more (status 'unreadable' in the report)")
+
+
+def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
+    statistics = run.loader.statistics
+    settings = dataclasses.asdict(config)
+    settings["train"].update(dataclasses.asdict(run.recipe), arch=run.arch, device=str(run.device))
+    settings["data"].update(
+        image_size=None if isinstance(run.dataset.content, Embeddings) else run.dataset.input_size,
+        mean=statistics.mean.flatten().tolist(),
+        std=statistics.std.flatten().tolist(),
+    )
+    return {
+        "version": chgval.__version__,
+        "command": command,
+        "settings": _as_json(settings),
+        "class_names": list(run.dataset.class_names),
+        "fingerprint": run.dataset.fingerprint,
+        "seed": config.train.seed,
+        "device": str(run.device),
+        "libraries": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+            "pyarrow": str(pyarrow.__version__),
+            "numpy": str(np.__version__),
+        },
+    }
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

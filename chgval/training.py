@@ -1,0 +1,145 @@
+"""The one training loop. Valuation observes it; it does not change what is trained.
+
+Shape legend: B rows of one batch, C classes, D last-layer inputs, S steps of one epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from chgval.accumulate import ValueAccumulator
+from chgval.data.loader import Loader
+from chgval.errors import DataError, NonFiniteError
+from chgval.recipe import Recipe
+from chgval.records import EpochRecord, StepRecord
+
+# The host reads the losses every so many steps, so that on a GPU no step waits for it.
+STEPS_BETWEEN_READINGS = 10
+# Share of the steps in which the one-cycle schedule rises.
+WARM_UP_SHARE = 0.25
+
+
+def train_epochs(
+    model: nn.Module,
+    loader: Loader,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    generator: torch.Generator,
+    accumulator: ValueAccumulator | None = None,
+    separate_pass: bool = False,
+) -> Iterator[StepRecord | EpochRecord]:
+    """Train, and yield what happens: some records of steps, then the record of each epoch.
+
+    Args:
+        model: returns (logits, last-layer inputs); lies on the device.
+        loader: where the batches come from.
+        recipe: how to train.
+        device: where to train.
+        generator: order and augmentation are drawn from it.
+        accumulator: observes the epochs, if they are to be valued.
+        separate_pass: whether the accumulator sees a pass of its own before each epoch (Algorithm 1 to the
+            letter: no augmentation, evaluation mode), or the training steps themselves.
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+        DataError: no sample is left that can be read.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+        foreach=True,
+    )
+    total_steps = recipe.epochs * loader.num_batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor(recipe.schedule, step, total_steps)
+    )
+    for epoch in range(1, recipe.epochs + 1):
+        started = time.perf_counter()
+        if accumulator is not None and separate_pass:
+            observe(model, loader, accumulator, device)
+        training_started = time.perf_counter()
+        model.train()
+        num_steps, num_samples = loader.num_batches, 0
+        losses_S = torch.zeros(num_steps, device=device)
+        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        for step, batch in enumerate(loader.training_batches(generator), start=1):
+            with _autocast(device):
+                logits_BC, features_BD = model(batch.inputs_B)
+            losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
+            loss = losses_B.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if accumulator is not None and not separate_pass:
+                accumulator.update(batch.indices_B, logits_BC, features_BD)
+
+            losses_S[step - 1] = loss.detach()
+            loss_sum += losses_B.detach().sum()
+            right += (logits_BC.detach().argmax(1) == batch.labels_B).sum()
+            num_samples += len(batch.labels_B)
+            if step % STEPS_BETWEEN_READINGS == 0 or step == num_steps:
+                _check_finite(losses_S, epoch, recipe)
+                yield StepRecord(
+                    epoch=epoch,
+                    num_epochs=recipe.epochs,
+                    step=step,
+                    num_steps=num_steps,
+                    loss=loss_sum.item() / num_samples,
+                    accuracy=right.item() / num_samples,
+                    num_samples=num_samples,
+                    seconds=time.perf_counter() - training_started,
+                )
+        if not num_samples:
+            raise DataError("none of the images could be decoded; check the files.")
+        yield EpochRecord(
+            epoch=epoch,
+            num_epochs=recipe.epochs,
+            loss=loss_sum.item() / num_samples,
+            accuracy=right.item() / num_samples,
+            num_samples=num_samples,
+            signals=None if accumulator is None else accumulator.finish_epoch(),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def observe(model: nn.Module, loader: Loader, accumulator: ValueAccumulator, device: torch.device) -> None:
+    """Show the accumulator every sample once, as it is, without training (Algorithm 1, step 3)."""
+    model.eval()
+    with torch.inference_mode(), _autocast(device):
+        for batch in loader.plain_batches():
+            logits_BC, features_BD = model(batch.inputs_B)
+            accumulator.update(batch.indices_B, logits_BC, features_BD)
+
+
+def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
+    """Return the share of the highest learning rate at a step (from 0)."""
+    progress = (step + 0.5) / total_steps
+    if schedule == "one-cycle":
+        if progress < WARM_UP_SHARE:
+            return progress / WARM_UP_SHARE
+        progress = (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _check_finite(losses_S: Tensor, epoch: int, recipe: Recipe) -> None:
+    bad_S = ~losses_S.isfinite()
+    if bad_S.any():
+        step = int(bad_S.int().argmax()) + 1
+        raise NonFiniteError(
+            f"the training loss became {losses_S[step - 1].item()} at epoch {epoch}, step {step} of "
+            f"{len(losses_S)}; try a lower --lr (it was {recipe.lr:g}), or check --mean and --std."
+        )
