@@ -211,7 +211,7 @@ def _train(
     """Train to the end, showing and writing each epoch as it comes; return how many there were."""
     finished = 0
     with console.progress(run.recipe.epochs * run.loader.num_batches) as shown:
-        for record in _records(run, separate_pass=config.mode == "exact"):
+        for record in records(run, separate_pass=config.mode == "exact"):
             shown.show(record)
             if isinstance(record, EpochRecord):
                 finished = record.epoch
@@ -220,7 +220,8 @@ def _train(
     return finished
 
 
-def _records(run: Run, *, separate_pass: bool) -> Iterator[StepRecord | EpochRecord]:
+def records(run: Run, *, separate_pass: bool) -> Iterator[StepRecord | EpochRecord]:
+    """Start a prepared run: train, and yield its records."""
     return train_epochs(
         run.model,
         run.loader,
@@ -281,7 +282,7 @@ def _settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
 def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
     """Time a few steps; they also show the memory that a run takes."""
     readings: list[StepRecord] = []
-    for record in _records(run, separate_pass=False):
+    for record in records(run, separate_pass=False):
         if isinstance(record, EpochRecord) or len(readings) == TIMED_READINGS:
             break
         readings.append(record)

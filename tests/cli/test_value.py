@@ -1,0 +1,320 @@
+"""chgval value, as a person or a pipeline runs it."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from tests.conftest import write_folder
+
+FAST = ["--arch", "resnet8", "--epochs", "2"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, ["value", *map(str, args)])
+
+
+def run_process(*args, **options):
+    command = [sys.executable, "-m", "chgval", *map(str, args)]
+    return subprocess.run(command, capture_output=True, timeout=300, **options)
+
+
+def metadata_of(path):
+    return json.loads(pq.read_schema(path).metadata[b"chgval"])
+
+
+def test_a_folder_of_images_gives_a_report_and_its_epochs(image_folder, tmp_path):
+    out = tmp_path / "v.parquet"
+    result = invoke(image_folder, *FAST, "-o", out)
+    assert result.exit_code == 0 and result.stdout == ""
+    rows = pq.read_table(out).to_pylist()
+    assert [row["id"] for row in rows] == [f"{c}/{n:03d}.png" for c in ("cat", "dog") for n in range(20)]
+    assert sorted(row["rank"] for row in rows) == list(range(1, 41))
+    assert {row["status"] for row in rows} == {"valued"} and {row["num_epochs"] for row in rows} == {2}
+    epochs = pads.dataset(tmp_path / "v.epochs", partitioning="hive").to_table().to_pandas()
+    mean = epochs.groupby("index")["value"].mean()
+    np.testing.assert_allclose([row["value"] for row in rows], mean, rtol=1e-12)
+    mean = epochs.groupby("index")["margin"].mean()
+    np.testing.assert_allclose([row["margin_mean"] for row in rows], mean, rtol=1e-5)
+
+    facts = metadata_of(out)
+    assert facts["class_names"] == ["cat", "dog"] and facts["epochs"] == 2 and facts["seed"] == 0
+    assert facts["settings"]["train"]["lr"] == 0.1 and facts["settings"]["data"]["image_size"] == 12
+    assert facts["libraries"].keys() >= {"torch", "python"} and facts["wall_seconds"] > 0
+    assert len(facts["fingerprint"]) == 32 and facts["device"] == "cpu"
+
+    for line in ("epoch 2/2", "Classes", "Lowest values", "Highest values", "40 rows (40 valued)"):
+        assert line in result.stderr
+    assert max(map(len, result.stderr.split("Classes")[1].splitlines())) <= 80
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(image_folder, tmp_path):
+    values = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert invoke(image_folder, *FAST, "--seed", seed, "-o", tmp_path / f"{name}.parquet").exit_code == 0
+        values.append(np.array(pq.read_table(tmp_path / f"{name}.parquet")["value"]))
+    assert (values[0] == values[1]).all() and not (values[0] == values[2]).any()
+
+
+def test_parquet_and_folder_of_the_same_images_give_the_same_values(image_folder, tmp_path):
+    files = sorted(image_folder.glob("*/*.png"))
+    table = pa.table(
+        {
+            "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+            "label": [file.parent.name for file in files],
+        }
+    )
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=7)
+    assert invoke(image_folder, *FAST, "-o", tmp_path / "f.parquet").exit_code == 0
+    assert invoke(tmp_path / "d.parquet", *FAST, "-o", tmp_path / "p.parquet").exit_code == 0
+    folder, parquet = (pq.read_table(tmp_path / name) for name in ("f.parquet", "p.parquet"))
+    for column in ("value", "margin_mean", "label", "predicted_label"):
+        assert folder[column].to_pylist() == parquet[column].to_pylist()
+
+
+@pytest.mark.parametrize("mode", ["online", "exact"])
+@pytest.mark.parametrize("utility", ["chg", "gradient", "hardness"])
+def test_values_of_all_samples_sum_to_a_utility_that_all_modes_have(image_folder, tmp_path, mode, utility):
+    out = tmp_path / "v.csv"
+    result = invoke(image_folder, *FAST, "--mode", mode, "--utility", utility, "-o", out)
+    assert result.exit_code == 0
+    rows = list(csv.DictReader(out.open()))
+    total, mean_loss = sum(float(r["value"]) for r in rows), np.mean([float(r["loss_mean"]) for r in rows])
+    assert total > 0  # ||mean gradient||², or the mean loss
+    if utility == "hardness":
+        assert total == pytest.approx(mean_loss, rel=1e-6)
+
+
+def test_per_class_values_differ_and_no_values_writes_nothing(image_folder, tmp_path):
+    assert invoke(image_folder, *FAST, "-o", tmp_path / "a.parquet").exit_code == 0
+    assert invoke(image_folder, *FAST, "--per-class", "-o", tmp_path / "b.parquet").exit_code == 0
+    a, b = (pq.read_table(tmp_path / f"{n}.parquet") for n in "ab")
+    assert a["value"] != b["value"] and a["margin_mean"] == b["margin_mean"]
+    result = invoke(image_folder, *FAST, "--no-values", "-o", tmp_path / "c.parquet")
+    assert result.exit_code == 0 and "nothing was valued" in result.stderr
+    assert not (tmp_path / "c.parquet").exists() and not (tmp_path / "c.epochs").exists()
+
+
+def test_embeddings_with_both_models(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=200)
+    vectors = rng.normal(size=(200, 6)) + 3 * np.eye(3, 6)[labels]
+    given = labels.copy()
+    given[:20] = (given[:20] + 1) % 3
+    pq.write_table(pa.table({"emb": list(vectors), "label": given}), tmp_path / "e.parquet")
+    for arch in ("linear", "mlp"):
+        result = invoke(
+            tmp_path / "e.parquet",
+            "--features-column",
+            "emb",
+            "--arch",
+            arch,
+            "-o",
+            tmp_path / f"{arch}.parquet",
+        )
+        assert result.exit_code == 0, result.stderr
+        table = pq.read_table(tmp_path / f"{arch}.parquet").to_pandas()
+        assert table["value"][:20].mean() < table["value"][20:].mean()
+        assert (table["predicted_label"][20:] == labels[20:]).mean() > 0.9
+
+
+def test_every_row_comes_out_whatever_became_of_it(tmp_path):
+    root = write_folder(tmp_path / "images", 5)
+    (root / "cat/002.png").write_bytes(b"broken")
+    result = invoke(root, *FAST, "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0
+    assert "1 of 10 samples could not be read" in result.stderr and "cat/002.png" in result.stderr
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    assert len(rows) == 10 and rows[2]["status"] == "unreadable" and rows[2]["value"] is None
+    assert rows[2]["reason"] == "not an image in a known format"
+    assert sum(row["value"] is not None for row in rows) == 9
+    strict = invoke(root, *FAST, "--on-error", "fail", "-o", tmp_path / "w.parquet")
+    assert strict.exit_code == 1 and "cat/002.png" in strict.stderr and not (tmp_path / "w.parquet").exists()
+
+
+def test_large_images_end_to_end(tmp_path):
+    root = write_folder(tmp_path / "images", 8, size=70)
+    broken = root / "dog/003.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    result = invoke(root, *FAST, "--image-size", 66, "--workers", 1, "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0 and "decoded at each use" in result.stderr
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    assert [row["status"] for row in rows].count("unreadable") == 1 and rows[11]["status"] == "unreadable"
+    assert sum(row["num_epochs"] == 2 for row in rows) == 15
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "csv", "jsonl"])
+def test_standard_output_carries_the_report_and_nothing_else(image_folder, tmp_path, form):
+    result = run_process("value", image_folder, *FAST, "-o", "-", "--format", form, cwd=tmp_path)
+    assert result.returncode == 0 and b"epoch 2/2" in result.stderr
+    readers = {
+        "parquet": lambda data: pq.read_table(pa.BufferReader(data)).num_rows,
+        "arrow": lambda data: pa.ipc.open_file(pa.BufferReader(data)).read_all().num_rows,
+        "csv": lambda data: len(list(csv.DictReader(io.StringIO(data.decode())))),
+        "jsonl": lambda data: len([json.loads(line) for line in data.decode().splitlines()]),
+    }
+    assert readers[form](result.stdout) == 40
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_stops_early_is_no_error(image_folder, tmp_path):
+    command = (
+        f"{sys.executable} -m chgval value {image_folder} --arch resnet8 --epochs 1 -q -o - --format csv"
+        " | head -n 1; echo ${PIPESTATUS[0]}"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    header, code = result.stdout.splitlines()
+    assert "id" in header and "value" in header and code == "0" and result.stderr == ""
+
+
+def test_quiet_says_nothing_and_verbose_says_more(image_folder, tmp_path):
+    quiet = invoke(image_folder, *FAST, "-q", "-o", tmp_path / "a.parquet")
+    assert quiet.exit_code == 0 and quiet.output == ""
+    verbose = invoke(image_folder, *FAST, "-v", "-o", tmp_path / "b.parquet")
+    assert "reading" in verbose.stderr and "step" in verbose.stderr
+
+
+def test_plan_tells_and_stops(image_folder, tmp_path):
+    result = invoke(image_folder, *FAST, "--plan", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0 and list(tmp_path.iterdir()) == []
+    for words in (
+        "40 rows",
+        "2 classes",
+        "resnet8",
+        "2 epochs",
+        "samples/s",
+        "about",
+        "on the host",
+        "v.parquet",
+    ):
+        assert words in result.stderr
+
+
+def test_interruption_keeps_the_epochs_and_exits_with_130(image_folder, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chgval", "value", image_folder, "--arch", "resnet8", "--epochs", "100000",
+         "-o", tmp_path / "v.parquet"],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "v.epochs/epoch=2/values.parquet").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "v.parquet").exists()
+    assert pq.read_table(tmp_path / "v.epochs/epoch=1/values.parquet").num_rows == 40
+
+
+def test_names_cannot_act_upon_the_terminal(tmp_path):
+    root = write_folder(tmp_path / "images", 5)
+    evil = "[bold]\x1b[31mred\x07"
+    (root / "cat").rename(root / evil)
+    result = invoke(root, *FAST, "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+    assert "[bold]\\x1b[31mred\\x07" in result.stderr
+    assert evil in pq.read_table(tmp_path / "v.parquet")["label_name"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["absent"], 1, "error: absent: no such file or folder."),
+        (["builtin:digits", "--arch", "resnet9"], 1, "--arch resnet9: no such model"),
+        (["builtin:digits", "--weights", "absent.pt", "--arch", "resnet8"], 1, "absent.pt: no such file"),
+        (["builtin:digits", "-o", "nowhere/v.parquet"], 1, "there is no folder nowhere; create it first"),
+        (["builtin:digits", "-o", "v.xlsx"], 2, "the ending says no format"),
+        (["builtin:digits", "--device", "tpu"], 2, "expected auto, cpu, cuda, cuda:N or mps"),
+        (["builtin:digits", "--mean", "0.5"], 2, "expected three numbers"),
+        (["builtin:digits", "--std", "0,1,1"], 2, "must be above 0"),
+        (["builtin:digits", "--lr", "-1"], 2, "the learning rate must be above 0"),
+        (["builtin:digits", "--epochs", "0"], 2, "--epochs"),
+        (["builtin:digits", "--features-column", "x", "--image-size", "8"], 2, "embeddings take no"),
+        (["builtin:digits", "--nonsense"], 2, "No such option"),
+        ([], 2, "Missing argument"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_an_exit_code(args, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*args)
+    assert result.exit_code == code and result.stdout == ""
+    assert message in result.stderr and "Traceback" not in result.stderr
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_non_finite_loss_stops_and_says_what_to_try(image_folder, tmp_path):
+    result = invoke(image_folder, *FAST, "--lr", "1e30", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 1
+    assert "the training loss became nan at epoch" in result.stderr and "try a lower --lr" in result.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run_process("value", "absent", "--debug", cwd=tmp_path)
+    assert result.returncode == 1 and b"Traceback" in result.stderr and b"DataError" in result.stderr
+
+
+def test_an_existing_report_is_kept_unless_overwrite(image_folder, tmp_path):
+    out = tmp_path / "v.parquet"
+    out.write_text("precious")
+    result = invoke(image_folder, *FAST, "-o", out)
+    assert result.exit_code == 1 and "exists already; pass --overwrite" in result.stderr
+    assert out.read_text() == "precious"
+    assert invoke(image_folder, *FAST, "-o", out, "--overwrite").exit_code == 0
+    assert pq.read_table(out).num_rows == 40
+
+
+def test_pretrained_weights_change_the_values(image_folder, tmp_path):
+    import safetensors.torch
+    import torch
+
+    from chgval.models import CIFARResNet
+
+    torch.manual_seed(99)
+    safetensors.torch.save_file(CIFARResNet(1, 2).state_dict(), tmp_path / "w.safetensors")
+    assert invoke(image_folder, *FAST, "-o", tmp_path / "a.parquet").exit_code == 0
+    result = invoke(
+        image_folder, *FAST, "--weights", tmp_path / "w.safetensors", "-o", tmp_path / "b.parquet"
+    )
+    assert result.exit_code == 0
+    a, b = (pq.read_table(tmp_path / f"{n}.parquet")["value"] for n in "ab")
+    assert a != b
+
+
+def test_real_noise_is_found_in_the_digits(tmp_path):
+    """The README's first command: flipped labels have lower values than right ones."""
+    from sklearn.metrics import roc_auc_score
+
+    result = invoke("builtin:digits", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0
+    table = pq.read_table(tmp_path / "v.parquet").to_pandas()
+    right = table["id"].str[-1] == table["label_name"]
+    assert (~right).sum() == 180
+    assert roc_auc_score(right, table["value"]) > 0.95
+    assert roc_auc_score(right, table["margin_mean"]) > 0.95
+
+
+def test_the_data_is_left_as_it_was(image_folder, tmp_path):
+    copy = shutil.copytree(image_folder, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert invoke(copy, *FAST, "-o", tmp_path / "v.parquet").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before

@@ -1,0 +1,134 @@
+"""The CUDA path: on a GPU where there is one, and as far as fake and meta tensors can tell where there is none.
+
+FakeTensorMode runs every operation on shapes, types and devices without memory or arithmetic, and raises when
+tensors of two devices meet, as CUDA would.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from chgval.accumulate import Utility, ValueAccumulator
+from chgval.config import DataConfig, TrainConfig, ValueConfig
+from chgval.console import Console
+from chgval.models import InputShape, build_model
+from chgval.records import EpochRecord
+from chgval.runs.value import prepare, records
+from chgval.shapley import Factors, chg_values, coalition_sums, hardness_values
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def test_closed_form_stays_on_the_device_of_its_factors():
+    with FakeTensorMode():
+        factors = Factors(torch.randn(9000, 5, device="cuda"), torch.randn(9000, 7, device="cuda"))
+        sums = coalition_sums(factors)
+        values_N = chg_values(factors, sums + sums, target_CF=torch.zeros(5, 8, device="cuda"))
+        hardness_N = hardness_values(torch.rand(9000, device="cuda"))
+        assert sums.total_CF.device.type == "cuda"
+        for values in (values_N, hardness_N):
+            assert values.device.type == "cuda" and values.dtype == torch.float64 and values.shape == (9000,)
+
+
+def test_a_mix_of_devices_raises():
+    with FakeTensorMode():
+        factors = Factors(torch.randn(90, 5, device="cuda"), torch.randn(90, 7, device="cuda"))
+        with pytest.raises(RuntimeError, match="device"):
+            chg_values(factors, target_CF=torch.zeros(5, 8))
+
+
+def test_accumulator_takes_a_step_in_without_leaving_the_device():
+    with FakeTensorMode():
+        labels_N = torch.zeros(5000, dtype=torch.int64, device="cuda")
+        accumulator = ValueAccumulator(labels_N, 5, 7, utility=Utility.CHG)
+        accumulator.update(
+            torch.arange(100, device="cuda"),
+            torch.randn(100, 5, device="cuda", dtype=torch.bfloat16),
+            torch.randn(100, 7, device="cuda", dtype=torch.bfloat16),
+        )
+        signals = accumulator._close_epoch()
+        assert {figure.device.type for figure in signals.values()} == {"cuda"}
+        sums = coalition_sums(accumulator._factors())
+        assert accumulator._values(signals["loss"], sums).device.type == "cuda"
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18"])
+def test_a_training_step_runs_on_the_meta_device(arch):
+    """The operations of one step of `train_epochs`, in bfloat16 and channels-last, on shapes alone."""
+    model = build_model(arch, 10, InputShape(32), torch.Generator().manual_seed(0))
+    model = model.to("meta", memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    accumulator = ValueAccumulator(
+        torch.zeros(64, dtype=torch.int64, device="meta"), 10, model.head.in_features
+    )
+    images = torch.empty(64, 3, 32, 32, device="meta", dtype=torch.uint8)
+    labels_B = torch.zeros(64, dtype=torch.int64, device="meta")
+    inputs = images.to(torch.float32, memory_format=torch.channels_last)
+    logits_BC, features_BD = model(inputs)
+    loss = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none").mean()
+    loss.backward()
+    optimizer.step()
+    accumulator.update(torch.arange(64, device="meta"), logits_BC, features_BD)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert features_BD.shape == (64, model.head.in_features)
+
+
+def run_epochs(source, device, **settings):
+    config = ValueConfig(
+        data=DataConfig(source=str(source)),
+        train=TrainConfig(arch="resnet8", epochs=2, device=device, augment="none", batch_size=16),
+        **settings,
+    )
+    run = prepare(config, Console(quiet=True))
+    signals = [
+        record.signals
+        for record in records(run, separate_pass=config.mode == "exact")
+        if isinstance(record, EpochRecord)
+    ]
+    return run, signals
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("mode", ["online", "exact"])
+def test_values_on_cuda_are_close_to_those_on_the_cpu(image_folder, mode):
+    _, on_cpu = run_epochs(image_folder, "cpu", mode=mode)
+    run, on_cuda = run_epochs(image_folder, "cuda", mode=mode)
+    assert run.accumulator.labels_N.device.type == "cuda"
+    # The first epoch starts from the same weights; bfloat16 keeps three digits.
+    scale = np.abs(on_cpu[0].value_N).max()
+    np.testing.assert_allclose(on_cuda[0].value_N, on_cpu[0].value_N, atol=0.05 * scale)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_no_step_waits_for_the_device(image_folder):
+    """Between two readings of the losses, no operation synchronises."""
+    config = ValueConfig(
+        data=DataConfig(source=str(image_folder)),
+        train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
+    )
+    run = prepare(config, Console(quiet=True))
+    steps = records(run, separate_pass=False)
+    next(steps)  # up to the first reading
+    batch = next(iter(run.loader.training_batches(run.generator)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            logits_BC, features_BD = run.model(batch.inputs_B)
+        torch.nn.functional.cross_entropy(logits_BC, batch.labels_B, reduction="none").mean().backward()
+        run.accumulator.update(batch.indices_B, logits_BC, features_BD)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_closed_form_on_cuda_equals_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    residuals_NC = torch.randn(20_000, 10, generator=generator)
+    features_ND = torch.rand(20_000, 64, generator=generator)
+    on_cpu = chg_values(Factors(residuals_NC.double(), features_ND.double()))
+    on_cuda = chg_values(Factors(residuals_NC.cuda(), features_ND.cuda())).cpu()
+    assert (on_cuda - on_cpu).abs().max() <= 1e-5 * on_cpu.std()

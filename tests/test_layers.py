@@ -1,0 +1,54 @@
+"""Imports inside chgval point one way: to lower layers only."""
+
+import ast
+from pathlib import Path
+
+import chgval
+
+PACKAGE = Path(chgval.__file__).parent
+
+# A module may import from lower layers only; modules of one layer do not import each other, except within
+# the package data/, which is one room.
+LAYERS = [
+    {"errors"},
+    {"config", "records"},
+    {"shapley", "recipe"},
+    {"accumulate"},
+    {"data", "models", "reports", "console"},
+    {"training"},
+    {"runs"},
+    {"cli"},
+    {"__main__"},
+]
+# reports writes the rows of a Dataset.
+ALLOWED_WITHIN_LAYER = {("reports", "data")}
+
+
+def module_name(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_names(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("chgval."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("chgval."))
+
+
+def test_every_module_has_a_layer_and_imports_downwards():
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    for path in PACKAGE.rglob("*.py"):
+        name = module_name(path)
+        if name == "__init__":
+            continue
+        assert name in level, f"{path.name} has no layer"
+        for imported in imported_names(path):
+            allowed = imported == name or (name, imported) in ALLOWED_WITHIN_LAYER
+            assert allowed or level[imported] < level[name], f"{name} imports {imported}"
+
+
+def test_the_program_never_names_ground_truth_columns():
+    """Clean labels are for measuring; nothing in the package may read them."""
+    for path in PACKAGE.rglob("*.py"):
+        assert "clean_label" not in path.read_text(), path

@@ -1,0 +1,391 @@
+"""Reading what people have: folders, Parquet shards as Hugging Face writes them, embeddings, and bad input."""
+
+import io
+import json
+import shutil
+
+import datasets as hf
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torchvision
+from PIL import Image
+
+from chgval.config import DataConfig
+from chgval.data.dataset import Embeddings, LargeImages, PixelImages, class_indices
+from chgval.data.images import choose_size
+from chgval.data.open import open_dataset
+from chgval.errors import DataError
+from tests.conftest import CLASS_NAMES, make_image, write_folder
+
+
+def read(source, **settings):
+    largest_size = settings.pop("largest_size", 64)
+    return open_dataset(DataConfig(source=str(source), **settings), largest_size)
+
+
+def png(label=0, seed=0, size=12):
+    buffer = io.BytesIO()
+    make_image(label, seed, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_rows(path, labels, *, images=None, metadata=None, **columns):
+    """A Parquet file with an image struct, labels, and other columns."""
+    images = [{"bytes": png(0, n), "path": None} for n in range(len(labels))] if images is None else images
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(images, struct), "label": labels, **columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+def test_folder_has_the_order_of_torchvisions_image_folder(tmp_path):
+    for name in ("class10", "class2", "Zebra", "ant"):
+        (tmp_path / name / "nested").mkdir(parents=True)
+        for file in ("b.png", "a.png", "nested/c.PNG"):
+            make_image(0, 1).save(tmp_path / name / file)
+        (tmp_path / name / "notes.txt").write_text("not an image")
+    reference = torchvision.datasets.ImageFolder(tmp_path)
+    dataset = read(tmp_path)
+    assert list(dataset.class_names) == reference.classes == ["Zebra", "ant", "class10", "class2"]
+    assert [str(tmp_path / name) for name in dataset.ids] == [path for path, _ in reference.samples]
+    assert dataset.labels_N.tolist() == reference.targets
+
+
+def test_pixels_of_a_folder_are_those_of_the_files(image_folder):
+    dataset = read(image_folder)
+    assert isinstance(dataset.content, PixelImages)
+    assert dataset.content.pixels_N3SS.shape == (40, 3, 12, 12)
+    for row in (0, 25):
+        expected = np.asarray(Image.open(image_folder / dataset.ids[row])).transpose(2, 0, 1)
+        np.testing.assert_array_equal(dataset.content.pixels_N3SS[row], expected)
+
+
+def test_a_train_folder_is_taken_and_said(tmp_path):
+    write_folder(tmp_path / "train", 2)
+    write_folder(tmp_path / "test", 3)
+    dataset = read(tmp_path)
+    assert len(dataset) == 4 and dataset.ids[0] == "cat/000.png"
+    assert "train" in dataset.notes[0]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    write_folder(tmp_path, 2)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert list(read(tmp_path).class_names) == CLASS_NAMES
+
+
+def test_large_images_stay_encoded(tmp_path):
+    root = write_folder(tmp_path / "images", 3, size=100)
+    dataset = read(root, largest_size=224)
+    assert isinstance(dataset.content, LargeImages) and dataset.input_size == 96
+    assert dataset.content.encoded.read(1) == (root / dataset.ids[1]).read_bytes()
+    assert read(root).input_size == 64  # where only small ones may be chosen they are shrunk
+    assert read(root, image_size=40).input_size == 40
+
+
+@pytest.mark.parametrize(
+    ("sides", "largest", "expected"),
+    [
+        ([32], 224, 32),
+        ([28, 28, 90], 224, 28),
+        ([500], 224, 224),
+        ([150], 224, 128),
+        ([500], 64, 64),
+        ([], 64, 64),
+    ],
+)
+def test_image_size_is_the_median_side(sides, largest, expected):
+    assert choose_size([png(size=side) for side in sides], largest) == expected
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------
+
+
+def hf_dataset(labels=(0, 1, -1, 1), **features):
+    return hf.Dataset.from_dict(
+        {"img": [make_image(max(label, 0), n) for n, label in enumerate(labels)], "label": list(labels)},
+        features=hf.Features({"img": hf.Image(), "label": hf.ClassLabel(names=["cat", "dog"]), **features}),
+    )
+
+
+def test_a_file_written_by_hugging_face_datasets(tmp_path):
+    source = hf_dataset()
+    source.to_parquet(tmp_path / "data.parquet")
+    dataset = read(tmp_path / "data.parquet")
+    assert list(dataset.class_names) == ["cat", "dog"]
+    assert dataset.labels_N.tolist() == [0, 1, -1, 1]
+    assert dataset.statuses() == ["valued", "valued", "unlabelled", "valued"]
+    for row, image in enumerate(source["img"]):
+        np.testing.assert_array_equal(dataset.content.pixels_N3SS[row], np.asarray(image).transpose(2, 0, 1))
+
+
+def test_shards_of_the_training_split_are_read_in_order_and_said(tmp_path):
+    for shard in (1, 0):
+        write_rows(
+            tmp_path / f"data/train-{shard:05d}-of-00002.parquet", [0, 1], id=[f"{shard}a", f"{shard}b"]
+        )
+    write_rows(tmp_path / "data/test-00000-of-00001.parquet", [1, 1], id=["x", "y"])
+    dataset = read(tmp_path)
+    assert dataset.ids == ["0a", "0b", "1a", "1b"]
+    assert "training split only (2 of 3 files)" in dataset.notes[0]
+    assert read(tmp_path / "data/*.parquet").ids == dataset.ids
+    everything = read(tmp_path / "data/t[er]*-0000[01]*.parquet")
+    assert everything.ids == dataset.ids
+
+
+def test_a_glob_without_splits_reads_all_and_a_uri_reads_the_same(tmp_path):
+    for shard in range(3):
+        write_rows(tmp_path / f"part-{shard}.parquet", [0, 1], id=[f"{shard}a", f"{shard}b"])
+    assert len(read(tmp_path / "part-[01].parquet")) == 4
+    assert read(f"file://{tmp_path}").ids == read(tmp_path).ids
+    assert read(f"file://{tmp_path}/part-*.parquet").ids == read(tmp_path).ids
+    assert len(read(f"file://{tmp_path}/part-1.parquet")) == 2
+
+
+def test_a_reports_own_parts_are_not_data(tmp_path):
+    write_rows(tmp_path / "data.parquet", [0, 1])
+    write_rows(tmp_path / "values.epochs/epoch=1/values.parquet", [0, 1, 1])
+    assert len(read(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["b", "a", None, "b"], ["a", "b"], [1, 0, -1, 1]),
+        (pa.array([30, 4, -1, 30]), ["4", "30"], [1, 0, -1, 1]),
+        (pa.array([1.0, 0.0, None, float("nan")]), ["0", "1"], [1, 0, -1, -1]),
+        (pa.array([True, False, None, True]), ["False", "True"], [1, 0, -1, 1]),
+        (pa.array(["b", "a", None, "b"]).dictionary_encode(), ["a", "b"], [1, 0, -1, 1]),
+    ],
+    ids=["strings", "integers", "floats", "booleans", "dictionary"],
+)
+def test_labels_of_any_type_become_sorted_classes(tmp_path, labels, names, expected):
+    dataset = read(write_rows(tmp_path / "d.parquet", labels))
+    assert list(dataset.class_names) == names and dataset.labels_N.tolist() == expected
+
+
+def test_string_labels_with_class_names_are_looked_up():
+    labels, names = class_indices(["dog", None, "cat"], ["cat", "dog"], "d", ["0", "1", "2"])
+    assert labels.tolist() == [1, -1, 0] and names == ["cat", "dog"]
+
+
+def test_older_metadata_with_more_keys_is_understood(tmp_path):
+    features = {"label": {"names": ["x", "y"], "id": None, "num_classes": 2, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}, "fingerprint": "abc"})}
+    assert list(read(write_rows(tmp_path / "d.parquet", [0, 1], metadata=metadata)).class_names) == ["x", "y"]
+
+
+def test_columns_are_found_by_type_not_by_name_alone(tmp_path):
+    """A column called label that holds images (segmentation masks) is not the label."""
+    struct = pa.struct([("path", pa.string()), ("bytes", pa.binary())])  # the older order of the fields
+    images = pa.array([{"bytes": png(0, n), "path": f"{n}.png"} for n in range(3)], struct)
+    table = pa.table({"label": images, "category": [0, 1, 1], "image": [png(), png(), png()]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    dataset = read(tmp_path / "d.parquet")
+    assert dataset.labels_N.tolist() == [0, 1, 1]
+    assert dataset.ids == ["0", "1", "2"]  # the plain binary column `image` has no paths
+    assert read(tmp_path / "d.parquet", image_column="label").ids == ["0.png", "1.png", "2.png"]
+
+
+def test_ids_come_from_paths_where_they_tell_rows_apart(tmp_path):
+    images = [{"bytes": png(0, n), "path": name} for n, name in enumerate(["a.png", "a.png", "b.png"])]
+    path = write_rows(tmp_path / "d.parquet", [0, 1, 1], images=images, key=["k1", "k2", "k3"])
+    assert read(path).ids == ["0", "1", "2"]
+    assert read(path, id_column="key").ids == ["k1", "k2", "k3"]
+
+
+def test_images_that_were_not_embedded_are_opened_beside_the_file(tmp_path):
+    make_image(1, 5).save(tmp_path / "beside.png")
+    images = [
+        {"bytes": png(), "path": None},
+        {"bytes": None, "path": "beside.png"},
+        {"bytes": None, "path": "no.png"},
+    ]
+    dataset = read(write_rows(tmp_path / "d.parquet", [0, 1, 1], images=images))
+    np.testing.assert_array_equal(
+        dataset.content.pixels_N3SS[1], np.asarray(make_image(1, 5)).transpose(2, 0, 1)
+    )
+    assert dataset.problems == {2: "no.png: No such file or directory"}
+
+
+def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
+    """One row group of 80 MB of images; Arrow never holds more than a fraction of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (400, 200_000), dtype=np.uint8)
+    good = png()
+    images = [{"bytes": good + row.tobytes(), "path": None} for row in noise]
+    path = write_rows(tmp_path / "d.parquet", [0, 1] * 200, images=images)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    del images, noise
+    pool = pa.system_memory_pool()
+    previous = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        before, pool_before = pool.bytes_allocated(), pool.max_memory()
+        dataset = read(path)
+        peak = max(0, pool.max_memory() - max(before, pool_before))
+    finally:
+        pa.set_memory_pool(previous)
+    assert not dataset.problems
+    assert 0 < peak < 45e6
+
+
+# --- embeddings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float32()), pa.list_(pa.float64(), 3), pa.large_list(pa.float32())]
+)
+def test_embeddings_are_read_from_any_list(tmp_path, kind):
+    vectors = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], None, [7.0, float("nan"), 9.0]]
+    table = pa.table({"emb": pa.array(vectors, kind), "label": [0, 1, 1, 0]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    dataset = read(tmp_path / "d.parquet", features_column="emb")
+    assert isinstance(dataset.content, Embeddings)
+    np.testing.assert_array_equal(dataset.content.vectors_ND[:2], vectors[:2])
+    assert dataset.problems == {2: "no features in this row", 3: "features are not finite numbers"}
+    assert dataset.statuses() == ["valued", "valued", "unreadable", "unreadable"]
+
+
+def test_embeddings_of_two_lengths_are_an_error(tmp_path):
+    table = pa.table({"emb": [[1.0, 2.0], [3.0, 4.0], [5.0]], "label": [0, 1, 1]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="has 2 numbers in its first rows and 1 in row 2"):
+        read(tmp_path / "d.parquet", features_column="emb")
+
+
+# --- the built-in digits ---------------------------------------------------------------------------------
+
+
+def test_digits_flip_the_stated_share_of_labels():
+    from sklearn.datasets import load_digits
+
+    dataset = read("builtin:digits")
+    truth = load_digits().target
+    assert (dataset.labels_N != truth).sum() == 180 == round(0.1 * len(truth))
+    assert "180 of 1,797 labels (10%)" in dataset.notes[0]
+    assert all(name.endswith(f"-is-{digit}") for name, digit in zip(dataset.ids, truth, strict=True))
+    assert read("builtin:digits").fingerprint == dataset.fingerprint
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_the_data_and_only_with_it(tmp_path, image_folder):
+    first = read(image_folder).fingerprint
+    copy = shutil.copytree(image_folder, tmp_path / "copy")
+    assert read(copy).fingerprint == first
+    (copy / "cat/000.png").rename(copy / "cat/zzz.png")
+    renamed = read(copy).fingerprint
+    (copy / "cat/zzz.png").rename(copy / "dog/zzz.png")
+    relabelled = read(copy).fingerprint
+    (copy / "dog/zzz.png").write_bytes(b"")
+    emptied = read(copy).fingerprint
+    assert len({first, renamed, relabelled, emptied}) == 4
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+def test_unreadable_images_are_kept_with_their_reason(tmp_path):
+    root = write_folder(tmp_path / "images", 3)
+    (root / "cat/000.png").write_bytes(b"")
+    (root / "dog/001.png").write_text("hello")
+    (root / "dog/003.png").symlink_to(root / "nowhere.png")
+    dataset = read(root)
+    by_name = {dataset.ids[row]: reason for row, reason in dataset.problems.items()}
+    assert by_name == {
+        "cat/000.png": "empty file",
+        "dog/001.png": "not an image in a known format",
+        "dog/003.png": "No such file or directory",
+    }
+    assert dataset.statuses().count("unreadable") == 3 and len(dataset.usable_rows()) == 4
+    with pytest.raises(DataError, match=r"3 of 7 samples cannot be read .*cat/000\.png: empty file"):
+        read(root, on_error="fail")
+
+
+def test_sources_that_hold_nothing_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent: no such file or folder"):
+        read(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"absent\.parquet: no such file or folder"):
+        read(tmp_path / "absent.parquet")
+    with pytest.raises(DataError, match="no Parquet files found"):
+        read(tmp_path / "*.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no class folders and no Parquet files found"):
+        read(tmp_path / "empty")
+    (tmp_path / "hollow/cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="1 class folders but no images"):
+        read(tmp_path / "hollow")
+    with pytest.raises(DataError, match="no such built-in dataset; there is builtin:digits"):
+        read("builtin:letters")
+    with pytest.raises(DataError, match="no rows"):
+        read(write_rows(tmp_path / "none.parquet", pa.array([], pa.int64())))
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read(tmp_path / "text.parquet")
+
+
+def test_one_class_only_is_an_error(tmp_path):
+    with pytest.raises(
+        DataError, match="all 2 usable samples have the label '7'; valuing needs at least two"
+    ):
+        read(write_rows(tmp_path / "d.parquet", [7, 7, None]))
+
+
+def test_labels_that_are_all_null_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="no readable sample has a label"):
+        read(write_rows(tmp_path / "d.parquet", pa.array([None, None], pa.int64())))
+
+
+def test_all_images_unreadable_is_an_error(tmp_path):
+    for size in (None, 100):
+        images = [{"bytes": b"", "path": None}, {"bytes": b"x", "path": None}]
+        with pytest.raises(DataError, match=r"none of the 2 samples could be read .*empty file"):
+            read(write_rows(tmp_path / "d.parquet", [0, 1], images=images), image_size=size)
+
+
+def test_missing_columns_name_those_that_exist(tmp_path):
+    path = write_rows(tmp_path / "d.parquet", [0, 1], emb=[[1.0], [2.0]])
+    columns = "columns are image, label, emb"
+    with pytest.raises(DataError, match=f"column 'y' not found; {columns}. Mend --label-column"):
+        read(path, label_column="y")
+    with pytest.raises(DataError, match=f"column 'photo' not found; {columns}. Mend --image-column"):
+        read(path, image_column="photo")
+    with pytest.raises(DataError, match=f"column 'vec' not found; {columns}. Mend --features-column"):
+        read(path, features_column="vec")
+    with pytest.raises(DataError, match="column 'emb' holds list<.*--label-column needs integers, strings"):
+        read(path, label_column="emb")
+    pq.write_table(pa.table({"emb": [[1.0], [2.0]], "label": [0, 1]}), tmp_path / "e.parquet")
+    with pytest.raises(
+        DataError, match="no image column found; columns are emb, label; pass --features-column emb"
+    ):
+        read(tmp_path / "e.parquet")
+    pq.write_table(pa.table({"image": [png()], "emb": [[1.0]]}), tmp_path / "f.parquet")
+    with pytest.raises(
+        DataError, match="column 'label' not found; columns are image, emb; pass --label-column"
+    ):
+        read(tmp_path / "f.parquet")
+    pq.write_table(pa.table({"front": [png()], "back": [png()], "label": [0]}), tmp_path / "g.parquet")
+    with pytest.raises(DataError, match="columns front, back could all hold the images; pass --image-column"):
+        read(tmp_path / "g.parquet")
+
+
+def test_a_label_outside_the_class_list_names_its_row(tmp_path):
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    path = write_rows(tmp_path / "d.parquet", [0, 1, 5], metadata=metadata, id=["a", "b", "c"])
+    with pytest.raises(
+        DataError, match=r"row 2 \(c\) has the label 5, outside the class list of 2 names \(cat, dog\)"
+    ):
+        read(path)
+
+
+def test_fractional_labels_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="column 'label' holds fractions"):
+        read(write_rows(tmp_path / "d.parquet", [0.5, 1.0]))

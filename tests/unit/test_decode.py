@@ -1,0 +1,121 @@
+"""Every kind of image that people have, written by Pillow, read back by the decoder."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop, image_size
+
+# A left half of one colour and a right half of another survive any lossy format.
+LEFT, RIGHT = (200, 40, 40), (40, 40, 200)
+
+
+def two_halves(size=(16, 16)):
+    image = Image.new("RGB", size, LEFT)
+    image.paste(RIGHT, (size[0] // 2, 0, size[0], size[1]))
+    return image
+
+
+def encode(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format", "tolerance"),
+    [
+        ("RGB", "PNG", 0), ("RGB", "JPEG", 12), ("RGB", "WEBP", 25), ("RGB", "BMP", 0), ("RGB", "TIFF", 0),
+        ("RGBA", "PNG", 0), ("P", "PNG", 0), ("P", "GIF", 0), ("CMYK", "JPEG", 12), ("CMYK", "TIFF", 2),
+    ],
+)  # fmt: skip
+def test_colour_modes_decode_to_the_same_colours(mode, file_format, tolerance):
+    pixels = decode_centre(encode(two_halves().convert(mode), file_format, quality=95), 16)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
+    for column, colour in ((3, LEFT), (12, RIGHT)):
+        assert np.abs(pixels[:, 8, column].astype(int) - colour).max() <= tolerance
+
+
+def test_grayscale_bilevel_and_palette_with_transparency_become_rgb():
+    gray = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
+    for image in (Image.fromarray(gray), Image.fromarray(gray).convert("LA")):
+        np.testing.assert_array_equal(decode_centre(encode(image, "PNG"), 16), np.stack([gray] * 3))
+    bilevel = decode_centre(encode(Image.fromarray(gray).convert("1"), "PNG"), 16)
+    assert set(np.unique(bilevel)) == {0, 255}
+    palette = two_halves().convert("P")
+    pixels = decode_centre(encode(palette, "PNG", transparency=bytes([0, 128, 255])), 16)
+    assert tuple(pixels[:, 8, 3]) == LEFT
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(file_format):
+    samples = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))
+    pixels = decode_centre(encode(Image.fromarray(samples), file_format), 16)
+    np.testing.assert_allclose(pixels[0], samples / 257, atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    """An image stored with each of the eight orientations, made by undoing it, is shown upright."""
+    upright = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
+    undo = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    stored = upright.transpose(undo) if undo is not None else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(stored, "PNG", exif=exif)
+    assert image_size(encoded) == (6, 8)
+    np.testing.assert_array_equal(decode_centre(encoded, 6), np.asarray(upright)[1:7].transpose(2, 0, 1))
+
+
+def test_the_centre_is_cut_and_scaled_like_pillow_does():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8))
+    expected = image.crop((8, 0, 28, 20)).resize((10, 10), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(
+        decode_centre(encode(image, "PNG"), 10), np.asarray(expected).transpose(2, 0, 1)
+    )
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_with_nearly_the_same_pixels():
+    ramp = np.add.outer(np.linspace(0, 127, 800), np.linspace(0, 127, 800)).astype(np.uint8)
+    encoded = encode(Image.fromarray(ramp).convert("RGB"), "JPEG", quality=95)
+    expected = Image.fromarray(ramp).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+    difference = decode_centre(encoded, 64).astype(int) - np.asarray(expected).transpose(2, 0, 1)
+    assert np.abs(difference).max() <= 3
+
+
+def test_random_crops_depend_on_their_generator_only():
+    encoded = encode(two_halves((40, 30)), "PNG")
+    first, again, other = (decode_random_crop(encoded, 16, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (3, 16, 16) and not np.array_equal(first, other)
+
+
+GOOD_JPEG = encode(two_halves((64, 64)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (b"", "empty file"),
+        (b"not an image at all", "not an image in a known format"),
+        (GOOD_JPEG[: len(GOOD_JPEG) // 2], "truncated"),
+        (encode(two_halves(), "PNG")[:60], ""),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
+    ],
+    ids=["empty", "text", "half a JPEG", "start of a PNG", "float TIFF"],
+)
+def test_what_cannot_be_decoded_says_why(encoded, reason):
+    with pytest.raises(UnreadableImageError, match=reason):
+        decode_centre(encoded, 16)
+
+
+def test_a_decompression_bomb_is_unreadable(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decode_centre(encode(two_halves(), "PNG"), 16)

@@ -1,0 +1,140 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+
+from chgval.config import OutputConfig
+from chgval.data.dataset import Dataset, Embeddings
+from chgval.errors import OutputError, SettingsError
+from chgval.records import EpochRecord, EpochSignals, RunSignals
+from chgval.reports import METADATA_KEY, ReportWriter, values_table
+
+NAN = float("nan")
+
+
+def dataset_and_signals():
+    """Five rows: two valued, one unlabelled, one unreadable, one valued with the same value as the first."""
+    dataset = Dataset(
+        source="d", ids=["a", "b,\"c\"", "c", "=d", "e"], labels_N=np.array([0, 1, -1, 1, 0]), class_names=["x", "y"],
+        content=Embeddings(np.zeros((5, 2), np.float32)), fingerprint="f", problems={3: "empty file"},
+    )  # fmt: skip
+    floats = np.array([0.5, -1.0, NAN, NAN, 0.5])
+    signals = RunSignals(
+        num_epochs_N=np.array([3, 3, 0, 0, 3]), value_N=floats, value_std_N=floats, value_stderr_N=floats,
+        loss_N=floats, margin_N=floats, el2n_N=floats, label_probability_N=floats,
+        forgetting_events_N=np.array([0, 2, 0, 0, 1]), predicted_label_N=np.array([0, 0, -1, -1, 1]),
+        predicted_probability_N=floats,
+    )  # fmt: skip
+    return dataset, signals
+
+
+def report():
+    return values_table(*dataset_and_signals())
+
+
+def epoch_record(epoch):
+    floats = np.array([0.25, NAN])
+    signals = EpochSignals(
+        value_N=floats * epoch, loss_N=floats, margin_N=floats, el2n_N=floats, label_probability_N=floats,
+        predicted_label_N=np.array([1, -1]),
+    )  # fmt: skip
+    return EpochRecord(
+        epoch=epoch, num_epochs=2, loss=1.0, accuracy=0.5, num_samples=1, seconds=1.0, signals=signals
+    )
+
+
+def test_every_row_is_there_with_nulls_where_nothing_is_known():
+    rows = report().to_pylist()
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["status"] for row in rows] == ["valued", "valued", "unlabelled", "unreadable", "valued"]
+    assert [row["rank"] for row in rows] == [1, 3, None, None, 2]  # equal values by index
+    assert [row["percentile"] for row in rows] == [100.0, 0.0, None, None, 50.0]
+    assert [row["label_name"] for row in rows] == ["x", "y", None, "y", "x"]
+    assert [row["predicted_name"] for row in rows] == ["x", "x", None, None, "y"]
+    assert [row["forgetting_events"] for row in rows] == [0, 2, None, None, 1]
+    assert rows[3]["reason"] == "empty file" and rows[3]["value"] is None and rows[2]["label"] == -1
+
+
+@pytest.mark.parametrize("name", ["values.parquet", "values.arrow", "values.jsonl", "values.csv"])
+def test_a_report_read_back_is_what_was_written(tmp_path, name):
+    table = report()
+    ReportWriter(OutputConfig(path=str(tmp_path / name))).write(table, {"seed": 7, "class_names": ["é"]})
+    path = tmp_path / name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["values.epochs", name]
+    if name.endswith("parquet"):
+        read = pq.read_table(path)
+    elif name.endswith("arrow"):
+        read = pa.ipc.open_file(path).read_all()
+    elif name.endswith("jsonl"):
+        assert [json.loads(line) for line in path.read_text().splitlines()] == table.to_pylist()
+        return
+    else:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        assert [row["id"] for row in rows] == table["id"].to_pylist()
+        assert [row["value"] for row in rows] == ["0.5", "-1", "", "", "0.5"]
+        return
+    assert read.equals(table)
+    metadata = json.loads(read.schema.metadata[METADATA_KEY])
+    assert metadata == {"report_version": 1, "seed": 7, "class_names": ["é"]}
+
+
+def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):
+    writer = ReportWriter(OutputConfig(path=str(tmp_path / "v.parquet")))
+    for epoch in (1, 2):
+        writer.write_epoch(epoch_record(epoch), {"seed": 0})
+        parts = pads.dataset(tmp_path / "v.epochs", partitioning="hive").to_table().to_pylist()
+        assert [(row["epoch"], row["index"], row["value"]) for row in parts] == [
+            (e, i, v) for e in range(1, epoch + 1) for i, v in ((0, 0.25 * e), (1, None))
+        ]
+    assert parts[0]["predicted_label"] == 1 and parts[1]["predicted_label"] is None
+
+
+def test_an_output_in_the_way_is_not_replaced_unless_asked(tmp_path):
+    path = tmp_path / "v.parquet"
+    first = ReportWriter(OutputConfig(path=str(path)))
+    first.write_epoch(epoch_record(1), {})
+    with pytest.raises(OutputError, match=r"v\.epochs: exists already; pass --overwrite"):
+        ReportWriter(OutputConfig(path=str(path)))
+    first.write(report(), {})
+    with pytest.raises(OutputError, match=r"v\.parquet: exists already"):
+        ReportWriter.check(OutputConfig(path=str(path)))
+    (tmp_path / "v.epochs/mine.txt").write_text("kept")
+    ReportWriter(OutputConfig(path=str(path), overwrite=True))
+    assert [p.name for p in (tmp_path / "v.epochs").iterdir()] == ["mine.txt"]
+    assert path.exists()  # until there is a new one
+
+
+def test_a_failed_write_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "v.parquet"
+    path.write_text("old")
+    writer = ReportWriter(OutputConfig(path=str(path), overwrite=True))
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OutputError, match=r"v\.parquet: cannot be written \(No space left on device\)"):
+        writer.write(report(), {})
+    assert path.read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
+def test_outputs_that_cannot_be_written_are_found_at_once(tmp_path):
+    with pytest.raises(OutputError, match="there is no folder .*absent; create it first"):
+        ReportWriter.check(OutputConfig(path=str(tmp_path / "absent/v.parquet")))
+    with pytest.raises(OutputError, match="is a folder"):
+        (tmp_path / "folder.csv").mkdir()
+        ReportWriter.check(OutputConfig(path=str(tmp_path / "folder.csv")))
+    with pytest.raises(OutputError, match=r"v\.parquet: cannot be written"):
+        ReportWriter.check(OutputConfig(path="/proc/v.parquet"))
+    with pytest.raises(
+        SettingsError, match=r"report\.xlsx: the ending says no format; end it in one of \.parquet"
+    ):
+        OutputConfig(path="report.xlsx")
+    assert OutputConfig(path="report.xlsx", report_format="csv").resolved_format == "csv"
+    assert OutputConfig(path="-").resolved_format == "parquet"

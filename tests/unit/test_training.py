@@ -1,0 +1,187 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from chgval.accumulate import ValueAccumulator
+from chgval.config import DataConfig, TrainConfig
+from chgval.data.loader import make_loader
+from chgval.data.open import open_dataset
+from chgval.errors import NonFiniteError
+from chgval.models import InputShape, build_model
+from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
+from chgval.records import EpochRecord, StepRecord
+from chgval.training import schedule_factor, train_epochs
+from tests import oracles
+
+CPU = torch.device("cpu")
+
+
+def recipe(**settings):
+    defaults = {
+        "epochs": 3, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
+        "schedule": "one-cycle", "augment": "none",
+    }  # fmt: skip
+    return Recipe(**{**defaults, **settings})
+
+
+@pytest.fixture
+def setup(image_folder):
+    dataset = open_dataset(DataConfig(source=str(image_folder)), 64)
+    loader = make_loader(dataset, batch_size=16, augment="none", device=CPU)
+    model = build_model("resnet8", 2, InputShape(12), torch.Generator().manual_seed(0))
+    return dataset, loader, model
+
+
+def accumulator_for(dataset, model):
+    return ValueAccumulator(torch.from_numpy(dataset.labels_N), 2, model.head.in_features)
+
+
+def run(model, loader, accumulator=None, separate_pass=False, **settings):
+    return list(
+        train_epochs(
+            model,
+            loader,
+            recipe(**settings),
+            device=CPU,
+            generator=torch.Generator().manual_seed(1),
+            accumulator=accumulator,
+            separate_pass=separate_pass,
+        )
+    )
+
+
+def test_it_trains_exactly_like_a_plain_loop(setup):
+    """The textbook loop with torch's own mean cross entropy ends with the same weights."""
+    _, loader, model = setup
+    plain = copy.deepcopy(model)
+    run(model, loader)
+
+    settings = recipe()
+    optimizer = torch.optim.SGD(
+        plain.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    generator, step, total = torch.Generator().manual_seed(1), 0, 3 * loader.num_batches
+    plain.train()
+    for _ in range(3):
+        for batch in loader.training_batches(generator):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * schedule_factor("one-cycle", step, total)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(plain(batch.inputs_B)[0], batch.labels_B).backward()
+            optimizer.step()
+            step += 1
+    for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("separate_pass", [False, True])
+def test_valuing_does_not_change_what_is_trained(setup, separate_pass):
+    dataset, loader, model = setup
+    valued = copy.deepcopy(model)
+    run(model, loader)
+    run(valued, loader, accumulator_for(dataset, model), separate_pass=separate_pass)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), valued.parameters(), strict=True))
+
+
+def test_exact_mode_is_algorithm_1(setup):
+    """Losses and last-layer gradients of every sample by autograd, before each epoch; equation 3; the mean."""
+    dataset, loader, model = setup
+    copy_of_model = copy.deepcopy(model)
+    accumulator = accumulator_for(dataset, model)
+    records = run(model, loader, accumulator, separate_pass=True, epochs=2)
+    values = [record.signals.value_N for record in records if isinstance(record, EpochRecord)]
+
+    inputs = torch.cat([batch.inputs_B for batch in loader.plain_batches()])
+    labels_N = torch.from_numpy(dataset.labels_N)
+    expected = []
+    for state in (copy_of_model, None):
+        if state is None:  # the second epoch starts from where the first one ended
+            events = train_epochs(
+                copy_of_model,
+                loader,
+                recipe(epochs=2),
+                device=CPU,
+                generator=torch.Generator().manual_seed(1),
+            )
+            while not isinstance(next(events), EpochRecord):
+                pass
+        copy_of_model.eval()
+        features_ND = copy_of_model.backbone(inputs).detach()
+        x_ND = oracles.last_layer_gradients(copy_of_model.head, features_ND, labels_N, times_loss=True)
+        expected.append(oracles.theorem_1(x_ND, x_ND.mean(0)))
+        copy_of_model.train()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(values[0], expected[0], rtol=1e-4, atol=1e-6 * scale)
+    np.testing.assert_allclose(values[1], expected[1], rtol=1e-3, atol=1e-5 * scale)
+    np.testing.assert_allclose(accumulator.run_signals().value_N, np.mean(values, 0), rtol=1e-12)
+
+
+def test_online_mode_sees_the_training_steps_themselves(setup):
+    """With one batch an epoch, the first epoch's values are those of the first weights in training mode."""
+    dataset, _, model = setup
+    loader = make_loader(dataset, batch_size=len(dataset), augment="none", device=CPU)
+    first = copy.deepcopy(model).train()
+    records = run(model, loader, accumulator_for(dataset, model), epochs=1)
+    inputs = torch.cat([batch.inputs_B for batch in loader.plain_batches()])
+    features_ND = first.backbone(inputs).detach()
+    x_ND = oracles.last_layer_gradients(
+        first.head, features_ND, torch.from_numpy(dataset.labels_N), times_loss=True
+    )
+    expected = oracles.theorem_1(x_ND, x_ND.mean(0))
+    np.testing.assert_allclose(
+        records[-1].signals.value_N, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_records_say_what_happened(setup):
+    dataset, loader, model = setup
+    records = run(model, loader, accumulator_for(dataset, model), epochs=2)
+    kinds = [type(record) for record in records]
+    assert kinds == [StepRecord, EpochRecord] * 2
+    for epoch, record in enumerate(records[1::2], start=1):
+        assert record.epoch == epoch and record.num_samples == len(dataset)
+        np.testing.assert_allclose(record.loss, record.signals.loss_N.mean(), rtol=1e-5)
+        right = record.signals.predicted_label_N == dataset.labels_N
+        assert record.accuracy == pytest.approx(right.mean())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(setup):
+    _, loader, model = setup
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(
+        NonFiniteError, match=r"became nan at epoch 1, step 1 of 3; try a lower --lr \(it was 0\.05\)"
+    ):
+        run(model, loader)
+    with pytest.raises(NonFiniteError, match="epoch 1, step 2 of 3"):
+        run(build_model("resnet8", 2, InputShape(12), torch.Generator()), loader, lr=1e30, schedule="cosine")
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_schedules_stay_in_range_and_end_low(schedule):
+    factors = [schedule_factor(schedule, step, 1000) for step in range(1000)]
+    assert max(factors) == pytest.approx(1, abs=0.01) and min(factors) > 0
+    assert factors[-1] < 1e-4
+    assert schedule_factor(schedule, 0, 1) > 0
+    peak = int(np.argmax(factors))
+    assert peak == (0 if schedule == "cosine" else pytest.approx(250, abs=2))
+
+
+def test_defaults_follow_data_model_and_device():
+    given = choose_recipe(
+        TrainConfig(epochs=7, batch_size=9, lr=0.3, augment="none"), 10**6,
+        has_batch_norm=True, num_features=None, flips=True,
+    )  # fmt: skip
+    assert (given.epochs, given.batch_size, given.lr, given.augment) == (7, 9, 0.3, "none")
+    small = choose_recipe(TrainConfig(), 100, has_batch_norm=True, num_features=None, flips=False)
+    assert (small.epochs, small.batch_size, small.lr, small.augment) == (30, 10, 0.1, "crop")
+    plain = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=None, flips=True)
+    assert (plain.epochs, plain.batch_size, plain.lr, plain.augment) == (15, 128, 0.01, "crop-flip")
+    wide = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=2048, flips=True)
+    assert wide.lr < 0.01
+    assert choose_arch(None, "cuda") == "linear"
+    assert (choose_arch(32, "cpu"), choose_arch(32, "cuda")) == ("resnet8", "resnet18")
+    assert (largest_image_size(None, "cpu"), largest_image_size("resnet50", "cpu")) == (64, 224)
+    assert largest_image_size(None, "cuda") == 224
