@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from chgval.records import EpochRecord, RunSummary, SampleLine, StepRecord
+from chgval.records import EpochRecord, FloatArray, RunSummary, SampleLine, StepRecord
 
 HISTOGRAM_BINS = 12
 HISTOGRAM_WIDTH = 40
@@ -109,9 +109,12 @@ class Console:
         self._rich.print(Text("Values", style="italic"))
         most = max(summary.histogram_counts)
         edges = summary.histogram_edges
-        for low, high, count in zip(edges[:-1], edges[1:], summary.histogram_counts, strict=True):
+        last = len(summary.histogram_counts) - 1
+        for number, count in enumerate(summary.histogram_counts):
+            low = "below" if number == 0 else f"{edges[number]:.2e}"
+            high = "or more" if number == last else f"{edges[number + 1]:.2e}"
             bar = "█" * round(HISTOGRAM_WIDTH * count / most) or ("▏" if count else "")
-            self.say(f"{low:>10.2e} to {high:>9.2e} {count:>9,} {bar}")
+            self.say(f"{low:>10} {high:>10} {count:>9,} {bar}")
 
     def _samples(self, title: str, lines: Sequence[SampleLine]) -> None:
         self.say("")
@@ -181,9 +184,13 @@ def step_line(record: StepRecord) -> str:
     )
 
 
-def histogram(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[list[int], list[float]]:
-    """Return counts and edges of equal bins."""
-    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
+def histogram(values: FloatArray) -> tuple[list[int], list[float]]:
+    """Return counts and edges of equal bins from the 2nd to the 98th percentile.
+
+    The first and last bin also hold what lies beyond: a few extreme values would otherwise leave one bin.
+    """
+    low, high = np.quantile(values, (0.02, 0.98))
+    counts, edges = np.histogram(values.clip(low, high), bins=HISTOGRAM_BINS)
     return counts.tolist(), edges.tolist()
 
 

@@ -7,6 +7,7 @@ layer itself. So nothing needs hooks, and the head can run in float32 while the 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what weights_only=True refuses a pickle of more than tensors with
@@ -56,14 +57,15 @@ class SplitModel(nn.Module):
         self.small_stem = small_stem
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits of shape (B, C), last-layer inputs of shape (B, D)), both float32 under autocast.
+        """Return (logits of shape (B, C), last-layer inputs of shape (B, D)), both in the head's type.
 
-        bfloat16 has three digits, too few for logits whose differences the values are made of.
+        On CUDA the backbone runs in bfloat16, the head does not: three digits are too few for logits whose
+        differences the values are made of.
         """
-        features_BD = self.backbone(inputs)
-        with torch.autocast(features_BD.device.type, enabled=False):
-            features_BD = features_BD.to(self.head.weight.dtype)
-            return self.head(features_BD), features_BD
+        with torch.autocast("cuda", torch.bfloat16) if inputs.is_cuda else nullcontext():
+            features_BD = self.backbone(inputs)
+        features_BD = features_BD.to(self.head.weight.dtype)
+        return self.head(features_BD), features_BD
 
 
 class CIFARResNet(nn.Module):
@@ -123,6 +125,17 @@ def image_archs() -> list[str]:
     return [*IMAGE_ARCHS_OF_CHGVAL, *torchvision.models.list_models(module=torchvision.models)]
 
 
+def check_names(arch: str | None, weights: Path | None) -> None:
+    """Raise ModelError for what can be known to be wrong before any data is read."""
+    if arch is not None and arch not in (*image_archs(), *EMBEDDING_ARCHS):
+        raise ModelError(
+            f"--arch {arch}: no such model; choose resnet8, resnet20 or a torchvision classification model "
+            "such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
+        )
+    if weights is not None and not weights.is_file():
+        raise ModelError(f"--weights {weights}: no such file.")
+
+
 def build_model(
     arch: str,
     num_classes: int,
@@ -141,8 +154,9 @@ def build_model(
             last layer for another number of classes is left out.
 
     Raises:
-        ModelError: no such architecture; it does not fit the input; the weights do not fit it.
+        ModelError: no such architecture or file; it does not fit the input; the weights do not fit it.
     """
+    check_names(arch, weights)
     # The layers draw their initial weights from the global generator; it is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -170,10 +184,10 @@ def _build_network(arch: str, num_classes: int, input_shape: InputShape) -> nn.M
         return CIFARResNet(1, num_classes)
     if arch == "resnet20":
         return CIFARResNet(3, num_classes)
-    if arch not in image_archs():
+    if arch in EMBEDDING_ARCHS:
         raise ModelError(
-            f"--arch {arch}: no such model for images; choose resnet8, resnet20 or a torchvision "
-            "classification model such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
+            f"--arch {arch}: a model for embeddings, but the data are images; pass --features-column, or "
+            "choose resnet8, resnet20 or a torchvision classification model."
         )
     builder = torchvision.models.get_model_builder(arch)
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
@@ -219,10 +233,6 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"--weights {path}: no such file; pass a safetensors file or a state dict."
-        ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
         raise ModelError(
             f"--weights {path}: cannot be read as tensors ({_first_line(error)}); pass a safetensors file, "

@@ -134,7 +134,8 @@ class RunSummary:
         classes: one line per class, the largest first where there are too many to show.
         hidden_classes: classes left out of `classes`.
         lowest, highest: the samples of the lowest and of the highest value, the most extreme first.
-        histogram_counts, histogram_edges: of the values; one more edge than counts.
+        histogram_counts, histogram_edges: of the values; one more edge than counts. The first and last bin
+            are open.
     """
 
     classes: list[ClassLine]

@@ -65,15 +65,14 @@ def train_epochs(
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         if accumulator is not None and separate_pass:
-            observe(model, loader, accumulator, device)
+            observe(model, loader, accumulator)
         training_started = time.perf_counter()
         model.train()
         num_steps, num_samples = loader.num_batches, 0
         losses_S = torch.zeros(num_steps, device=device)
         loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
         for step, batch in enumerate(loader.training_batches(generator), start=1):
-            with _autocast(device):
-                logits_BC, features_BD = model(batch.inputs_B)
+            logits_BC, features_BD = model(batch.inputs_B)
             losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
             loss = losses_B.mean()
             optimizer.zero_grad(set_to_none=True)
@@ -112,10 +111,10 @@ def train_epochs(
         )
 
 
-def observe(model: nn.Module, loader: Loader, accumulator: ValueAccumulator, device: torch.device) -> None:
+def observe(model: nn.Module, loader: Loader, accumulator: ValueAccumulator) -> None:
     """Show the accumulator every sample once, as it is, without training (Algorithm 1, step 3)."""
     model.eval()
-    with torch.inference_mode(), _autocast(device):
+    with torch.inference_mode():
         for batch in loader.plain_batches():
             logits_BC, features_BD = model(batch.inputs_B)
             accumulator.update(batch.indices_B, logits_BC, features_BD)
@@ -129,10 +128,6 @@ def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
             return progress / WARM_UP_SHARE
         progress = (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _check_finite(losses_S: Tensor, epoch: int, recipe: Recipe) -> None:

@@ -23,12 +23,10 @@ class UnreadableImageError(Exception):
     """An image cannot be decoded; the reader of the dataset turns it into a status of that row."""
 
 
-def image_size(encoded: bytes) -> tuple[int, int]:
-    """Return (width, height) from the header, as shown (after EXIF rotation), without decoding the pixels."""
+def shorter_side(encoded: bytes) -> int:
+    """Return the shorter side in pixels from the header, without decoding the pixels."""
     with _opened(encoded) as image:
-        width, height = image.size
-        # Orientations 5 to 8 lie on their side (EXIF 2.3, tag 0x0112).
-        return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
+        return min(image.size)
 
 
 def decode_centre(encoded: bytes, size: int) -> Pixels:

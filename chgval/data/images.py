@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
-from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, image_size
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
 from chgval.records import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
@@ -46,7 +46,7 @@ def choose_size(probed: Iterable[Encoded], largest: int) -> int:
     for encoded in itertools.islice(probed, PROBED_IMAGES):
         if not isinstance(encoded, UnreadableImageError):
             try:
-                sides.append(min(image_size(encoded)))
+                sides.append(shorter_side(encoded))
             except UnreadableImageError:
                 continue
     side = min(largest, int(statistics.median_low(sides))) if sides else min(largest, LARGEST_KEPT_SIZE)
@@ -95,7 +95,7 @@ def _unreadable_headers(images: EncodedImages, rows: Iterable[int]) -> dict[int,
     problems = {}
     for row in rows:
         try:
-            image_size(images.read(row))
+            shorter_side(images.read(row))
         except UnreadableImageError as error:
             problems[row] = str(error)
     return problems

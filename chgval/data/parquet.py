@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import DataConfig
@@ -35,8 +36,9 @@ IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
 ID_NAMES = ("id", "image_id", "file_name", "filename")
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
-IMAGE_ROWS = 64
+IMAGE_ROWS = 16
 COLUMN_ROWS = 65_536
+READ_BUFFER = 65_536
 
 # A split in a file name stands between delimiters: train-00000-of-00002, my_train.parquet.
 _TRAIN = re.compile(r"(^|[-._ /])(train|training)($|[-._ /0-9])")
@@ -58,7 +60,7 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
     hints = _huggingface_features(schema)
     label_column = _label_column(source, schema, hints, config.label_column)
     id_column = _id_column(source, schema, config.id_column)
-    columns = _table(shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
+    columns = _table(source, shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
     num_rows = columns.num_rows
     if not num_rows:
         raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
@@ -298,29 +300,32 @@ def _path_ids(paths: Sequence[str | None]) -> list[str]:
 
 
 def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Read columns in order, a bounded number of rows at a time, however large the row groups are."""
-    options = pads.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    scanner = shards.scanner(
-        columns=columns,
-        batch_size=rows,
-        batch_readahead=1,
-        fragment_readahead=1,
-        fragment_scan_options=options,
-        use_threads=False,
-    )
-    try:
-        yield from scanner.to_batches()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{shards.files[0]}{' and others' if len(shards.files) > 1 else ''}: reading "
-            f"{', '.join(columns)} failed "
-            f"({_first_line(error)}); the file may be damaged, or differ from the others."
-        ) from error
+    """Read columns in order, a bounded number of rows at a time, however large the row groups are.
+
+    File by file and unbuffered, because a dataset's own scanner holds a whole row group of images and more.
+    """
+    for path in shards.files:
+        try:
+            with shards.filesystem.open_input_file(path) as file:
+                parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
+                for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
+                    yield batch.select(columns)
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise DataError(
+                f"{path}: reading {', '.join(columns)} failed ({_first_line(error)}); the file may be damaged, "
+                "or its columns may differ from those of the other files."
+            ) from error
 
 
-def _table(shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
+def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
     schema = pa.schema([shards.schema.field(name) for name in columns])
-    return pa.Table.from_batches(_batches(shards, columns, COLUMN_ROWS), schema=schema)
+    parts = [pa.Table.from_batches([batch]) for batch in _batches(shards, columns, COLUMN_ROWS)]
+    try:
+        return pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(
+            f"{source}: the files disagree about the types of {', '.join(columns)} ({_first_line(error)})."
+        ) from error
 
 
 def _encoded(

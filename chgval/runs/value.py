@@ -25,7 +25,7 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import SettingsError
-from chgval.models import InputShape, SplitModel, build_model
+from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
 from chgval.reports import ReportWriter, values_table
@@ -107,6 +107,7 @@ def prepare(config: ValueConfig, console: Console) -> Run:
     Seeds torch's global generator, which dropout layers draw from; the caller puts it back.
     """
     train = config.train
+    check_names(train.arch, train.weights)
     torch.manual_seed(train.seed)
     generator = torch.Generator().manual_seed(train.seed)
     device = pick_device(train.device)
@@ -273,7 +274,7 @@ def _settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
         (
             "training",
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
-            f"augment {recipe.augment}, seed {config.train.seed}",
+            f"{recipe.augment}, seed {config.train.seed}",
         ),
         ("values", f"{valuing}{', within each class' if config.per_class else ''}"),
     ]

@@ -1,8 +1,10 @@
-"""Reading what people have: folders, Parquet shards as Hugging Face writes them, embeddings, and bad input."""
+"""Reading what people have: folders, Parquet as Hugging Face writes it, embeddings, and bad input."""
 
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import datasets as hf
 import numpy as np
@@ -200,6 +202,16 @@ def test_ids_come_from_paths_where_they_tell_rows_apart(tmp_path):
     assert read(path, id_column="key").ids == ["k1", "k2", "k3"]
 
 
+def test_shards_whose_columns_differ_are_an_error_that_names_the_file(tmp_path):
+    write_rows(tmp_path / "a.parquet", [0, 1])
+    write_rows(tmp_path / "b.parquet", ["cat", "dog"])
+    with pytest.raises(DataError, match="the files disagree about the types of label"):
+        read(tmp_path)
+    pq.write_table(pa.table({"image": [png()], "target": [0]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: reading label failed"):
+        read(tmp_path)
+
+
 def test_images_that_were_not_embedded_are_opened_beside_the_file(tmp_path):
     make_image(1, 5).save(tmp_path / "beside.png")
     images = [
@@ -215,24 +227,21 @@ def test_images_that_were_not_embedded_are_opened_beside_the_file(tmp_path):
 
 
 def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
-    """One row group of 80 MB of images; Arrow never holds more than a fraction of it."""
+    """A row group of 80 MB of images, in pages as Hugging Face writes them, never lies in memory whole."""
     noise = np.random.default_rng(0).integers(0, 256, (400, 200_000), dtype=np.uint8)
     good = png()
     images = [{"bytes": good + row.tobytes(), "path": None} for row in noise]
-    path = write_rows(tmp_path / "d.parquet", [0, 1] * 200, images=images)
-    assert pq.ParquetFile(path).num_row_groups == 1
-    del images, noise
-    pool = pa.system_memory_pool()
-    previous = pa.default_memory_pool()
-    pa.set_memory_pool(pool)
-    try:
-        before, pool_before = pool.bytes_allocated(), pool.max_memory()
-        dataset = read(path)
-        peak = max(0, pool.max_memory() - max(before, pool_before))
-    finally:
-        pa.set_memory_pool(previous)
-    assert not dataset.problems
-    assert 0 < peak < 45e6
+    hf.Dataset(pa.table({"image": images, "label": [0, 1] * 200})).to_parquet(tmp_path / "d.parquet")
+    assert pq.ParquetFile(tmp_path / "d.parquet").num_row_groups == 1
+    measure = (
+        "import pyarrow as pa; pa.set_memory_pool(pa.system_memory_pool())\n"
+        "from chgval.config import DataConfig; from chgval.data.open import open_dataset\n"
+        "dataset = open_dataset(DataConfig(source='d.parquet'), 64)\n"
+        "print(len(dataset.usable_rows()), pa.default_memory_pool().max_memory())"
+    )
+    output = subprocess.check_output([sys.executable, "-c", measure], cwd=tmp_path, text=True)
+    usable, peak = map(int, output.split())
+    assert usable == 400 and 1e6 < peak < 25e6
 
 
 # --- embeddings ------------------------------------------------------------------------------------------

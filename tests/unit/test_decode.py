@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop, image_size
+from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop, shorter_side
 
 # A left half of one colour and a right half of another survive any lossy format.
 LEFT, RIGHT = (200, 40, 40), (40, 40, 200)
@@ -24,6 +24,10 @@ def encode(image, file_format, **options):
     return buffer.getvalue()
 
 
+def in_mode(image, mode):
+    return image.quantize(8) if mode == "P" else image.convert(mode)
+
+
 @pytest.mark.parametrize(
     ("mode", "file_format", "tolerance"),
     [
@@ -32,7 +36,7 @@ def encode(image, file_format, **options):
     ],
 )  # fmt: skip
 def test_colour_modes_decode_to_the_same_colours(mode, file_format, tolerance):
-    pixels = decode_centre(encode(two_halves().convert(mode), file_format, quality=95), 16)
+    pixels = decode_centre(encode(in_mode(two_halves(), mode), file_format, quality=95), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     for column, colour in ((3, LEFT), (12, RIGHT)):
         assert np.abs(pixels[:, 8, column].astype(int) - colour).max() <= tolerance
@@ -44,7 +48,7 @@ def test_grayscale_bilevel_and_palette_with_transparency_become_rgb():
         np.testing.assert_array_equal(decode_centre(encode(image, "PNG"), 16), np.stack([gray] * 3))
     bilevel = decode_centre(encode(Image.fromarray(gray).convert("1"), "PNG"), 16)
     assert set(np.unique(bilevel)) == {0, 255}
-    palette = two_halves().convert("P")
+    palette = in_mode(two_halves(), "P")
     pixels = decode_centre(encode(palette, "PNG", transparency=bytes([0, 128, 255])), 16)
     assert tuple(pixels[:, 8, 3]) == LEFT
 
@@ -69,16 +73,16 @@ def test_exif_rotation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = encode(stored, "PNG", exif=exif)
-    assert image_size(encoded) == (6, 8)
+    assert shorter_side(encoded) == 6
     np.testing.assert_array_equal(decode_centre(encoded, 6), np.asarray(upright)[1:7].transpose(2, 0, 1))
 
 
 def test_the_centre_is_cut_and_scaled_like_pillow_does():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8))
     expected = image.crop((8, 0, 28, 20)).resize((10, 10), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(
-        decode_centre(encode(image, "PNG"), 10), np.asarray(expected).transpose(2, 0, 1)
-    )
+    pixels = decode_centre(encode(image, "PNG"), 10)
+    # At the cut's two sides the filter also sees the pixels beyond it.
+    np.testing.assert_array_equal(pixels[:, :, 1:-1], np.asarray(expected).transpose(2, 0, 1)[:, :, 1:-1])
 
 
 def test_large_jpegs_are_decoded_at_a_fraction_with_nearly_the_same_pixels():
@@ -104,8 +108,8 @@ GOOD_JPEG = encode(two_halves((64, 64)), "JPEG")
     [
         (b"", "empty file"),
         (b"not an image at all", "not an image in a known format"),
-        (GOOD_JPEG[: len(GOOD_JPEG) // 2], "truncated"),
-        (encode(two_halves(), "PNG")[:60], ""),
+        (GOOD_JPEG[: len(GOOD_JPEG) // 2], "(?i)truncated"),
+        (encode(two_halves(), "PNG")[:60], "truncated"),
         (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
     ],
     ids=["empty", "text", "half a JPEG", "start of a PNG", "float TIFF"],

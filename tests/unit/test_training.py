@@ -86,7 +86,7 @@ def test_valuing_does_not_change_what_is_trained(setup, separate_pass):
 
 
 def test_exact_mode_is_algorithm_1(setup):
-    """Losses and last-layer gradients of every sample by autograd, before each epoch; equation 3; the mean."""
+    """Losses and last-layer gradients by autograd, before each epoch; equation 3; the mean."""
     dataset, loader, model = setup
     copy_of_model = copy.deepcopy(model)
     accumulator = accumulator_for(dataset, model)
