@@ -56,9 +56,8 @@ def main() -> None:
         median = statistics.median(times[mode])
         # Each turn's epochs ran next to each other, so their ratio does not see the machine drift.
         ratio = statistics.median(a / b for a, b in zip(times[mode], times["none"], strict=True))
-        print(
-            f"{mode:<7} median {median:8.3f} s  {median / reference:5.3f} x  paired {ratio:5.3f} x  (bar {bar})"
-        )
+        share = median / reference
+        print(f"{mode:<7} {median:8.3f} s  {share:5.3f} x  paired {ratio:5.3f} x  (bar {bar:.2f})")
 
 
 if __name__ == "__main__":

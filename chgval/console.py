@@ -100,9 +100,7 @@ class Console:
         if summary.hidden_classes:
             table.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
         self._rich.print(table, soft_wrap=False)
-        self.say(
-            "agreement: share of the class whose predicted label, averaged over epochs, is the given one"
-        )
+        self.say("agreement: share predicted (mean over epochs) as the label that they have")
 
     def _histogram(self, summary: RunSummary) -> None:
         self.say("")

@@ -98,11 +98,17 @@ class Factors:
     @cached_property
     def squared_norms_N(self) -> Tensor:
         """||x_i||² = ||r_i||² (||h_i||² + 1): float64, shape (N,)."""
-        norms = [
-            _row_squares(residuals_BC) * (_row_squares(features_BD) + int(self.has_bias))
-            for residuals_BC, features_BD in self.chunks()
-        ]
-        return torch.cat(norms) if norms else self.residuals_NC.new_zeros(0, dtype=torch.float64)
+        norms_N = self.residuals_NC.new_empty(len(self), dtype=torch.float64)
+        # One buffer for all chunks: allocating anew for each makes the process grow by more than the factors.
+        width = max(self.residuals_NC.shape[1], self.features_ND.shape[1])
+        buffer = norms_N.new_empty(min(len(self), CHUNK_ROWS) * width)
+        start = 0
+        for residuals_BC, features_BD in self.chunks():
+            rows = slice(start, start + len(residuals_BC))
+            torch.add(_row_squares(features_BD, buffer), int(self.has_bias), out=norms_N[rows])
+            norms_N[rows] *= _row_squares(residuals_BC, buffer)
+            start = rows.stop
+        return norms_N
 
 
 @dataclass(frozen=True)
@@ -266,5 +272,6 @@ def harmonic_numbers(n: int) -> tuple[float, float]:
     return float(digamma(n + 1)) - float(digamma(1)), math.pi**2 / 6 - float(zeta(2, n + 1))
 
 
-def _row_squares(matrix_BK: Tensor) -> Tensor:
-    return matrix_BK.to(torch.float64, copy=True).square_().sum(1)
+def _row_squares(matrix_BK: Tensor, buffer: Tensor) -> Tensor:
+    squares_BK = buffer[: matrix_BK.numel()].view(matrix_BK.shape)
+    return squares_BK.copy_(matrix_BK).square_().sum(1)

@@ -37,7 +37,7 @@ def read_digits() -> Dataset:
         fingerprint=fingerprint(ids, labels_N, names, pixels_N3SS.tobytes()),
         flips=False,
         notes=[
-            f"{len(flipped)} of {len(true_N):,} labels ({FLIPPED_SHARE:.0%}) were replaced by another digit; "
-            "each id ends in the true one"
+            f"{len(flipped)} of {len(true_N):,} labels ({FLIPPED_SHARE:.0%}) were flipped; "
+            "ids end in the true digit"
         ],
     )

@@ -312,8 +312,8 @@ def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> I
                     yield batch.select(columns)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
-                f"{path}: reading {', '.join(columns)} failed ({_first_line(error)}); the file may be damaged, "
-                "or its columns may differ from those of the other files."
+                f"{path}: reading {', '.join(columns)} failed ({_first_line(error)}); the file may be "
+                "damaged, or its columns may differ from those of the other files."
             ) from error
 
 

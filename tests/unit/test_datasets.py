@@ -368,7 +368,7 @@ def test_missing_columns_name_those_that_exist(tmp_path):
         read(path, image_column="photo")
     with pytest.raises(DataError, match=f"column 'vec' not found; {columns}. Mend --features-column"):
         read(path, features_column="vec")
-    with pytest.raises(DataError, match="column 'emb' holds list<.*--label-column needs integers, strings"):
+    with pytest.raises(DataError, match=r"column 'emb' holds list<.*--label-column needs integers, strings"):
         read(path, label_column="emb")
     pq.write_table(pa.table({"emb": [[1.0], [2.0]], "label": [0, 1]}), tmp_path / "e.parquet")
     with pytest.raises(

@@ -21,9 +21,14 @@ NAN = float("nan")
 def dataset_and_signals():
     """Five rows: three valued, two of them the same, one unlabelled, one unreadable."""
     dataset = Dataset(
-        source="d", ids=["a", "b,\"c\"", "c", "=d", "e"], labels_N=np.array([0, 1, -1, 1, 0]), class_names=["x", "y"],
-        content=Embeddings(np.zeros((5, 2), np.float32)), fingerprint="f", problems={3: "empty file"},
-    )  # fmt: skip
+        source="d",
+        ids=["a", 'b,"c"', "c", "=d", "e"],
+        labels_N=np.array([0, 1, -1, 1, 0]),
+        class_names=["x", "y"],
+        content=Embeddings(np.zeros((5, 2), np.float32)),
+        fingerprint="f",
+        problems={3: "empty file"},
+    )
     floats = np.array([0.5, -1.0, NAN, NAN, 0.5])
     signals = RunSignals(
         num_epochs_N=np.array([3, 3, 0, 0, 3]), value_N=floats, value_std_N=floats, value_stderr_N=floats,
