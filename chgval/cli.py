@@ -1,6 +1,6 @@
 """The command line: flags to settings, settings to a run, errors to one line and an exit code.
 
-Nothing here may import torch before a command runs: `chgval --help` must start at once.
+Nothing here may import torch, or numpy, before a command runs: `chgval --help` must start at once.
 """
 
 from __future__ import annotations
@@ -11,22 +11,48 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import chgval
 from chgval.config import DataConfig, OutputConfig, TrainConfig, ValueConfig
-from chgval.console import Console, force_utf8
 from chgval.errors import ChgvalError, SettingsError
 
+if TYPE_CHECKING:
+    from chgval.console import Console
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class PanelCommand(TyperCommand):
+    """A command whose plain help is grouped by panel.
+
+    Typer groups only in rich's boxes, and loading those takes longer than all else that --help does.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options of each panel."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                other = "Arguments" if param.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or other, []).append(record)
+        sections["Options"] = sections.pop("Options", [])  # what has no panel comes last
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
 
 app = typer.Typer(
     name="chgval",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -107,7 +133,7 @@ DATA_PANEL, MODEL_PANEL = "Data", "Model and training"
 VALUES_PANEL, OUTPUT_PANEL = "Values", "Output"
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def value(
     data: Annotated[
         str,
@@ -264,18 +290,16 @@ def value(
     The report has one row per input row: its CHG Shapley value, rank and percentile, and signals of the same
     run (loss, margin, EL2N, predicted label, ...). Low values come first when looking for wrong labels.
 
-    **Examples**
+    \b
+    Examples:
+      chgval value builtin:digits
+      chgval value photos/ -o photos.parquet        # photos/CLASS/IMAGE
+      chgval value "shards/*.parquet" --arch resnet18 --epochs 20
+      chgval value embeddings.parquet --features-column embedding
+      chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.console import Console  # imported here so that --help stays fast
 
-    * `chgval value builtin:digits`
-
-    * `chgval value photos/ -o photos.parquet` (photos/CLASS/IMAGE)
-
-    * `chgval value "shards/*.parquet" --arch resnet18 --epochs 20`
-
-    * `chgval value embeddings.parquet --features-column embedding`
-
-    * `chgval value photos/ -o - --format csv | sort -t, -k5,5g | head`
-    """
     console = Console(quiet=quiet, verbose=verbose)
     with reporting_errors(console, debug=debug):
         config = ValueConfig(
@@ -314,7 +338,7 @@ def value(
             utility=utility.value,
             per_class=per_class,
         )
-        from chgval.runs.value import run_plan, run_value  # imported here so that --help stays fast
+        from chgval.runs.value import run_plan, run_value
 
         if plan:
             run_plan(config, console)
@@ -353,5 +377,8 @@ def _three_numbers(option: str, text: str | None) -> tuple[float, float, float] 
 
 def main() -> None:
     """Run the command line."""
-    force_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end the run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -195,11 +194,3 @@ def histogram(values: FloatArray) -> tuple[list[int], list[float]]:
 def printable(text: str) -> str:
     """Escape what a terminal would act upon; names of files and classes are data from strangers."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
-def force_utf8() -> None:
-    """Keep a terminal that cannot show a character from ending the run."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")

@@ -1,0 +1,97 @@
+"""The command line as a contract: its help, its documentation, its start-up and its completion."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import chgval
+from chgval.cli import app
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
+COMMANDS = [[], ["value"]]
+
+
+def help_of(command):
+    """The help at 80 columns, as `COLUMNS=80 chgval COMMAND --help` prints it."""
+    result = CliRunner().invoke(app, [*command, "--help"], prog_name="chgval")
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def documentation():
+    parts = ["# Command line\n\nThe help of every command, as it prints it.\n"]
+    for command in COMMANDS:
+        title = " ".join(["chgval", *command])
+        parts.append(f"## `{title}`\n\n```text\n{help_of(command)}```\n")
+    return "\n".join(parts)
+
+
+@pytest.mark.skipif(
+    not typer.__version__.startswith("0.29."), reason="other versions of typer lay out help in other ways"
+)
+def test_documentation_is_the_help_itself():
+    """A changed option shows here. To renew the page: CHGVAL_WRITE_DOCS=1 pytest tests/cli/test_help.py"""
+    if os.environ.get("CHGVAL_WRITE_DOCS"):
+        DOCUMENTATION.write_text(documentation())
+    assert DOCUMENTATION.read_text() == documentation()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_shows_examples(command):
+    text = help_of(command)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "chgval value builtin:digits" in text
+
+
+def test_help_groups_every_option_of_value():
+    sections = [line for line in help_of(["value"]).splitlines() if line and not line.startswith(" ")]
+    assert sections[1:] == ["Arguments:", "Output:", "Data:", "Model and training:", "Values:", "Options:"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["value", "--help"], ["--version"]])
+def test_starting_up_imports_no_heavy_library(arguments):
+    code = (
+        "import sys\nfrom chgval.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'pyarrow', 'sklearn', 'scipy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"chgval {chgval.__version__}\n"
+
+
+def complete(words):
+    """What bash would be offered for the last word."""
+    environment = {
+        **os.environ, "_CHGVAL_COMPLETE": "complete_bash",
+        "COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1),
+    }  # fmt: skip
+    script = "import sys; sys.argv[0] = 'chgval'; from chgval.cli import app; app(prog_name='chgval')"
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    return result.stdout.split()
+
+
+def test_shell_completion_offers_commands_options_and_models():
+    assert complete(["chgval", "va"]) == ["value"]
+    assert {"--arch", "--augment"} <= set(complete(["chgval", "value", "--a"]))
+    assert complete(["chgval", "value", "x", "--mode", "on"]) == ["online"]
+    assert {"resnet8", "resnet18", "resnet20"} <= set(complete(["chgval", "value", "x", "--arch", "resnet"]))
+
+
+def test_the_installed_script_and_the_module_are_the_same_program():
+    module = subprocess.run([sys.executable, "-m", "chgval", "--version"], capture_output=True, text=True)
+    script = Path(sys.executable).with_name("chgval")
+    if not script.exists():
+        pytest.skip("chgval is not installed as a script in this environment")
+    installed = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert installed.stdout == module.stdout == f"chgval {chgval.__version__}\n"
