@@ -100,6 +100,7 @@ def train_epochs(
                 )
         if not num_samples:
             raise DataError("none of the images could be decoded; check the files.")
+        _check_finite(losses_S, epoch, recipe)
         yield EpochRecord(
             epoch=epoch,
             num_epochs=recipe.epochs,

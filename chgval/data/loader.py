@@ -27,6 +27,8 @@ Augment = Literal["none", "crop", "crop-flip"]
 SHIFT_SHARE = 1 / 8
 # Pixels used to estimate mean and standard deviation.
 STATISTICS_IMAGES = 2000
+# Share of a GPU's free memory that the samples may take.
+DEVICE_MEMORY_SHARE = 0.5
 # A pass without gradients takes batches of this size on a CPU, whose caches they fit in; elsewhere it takes
 # twice the training batch.
 PLAIN_BATCH_ON_CPU = 64
@@ -125,7 +127,8 @@ class MemoryLoader:
             self.statistics = _statistics(contents[_spread(rows_N, STATISTICS_IMAGES)], mean, std)
         else:
             raise TypeError("images that are decoded at each use need a DecodingLoader")
-        self._contents = contents.to(device)
+        # Contents that would fill the device stay on the host; each batch of them is then copied by itself.
+        self._contents = contents.to(device) if _fits(contents, device) else contents
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         self._rows_N = rows_N
         self._batch_size = batch_size
@@ -136,7 +139,7 @@ class MemoryLoader:
     @property
     def num_batches(self) -> int:
         """Optimizer steps in one epoch."""
-        return math.ceil(len(self._rows_N) / self._batch_size)
+        return _num_batches(len(self._rows_N), self._batch_size)
 
     def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Yield all usable samples once, in random order, augmented."""
@@ -149,7 +152,7 @@ class MemoryLoader:
         for indices_B in order_N.tensor_split(self.num_batches):
             part = slice(start, start + len(indices_B))
             start += len(indices_B)
-            contents_B = self._contents[indices_B]
+            contents_B = self._take(indices_B)
             if self._augment != "none":
                 contents_B = _shifted(contents_B, shifts_N2[part], shift)
             if self._augment == "crop-flip":
@@ -160,7 +163,10 @@ class MemoryLoader:
         """Yield all usable samples once, in order, as they are."""
         size = _plain_batch_size(self._batch_size, self._device)
         for indices_B in torch.split(self._rows_N.to(self._device), size):
-            yield self._batch(indices_B, self._contents[indices_B])
+            yield self._batch(indices_B, self._take(indices_B))
+
+    def _take(self, indices_B: Tensor) -> Tensor:
+        return self._contents[indices_B.to(self._contents.device)].to(self._device)
 
     def _batch(self, indices_B: Tensor, contents_B: Tensor) -> Batch:
         return Batch(indices_B, self._normaliser(contents_B), self._labels[indices_B])
@@ -204,20 +210,21 @@ class DecodingLoader:
     @property
     def num_batches(self) -> int:
         """Optimizer steps in one epoch."""
-        return math.ceil(len(self._dataset.usable_rows()) / self._batch_size)
+        return _num_batches(len(self._dataset.usable_rows()), self._batch_size)
 
     def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Yield all usable samples once, in random order, each in a random crop."""
         rows_N = torch.from_numpy(self._dataset.usable_rows())
         order_N = rows_N[torch.randperm(len(rows_N), generator=generator)]
         seed = int(torch.randint(2**62, (), generator=generator)) if self._augment != "none" else None
+        flips_N = (torch.rand(len(self._dataset), generator=generator) < 0.5).to(self._device)
         batches = [part.tolist() for part in order_N.tensor_split(self.num_batches)]
         for indices_B, pixels_B in self._decoded(batches, seed):
-            flips_B = (torch.rand(len(indices_B), generator=generator) < 0.5).to(self._device)
-            batch = pixels_B.to(self._device, non_blocking=True)
+            batch = self._batch(indices_B, pixels_B)
             if self._augment == "crop-flip":
-                batch = _flipped(batch, flips_B)
-            yield self._batch(indices_B, batch)
+                flipped = _flipped(batch.inputs_B, flips_N[batch.indices_B])
+                batch = Batch(batch.indices_B, flipped, batch.labels_B)
+            yield batch
 
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, cut to their centre."""
@@ -225,7 +232,7 @@ class DecodingLoader:
         size = _plain_batch_size(self._batch_size, self._device)
         batches = [rows_N[start : start + size].tolist() for start in range(0, len(rows_N), size)]
         for indices_B, pixels_B in self._decoded(batches, seed=None):
-            yield self._batch(indices_B, pixels_B.to(self._device, non_blocking=True))
+            yield self._batch(indices_B, pixels_B)
 
     def _decoded(self, batches: list[list[int]], seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (row numbers, uint8 pixels) of every batch, without the rows that cannot be decoded."""
@@ -249,7 +256,8 @@ class DecodingLoader:
 
     def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
         indices_B = indices_B.to(self._device, non_blocking=True)
-        return Batch(indices_B, self._normaliser(pixels_B), self._labels[indices_B])
+        inputs_B = self._normaliser(pixels_B.to(self._device, non_blocking=True))
+        return Batch(indices_B, inputs_B, self._labels[indices_B])
 
 
 _Decoded = tuple[int, Tensor | str]
@@ -316,6 +324,17 @@ def _vector_statistics(vectors_ND: Tensor) -> Statistics:
     """Mean and standard deviation of every number of an embedding, shape (D,); constants keep a std of 1."""
     std_D = vectors_ND.double().std(0)
     return Statistics(vectors_ND.double().mean(0).float(), std_D.where(std_D > 1e-6, 1).float())
+
+
+def _num_batches(num_samples: int, batch_size: int) -> int:
+    """Return how many batches of nearly one size; each holds two samples, as normalisation layers need."""
+    return max(1, min(math.ceil(num_samples / batch_size), num_samples // 2))
+
+
+def _fits(contents: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return contents.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _plain_batch_size(training_batch_size: int, device: torch.device) -> int:

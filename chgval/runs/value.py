@@ -69,7 +69,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     started = time.perf_counter()
     if config.mode != "none":
         ReportWriter.check(config.output)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         run = prepare(config, console)
         console.settings(_settings_shown(run, config))
         writer = ReportWriter(config.output) if config.mode != "none" else None
@@ -96,7 +96,7 @@ def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
     if config.mode != "none":
         ReportWriter.check(config.output)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         run = prepare(config, console)
         console.settings([*_settings_shown(run, config), *_costs(run, config)])
 
@@ -111,6 +111,7 @@ def prepare(config: ValueConfig, console: Console) -> Run:
     torch.manual_seed(train.seed)
     generator = torch.Generator().manual_seed(train.seed)
     device = pick_device(train.device)
+    torch.backends.cudnn.benchmark = True  # the batches of a run have at most two sizes
     console.detail(f"reading {config.data.source}")
     dataset = open_dataset(config.data, largest_image_size(train.arch, device.type))
     for note in dataset.notes:

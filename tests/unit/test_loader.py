@@ -50,6 +50,14 @@ def test_an_epoch_shows_every_sample_once_in_batches_of_nearly_one_size(image_fo
     np.testing.assert_array_equal(labels, dataset.labels_N)
 
 
+def test_no_batch_holds_a_single_sample(tmp_path):
+    """Normalisation over a batch of one sample of one pixel is undefined."""
+    root = write_folder(tmp_path / "images", 3, size=4)
+    (root / "cat/002.png").unlink()
+    _, loader = loader_for(root, 4, batch_size=2)
+    assert [len(b.indices_B) for b in loader.training_batches(generator())] == [3, 2]
+
+
 @pytest.mark.parametrize("size", [12, 72])
 def test_inputs_are_normalised_pixels(image_folder, large_folder, size):
     dataset, loader = loader_for(image_folder if size == 12 else large_folder, size)
