@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chgval.accumulate import Utility, ValueAccumulator
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
-from chgval.models import InputShape, build_model
+from chgval.data.loader import Batch
+from chgval.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.records import EpochRecord
 from chgval.runs.value import prepare, records
 from chgval.shapley import Factors, chg_values, coalition_sums, hardness_values
+from chgval.training import observe
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -51,6 +53,35 @@ def test_accumulator_takes_a_step_in_without_leaving_the_device():
         assert {figure.device.type for figure in signals.values()} == {"cuda"}
         sums = coalition_sums(accumulator._factors())
         assert accumulator._values(signals["loss"], sums).device.type == "cuda"
+
+
+class FakeLoader:
+    """Batches of a device that need not exist."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def plain_batches(self):
+        for start in (0, 64):
+            indices_B = torch.arange(start, start + 64, device=self.device)
+            inputs_B = torch.randn(64, 3, 32, 32, device=self.device)
+            labels_B = torch.zeros(64, dtype=torch.int64, device=self.device)
+            yield Batch(indices_B, inputs_B.to(memory_format=torch.channels_last), labels_B)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = CIFARResNet(1, 10)
+            model = SplitModel(network, network.fc)
+            network.fc = torch.nn.Identity()
+            labels_N = torch.zeros(128, dtype=torch.int64)
+        accumulator = ValueAccumulator(labels_N, 10, 64)
+        observe(model, FakeLoader("cuda"), accumulator)
+        assert accumulator._close_epoch()["loss"].device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"):
+            observe(model, FakeLoader("cpu"), accumulator)
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18"])

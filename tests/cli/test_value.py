@@ -98,6 +98,21 @@ def test_values_of_all_samples_sum_to_a_utility_that_all_modes_have(image_folder
         assert total == pytest.approx(mean_loss, rel=1e-6)
 
 
+def test_exact_values_come_from_before_the_epoch_and_online_ones_from_within_it(image_folder, tmp_path):
+    """So the values of a single epoch depend on the learning rate online only."""
+    values = {}
+    for mode in ("exact", "online"):
+        for lr in ("0.1", "0.01"):
+            out = tmp_path / f"{mode}-{lr}.parquet"
+            run = invoke(
+                image_folder, "--arch", "resnet8", "--epochs", 1, "--mode", mode, "--lr", lr, "-o", out
+            )
+            assert run.exit_code == 0
+            values[mode, lr] = pq.read_table(out)["value"]
+    assert values["exact", "0.1"] == values["exact", "0.01"]
+    assert values["online", "0.1"] != values["online", "0.01"]
+
+
 def test_per_class_values_differ_and_no_values_writes_nothing(image_folder, tmp_path):
     assert invoke(image_folder, *FAST, "-o", tmp_path / "a.parquet").exit_code == 0
     assert invoke(image_folder, *FAST, "--per-class", "-o", tmp_path / "b.parquet").exit_code == 0
