@@ -24,6 +24,7 @@ from chgval.shapley import (
     chg_values_per_class,
     coalition_sums,
     hardness_values,
+    rows_of_classes,
 )
 
 
@@ -111,7 +112,7 @@ class ValueAccumulator:
             features_BD: input of the last linear layer, shape (B, D), any floating type.
         """
         device = self._logits_NC.device
-        indices_B = indices_B.to(device, non_blocking=True)
+        indices_B = indices_B.to(device)
         self._logits_NC.index_copy_(0, indices_B, logits_BC.detach().to(device, torch.float32))
         self._features_ND.index_copy_(0, indices_B, features_BD.detach().to(device, torch.float32))
         self._seen_N.index_fill_(0, indices_B, True)
@@ -196,7 +197,6 @@ class ValueAccumulator:
             rows = slice(start, start + CHUNK_ROWS)
             signals, residuals_BC = _read_logits(self._logits_NC[rows], self.labels_N[rows].clamp(min=0))
             seen_B1 = self._seen_N[rows, None]
-            # residual + one-hot is the softmax, which the signals leave in probabilities.
             self._probability_sums_NC[rows] += signals.pop("probabilities").where(seen_B1, 0)
             if self.utility is Utility.CHG:
                 residuals_BC *= signals["loss"][:, None]
@@ -211,16 +211,15 @@ class ValueAccumulator:
         """Values of the samples seen in this epoch; what the other rows hold is masked by the caller."""
         if self.utility is not Utility.HARDNESS and not self.per_class:
             return chg_values(self._factors(), self.epoch_sums() if sums is None else sums)
-        values_N = torch.zeros_like(losses_N, dtype=torch.float64)
-        rows = self._seen_N.nonzero().squeeze(1)
+        # Samples that were not seen make a group of their own.
+        groups_N = self.labels_N.where(self._seen_N, self.num_classes)
         if self.utility is not Utility.HARDNESS:
-            seen = Factors(self._logits_NC[rows], self._features_ND[rows], self.has_bias)
-            values_N[rows] = chg_values_per_class(seen, self.labels_N[rows], self.num_classes)
-            return values_N
-        by_class = [rows[self.labels_N[rows] == label] for label in range(self.num_classes)]
-        for members in by_class if self.per_class else [rows]:
-            if len(members):
-                values_N[members] = hardness_values(losses_N[members])
+            return chg_values_per_class(self._factors(), groups_N, self.num_classes + 1)
+        values_N = torch.zeros_like(losses_N, dtype=torch.float64)
+        seen = self._seen_N.nonzero().squeeze(1)
+        for rows in rows_of_classes(groups_N, self.num_classes + 1) if self.per_class else [seen]:
+            if len(rows):
+                values_N[rows] = hardness_values(losses_N[rows])
         return values_N
 
 

@@ -145,9 +145,12 @@ def value(
     output: Annotated[
         str,
         typer.Option(
-            "--output", "-o", help="Report to write; - is standard output.", rich_help_panel=OUTPUT_PANEL
+            "--output",
+            "-o",
+            help="Report to write; - is standard output. Default: values.parquet.",
+            rich_help_panel=OUTPUT_PANEL,
         ),
-    ] = "values.parquet",
+    ] = "",
     report_format: Annotated[
         Format | None,
         typer.Option("--format", help="Default: by the ending, or parquet.", rich_help_panel=OUTPUT_PANEL),

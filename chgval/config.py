@@ -12,6 +12,8 @@ from chgval.errors import SettingsError
 ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
 STANDARD_OUTPUT = "-"
+# Key of the schema metadata that a report carries, and by which a report among data is known.
+METADATA_KEY = b"chgval"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +46,17 @@ class DataConfig:
         _check_at_least("--workers", self.workers, 0)
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
-        if self.features_column is not None and (self.image_column or self.image_size):
-            raise SettingsError("--features-column: embeddings take no --image-column or --image-size.")
+        images_only = (self.image_column, self.image_size, self.mean, self.std)
+        if self.features_column is not None and any(option is not None for option in images_only):
+            raise SettingsError(
+                "--features-column: embeddings take no --image-column, -size, --mean or --std."
+            )
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether the user named a column, as only Parquet files have them."""
+        columns = (self.image_column, self.label_column, self.id_column, self.features_column)
+        return any(column is not None for column in columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +93,15 @@ class TrainConfig:
         _check_at_least("--epochs", self.epochs, 1)
         _check_at_least("--batch-size", self.batch_size, 2)
         _check_at_least("--seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise SettingsError(f"--seed {self.seed}: must be below 2**63.")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise SettingsError(f"--lr {self.lr}: the learning rate must be above 0.")
         if not 0 < self.momentum < 1:
             raise SettingsError(f"--momentum {self.momentum}: must lie between 0 and 1, both excluded.")
         if not 0 <= self.weight_decay < float("inf"):
             raise SettingsError(f"--weight-decay {self.weight_decay}: must be 0 or more.")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", self.device):
             raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
 
 
@@ -97,18 +110,18 @@ class OutputConfig:
     """Where the report goes.
 
     Attributes:
-        path: a file, or "-" for standard output.
+        path: a file, or "-" for standard output. Default: values, with the ending of the format.
         report_format: None takes it from the file's ending (parquet for standard output).
         overwrite: whether an output that exists may be replaced.
     """
 
-    path: str = "values.parquet"
+    path: str = ""
     report_format: ReportFormat | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise SettingsError("--output: expected a file name, or - for standard output.")
+            object.__setattr__(self, "path", f"values.{self.report_format or 'parquet'}")
         ending = Path(self.path).suffix.removeprefix(".")
         if self.report_format is None and not self.to_stdout and ending not in REPORT_FORMATS:
             raise SettingsError(

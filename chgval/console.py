@@ -193,4 +193,4 @@ def histogram(values: FloatArray) -> tuple[list[int], list[float]]:
 
 def printable(text: str) -> str:
     """Escape what a terminal would act upon; names of files and classes are data from strangers."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -10,11 +10,9 @@ import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # what weights_only=True refuses a pickle of more than tensors with
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -133,7 +131,7 @@ def check_names(arch: str | None, weights: Path | None) -> None:
             "such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
         )
     if weights is not None and not weights.is_file():
-        raise ModelError(f"--weights {weights}: no such file.")
+        raise ModelError(f"--weights {weights}: no such file, or a folder.")
 
 
 def build_model(
@@ -233,15 +231,15 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+    except Exception as error:  # both readers raise errors of any kind on files that are something else
         raise ModelError(
-            f"--weights {path}: cannot be read as tensors ({_first_line(error)}); pass a safetensors file, "
+            f"--weights {path}: cannot be read as tensors ({type(error).__name__}); pass a safetensors file, "
             "or a state dict saved with torch.save(model.state_dict(), ...)."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _is_state_dict(state):
         raise ModelError(
-            f"--weights {path}: expected a state dict (names to tensors), found {type(state).__name__} with "
-            "other contents; save model.state_dict()."
+            f"--weights {path}: expected a state dict (names to tensors), found other contents "
+            f"({type(state).__name__}); save model.state_dict()."
         )
     expected = network.state_dict()
     head_name = _head_name(network, arch)
@@ -262,6 +260,12 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             "the --image-size they were trained at."
         )
     network.load_state_dict(state, strict=False)
+
+
+def _is_state_dict(state: object) -> bool:
+    return isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
 
 
 def _first_line(error: Exception) -> str:

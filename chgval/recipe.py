@@ -67,5 +67,5 @@ def choose_recipe(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        augment=config.augment or ("crop-flip" if flips else "crop"),
+        augment="none" if num_features is not None else config.augment or ("crop-flip" if flips else "crop"),
     )

@@ -20,14 +20,13 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import OutputConfig, ReportFormat
+from chgval.config import METADATA_KEY, OutputConfig, ReportFormat
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
 from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, RunSignals
 
 # Raised whenever a column changes its name, type or meaning.
 REPORT_VERSION = 1
-METADATA_KEY = b"chgval"
 ROW_GROUP_ROWS = 262_144
 
 VALUES_SCHEMA = pa.schema(
@@ -68,10 +67,17 @@ EPOCH_SCHEMA = pa.schema(
 )
 
 
-def values_table(dataset: Dataset, signals: RunSignals) -> pa.Table:
-    """Return the report: one row per input row, in input order."""
+def values_table(dataset: Dataset, signals: RunSignals, *, per_class: bool = False) -> pa.Table:
+    """Return the report: one row per input row, in input order.
+
+    Args:
+        dataset: the input rows.
+        signals: what the run says of them.
+        per_class: whether the values come from one game per class; samples are then ranked within theirs.
+    """
     names = np.array([*dataset.class_names, None], dtype=object)  # index -1 gives None
-    rank_N, percentile_N = _ranks(signals.value_N)
+    group_N = dataset.labels_N if per_class else np.zeros_like(dataset.labels_N)
+    rank_N, percentile_N = _ranks(signals.value_N, group_N)
     seen_N = signals.num_epochs_N > 0
     columns = {
         "index": np.arange(len(dataset)),
@@ -116,7 +122,7 @@ def epoch_table(signals: EpochSignals) -> pa.Table:
 def with_metadata(table: pa.Table, metadata: dict[str, object]) -> pa.Table:
     """Attach what is known of the run under the schema's key `chgval`."""
     text = json.dumps({"report_version": REPORT_VERSION, **metadata}, ensure_ascii=False)
-    return table.replace_schema_metadata({METADATA_KEY: text.encode("utf-8", "surrogateescape")})
+    return table.replace_schema_metadata({METADATA_KEY: text.encode("utf-8", "backslashreplace")})
 
 
 class ReportWriter:
@@ -141,11 +147,10 @@ class ReportWriter:
             with _could_not_write(self.epochs_folder):
                 for part in self.epochs_folder.glob("epoch=*"):
                     shutil.rmtree(part)
-                self.epochs_folder.mkdir(exist_ok=True)
 
     @staticmethod
-    def check(config: OutputConfig) -> None:
-        """Raise OutputError where the output cannot be written; leave everything as it is."""
+    def check(config: OutputConfig, source: str = "") -> None:
+        """Raise OutputError where the output cannot be written, or is the dataset; leave all as it is."""
         path, report_format = Path(config.path), config.resolved_format
         if config.to_stdout:
             if sys.stdout.isatty() and report_format in ("parquet", "arrow"):
@@ -154,14 +159,18 @@ class ReportWriter:
                     "redirect it, or pass --format csv."
                 )
             return
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; --output needs a file name.")
-        for existing in (path, epochs_folder(config)):
-            if (existing.exists() or existing.is_symlink()) and not config.overwrite:
-                raise OutputError(f"{existing}: exists already; pass --overwrite, or another --output.")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
         with _could_not_write(path):
+            if path.is_dir():
+                raise OutputError(f"{path}: is a folder; --output needs a file name.")
+            if path.exists() and not path.is_file():
+                raise OutputError(f"{path}: is no regular file; --output - writes to standard output.")
+            if source and path.exists() and Path(source).exists() and path.samefile(source):
+                raise OutputError(f"{path}: is the dataset itself; pass another --output.")
+            for existing in (path, epochs_folder(config)):
+                if (existing.exists() or existing.is_symlink()) and not config.overwrite:
+                    raise OutputError(f"{existing}: exists already; pass --overwrite, or another --output.")
+            if not path.parent.is_dir():
+                raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
             _part(path).touch()
             _part(path).unlink()
 
@@ -172,7 +181,7 @@ class ReportWriter:
         folder = self.epochs_folder / f"epoch={record.epoch}"
         path = folder / "values.parquet"
         with _could_not_write(path):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with _replacing(path) as file:
                 _write(with_metadata(epoch_table(record.signals), metadata), file, "parquet")
 
@@ -205,7 +214,7 @@ def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None
         case "jsonl":
             for batch in table.to_batches(ROW_GROUP_ROWS):
                 for row in batch.to_pylist():
-                    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def _part(path: Path) -> Path:
@@ -239,12 +248,13 @@ def _or_null(figure_N: NDArray[np.floating]) -> pa.Array:
     return pa.array(figure_N, mask=np.isnan(figure_N))
 
 
-def _ranks(value_N: FloatArray) -> tuple[IntArray, FloatArray]:
-    """Return ranks (1 is the highest value, 0 is none; ties by index) and percentiles (100 is highest)."""
+def _ranks(value_N: FloatArray, group_N: IntArray) -> tuple[IntArray, FloatArray]:
+    """Return ranks within groups (1 is the highest value, 0 none; ties by index) and percentiles."""
     rank_N = np.zeros(len(value_N), dtype=np.int64)
     percentile_N = np.full(len(value_N), np.nan)
-    rows = np.flatnonzero(~np.isnan(value_N))
-    order = rows[np.argsort(-value_N[rows], kind="stable")]
-    rank_N[order] = np.arange(1, len(order) + 1)
-    percentile_N[order] = 100 * (len(order) - rank_N[order]) / max(1, len(order) - 1)
+    for group in np.unique(group_N):
+        rows = np.flatnonzero((group_N == group) & ~np.isnan(value_N))
+        order = rows[np.argsort(-value_N[rows], kind="stable")]
+        rank_N[order] = np.arange(1, len(order) + 1)
+        percentile_N[order] = 100 * (len(order) - rank_N[order]) / max(1, len(order) - 1)
     return rank_N, percentile_N

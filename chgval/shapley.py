@@ -220,13 +220,18 @@ def chg_values_per_class(factors: Factors, labels_N: Tensor, num_classes: int) -
     if len(labels_N) != len(factors):
         raise FactorError(f"{len(labels_N)} labels for {len(factors)} samples; pass one label per sample.")
     values_N = factors.residuals_NC.new_zeros(len(factors), dtype=torch.float64)
-    order_N = labels_N.argsort(stable=True)
-    counts = torch.bincount(labels_N, minlength=num_classes).tolist()
-    for rows in torch.split(order_N, counts):
+    for rows in rows_of_classes(labels_N, num_classes):
         if len(rows):
             members = Factors(factors.residuals_NC[rows], factors.features_ND[rows], factors.has_bias)
             values_N[rows] = chg_values(members)
     return values_N
+
+
+def rows_of_classes(labels_N: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    """Return the rows of every class, in order; labels lie in [0, num_classes)."""
+    counts = torch.bincount(labels_N, minlength=num_classes).tolist()
+    rows: tuple[Tensor, ...] = torch.split(labels_N.argsort(stable=True), counts)
+    return rows
 
 
 def hardness_values(losses_N: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,9 @@ def train_epochs(
             observe(model, loader, accumulator)
         training_started = time.perf_counter()
         model.train()
-        num_steps, num_samples = loader.num_batches, 0
+        num_steps = loader.num_batches
         losses_S = torch.zeros(num_steps, device=device)
-        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        totals = _Totals(torch.zeros((), device=device), torch.zeros((), device=device))
         for step, batch in enumerate(loader.training_batches(generator), start=1):
             logits_BC, features_BD = model(batch.inputs_B)
             losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
@@ -83,30 +84,21 @@ def train_epochs(
                 accumulator.update(batch.indices_B, logits_BC, features_BD)
 
             losses_S[step - 1] = loss.detach()
-            loss_sum += losses_B.detach().sum()
-            right += (logits_BC.detach().argmax(1) == batch.labels_B).sum()
-            num_samples += len(batch.labels_B)
-            if step % STEPS_BETWEEN_READINGS == 0 or step == num_steps:
+            totals.add(losses_B.detach(), logits_BC.detach(), batch.labels_B)
+            if step % STEPS_BETWEEN_READINGS == 0 and step < num_steps:
                 _check_finite(losses_S, epoch, recipe)
-                yield StepRecord(
-                    epoch=epoch,
-                    num_epochs=recipe.epochs,
-                    step=step,
-                    num_steps=num_steps,
-                    loss=loss_sum.item() / num_samples,
-                    accuracy=right.item() / num_samples,
-                    num_samples=num_samples,
-                    seconds=time.perf_counter() - training_started,
-                )
-        if not num_samples:
+                yield totals.step_record(epoch, recipe, step, num_steps, training_started)
+        if not totals.num_samples:
             raise DataError("none of the images could be decoded; check the files.")
         _check_finite(losses_S, epoch, recipe)
+        last = totals.step_record(epoch, recipe, num_steps, num_steps, training_started)
+        yield last
         yield EpochRecord(
             epoch=epoch,
             num_epochs=recipe.epochs,
-            loss=loss_sum.item() / num_samples,
-            accuracy=right.item() / num_samples,
-            num_samples=num_samples,
+            loss=last.loss,
+            accuracy=last.accuracy,
+            num_samples=last.num_samples,
             signals=None if accumulator is None else accumulator.finish_epoch(),
             seconds=time.perf_counter() - started,
         )
@@ -129,6 +121,34 @@ def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
             return progress / WARM_UP_SHARE
         progress = (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Sums over an epoch so far; they stay on the device until they are read."""
+
+    loss_sum: Tensor
+    right: Tensor
+    num_samples: int = 0
+
+    def add(self, losses_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
+        self.loss_sum += losses_B.sum()
+        self.right += (logits_BC.argmax(1) == labels_B).sum()
+        self.num_samples += len(labels_B)
+
+    def step_record(
+        self, epoch: int, recipe: Recipe, step: int, num_steps: int, started: float
+    ) -> StepRecord:
+        return StepRecord(
+            epoch=epoch,
+            num_epochs=recipe.epochs,
+            step=step,
+            num_steps=num_steps,
+            loss=self.loss_sum.item() / self.num_samples,
+            accuracy=self.right.item() / self.num_samples,
+            num_samples=self.num_samples,
+            seconds=time.perf_counter() - started,
+        )
 
 
 def _check_finite(losses_S: Tensor, epoch: int, recipe: Recipe) -> None:

@@ -175,7 +175,7 @@ def fingerprint(
     """Return a hash of rows, labels and classes, and of their contents or (for images) encoded sizes."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (*class_names, "", *ids):
-        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(text.encode() + b"\0")
     digest.update(np.ascontiguousarray(labels_N, dtype="<i8").tobytes())
     digest.update(contents if isinstance(contents, bytes) else np.asarray(contents, dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -15,6 +15,9 @@ from PIL import Image, ImageOps
 
 Pixels = NDArray[np.uint8]
 
+# Such images are refused; a filter that is set around each call would not hold for other threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 # A 16-bit sample is scaled to 8 bits; 65535 becomes 255.
 _SIXTEEN_TO_EIGHT_BITS = 257
 
@@ -56,21 +59,23 @@ def decode_random_crop(encoded: bytes, size: int, rng: np.random.Generator) -> P
 
 def _opened(encoded: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded))
     except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
         raise UnreadableImageError(_reason(encoded, error)) from error
+    pixels = image.width * image.height
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        raise UnreadableImageError(f"{pixels:,} pixels, which could be a decompression bomb")
+    return image
 
 
 def _decode(encoded: bytes, size: int) -> Image.Image:
     """Return the upright RGB image. JPEGs are decoded at a fraction of their size if that is large enough."""
     image = _opened(encoded)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # The factor of two leaves the final scaling something to smooth.
-            image.draft("RGB", (2 * size, 2 * size))
-            image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+        # The factor of two leaves the final scaling something to smooth.
+        image.draft("RGB", (2 * size, 2 * size))
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
     except Exception as error:
         raise UnreadableImageError(_reason(encoded, error)) from error
 

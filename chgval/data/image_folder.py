@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ from chgval.data.images import (
 )
 from chgval.errors import DataError
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +62,36 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
         DataError: there are no class folders, or no images in them.
     """
     source, notes = str(root), []
-    if (root / "train").is_dir():
+    if _is_split(root):
         root = root / "train"
         notes.append(f"reading {root} only (the folder holds a train folder)")
-    try:
-        class_names = [name for name in find_classes(root)[0] if not name.startswith(".")]
-    except FileNotFoundError:
-        class_names = []
+    class_names = _subfolders(root)
     if not class_names:
         raise DataError(
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
             "folder of *.parquet files."
         )
-    classes = {name: index for index, name in enumerate(class_names)}
-    samples = make_dataset(root, classes, extensions=EXTENSIONS, allow_empty=True)
+    samples = _without_loops(
+        make_dataset(
+            root,
+            {name: index for index, name in enumerate(class_names)},
+            extensions=EXTENSIONS,
+            allow_empty=True,
+        )
+    )
     if not samples:
         raise DataError(
             f"{root}: {len(class_names)} class folders but no images in them; images end in "
             f"{', '.join(EXTENSIONS)}."
         )
     images = ImageFiles([path for path, _ in samples])
-    labels_N = np.array([label for _, label in samples], dtype=np.int64)
-    ids = [Path(path).relative_to(root).as_posix() for path in images.paths]
+    present, labels_N = np.unique([label for _, label in samples], return_inverse=True)
+    empty = [name for label, name in enumerate(class_names) if label not in present]
+    if empty:
+        notes.append(f"{len(empty)} folders without images are no classes ({', '.join(empty[:3])})")
+    class_names = [class_names[label] for label in present]
+    ids = [_as_text(Path(path).relative_to(root).as_posix()) for path in images.paths]
+    class_names = [_as_text(name) for name in class_names]
 
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
@@ -99,6 +110,37 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
         fingerprint=fingerprint(ids, labels_N, class_names, loaded.encoded_sizes),
         notes=notes,
     )
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Return the folders that may be classes: not hidden ones, nor the parts of a report."""
+    try:
+        names = find_classes(root)[0]
+    except FileNotFoundError:
+        return []
+    return [name for name in names if not name.startswith(".") and not name.endswith(".epochs")]
+
+
+def _is_split(root: Path) -> bool:
+    """Say whether `train` is a split and not a class: it holds folders, and all beside it are splits too."""
+    names = _subfolders(root)
+    return "train" in names and set(names) <= SPLITS and bool(_subfolders(root / "train"))
+
+
+def _without_loops(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Leave out folders that links lead into a second time within a class; torchvision follows them."""
+    first_ways: dict[tuple[int, Path], Path] = {}
+    kept = []
+    for folder, members in itertools.groupby(samples, key=lambda sample: Path(sample[0]).parent):
+        group = list(members)
+        if first_ways.setdefault((group[0][1], folder.resolve()), folder) == folder:
+            kept.extend(group)
+    return kept
+
+
+def _as_text(name: str) -> str:
+    """Return a name that every format can hold: bytes that are no UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _file_size(path: str) -> int:

@@ -85,7 +85,8 @@ def make_loader(
 
     Args:
         dataset: the samples.
-        batch_size: most samples in one batch; batches of an epoch differ in size by at most one.
+        batch_size: most samples in one batch; batches of an epoch differ in size by at most one, and hold
+            at least two.
         augment: how images are varied; embeddings never are.
         device: where the batches go.
         mean: of the pixels, in [0, 1], per channel; None takes it from the images.
@@ -104,8 +105,8 @@ def make_loader(
 class MemoryLoader:
     """Samples that fit in memory as the model takes them: small images and embeddings.
 
-    They are put on the device once; everything about an epoch that is random is drawn before it starts, so
-    that no step waits for the host.
+    They are put on the device once, if they leave room there; everything about an epoch that is random is
+    drawn before it starts, so that no step waits for the host.
     """
 
     def __init__(
@@ -201,7 +202,9 @@ class DecodingLoader:
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         if mean is None or std is None:
             rows = _spread(torch.from_numpy(dataset.usable_rows()), STATISTICS_IMAGES // 4)
-            samples = torch.cat([pixels for _, pixels in self._decoded([rows.tolist()], seed=None)])
+            decoded = [pixels for _, pixels in self._decoded([rows.tolist()], seed=None)]
+            dataset.check()
+            samples = torch.cat(decoded) if decoded else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         else:
             samples = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         self.statistics = _statistics(samples, mean, std)
@@ -242,6 +245,8 @@ class DecodingLoader:
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
+            # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
+            generator=torch.Generator(),
         )
         for indices_B, pixels_B, problems in loader:
             for row, reason in problems.items():

@@ -9,8 +9,8 @@ from chgval.config import DataConfig
 from chgval.data.dataset import Dataset
 from chgval.data.digits import read_digits
 from chgval.data.image_folder import read_image_folder
-from chgval.data.parquet import read_parquet
-from chgval.errors import DataError
+from chgval.data.parquet import parquet_files, read_parquet
+from chgval.errors import DataError, SettingsError
 
 
 def open_dataset(config: DataConfig, largest_size: int) -> Dataset:
@@ -39,19 +39,18 @@ def _read(config: DataConfig, largest_size: int) -> Dataset:
     if source.startswith("builtin:"):
         if source != "builtin:digits":
             raise DataError(f"{source}: no such built-in dataset; there is builtin:digits.")
+        if config.names_columns or config.image_size is not None:
+            raise SettingsError("builtin:digits has no columns, and one image size; leave those options out.")
         return read_digits()
     path = Path(source)
-    if "://" in source or path.suffix == ".parquet" or path.is_file() or glob.has_magic(source):
-        if "://" not in source and not glob.has_magic(source) and not path.exists():
-            raise DataError(f"{source}: no such file or folder.")
-        return read_parquet(source, config, largest_size)
-    if not path.is_dir():
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
+    if not source or not (exists or "://" in source or glob.has_magic(source)):
         raise DataError(f"{source}: no such file or folder.")
-    if _holds_parquet(path):
+    if not is_folder or parquet_files(path):
         return read_parquet(source, config, largest_size)
+    if config.names_columns:
+        raise SettingsError(f"{source} is a folder of images; only Parquet files have columns to name.")
     return read_image_folder(path, config.image_size, largest_size)
-
-
-def _holds_parquet(folder: Path) -> bool:
-    """Look where shards lie: in the folder itself, in data/, or one folder down (a config or a split)."""
-    return any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))

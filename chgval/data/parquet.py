@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import DataConfig
+from chgval.config import METADATA_KEY, DataConfig
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages, class_indices, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
@@ -76,13 +77,12 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         contents: Sequence[int] | bytes = vectors_ND.tobytes()
     else:
         image_column = _image_column(source, schema, hints, config.image_column)
-        folder = Path(shards.files[0]).parent if "://" not in source else None
         paths: list[str | None] = []
         size = config.image_size
         if size is None:
-            probed = _encoded(shards, image_column, folder, [], limit=PROBED_IMAGES)
+            probed = _encoded(shards, image_column, [], limit=PROBED_IMAGES)
             size = choose_size(probed, largest_size)
-        stream = _encoded(shards, image_column, folder, paths)
+        stream = _encoded(shards, image_column, paths)
         if size <= LARGEST_KEPT_SIZE:
             loaded = decode_once(stream, num_rows, size)
         else:
@@ -109,18 +109,20 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
     try:
         if "://" in source:
             filesystem, root = pafs.FileSystem.from_uri(source)
-            files = _remote_files(filesystem, root)
+            base, files = _remote_files(filesystem, root)
         else:
-            filesystem, root = pafs.LocalFileSystem(), source
-            files = _local_files(Path(source))
+            filesystem = pafs.LocalFileSystem()
+            base, files = _local_files(source)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{source}: cannot be opened ({_first_line(error)}).") from error
     if not files:
         raise DataError(
             f"{source}: no Parquet files found; expected a file, a glob or a folder of *.parquet."
         )
-    training = [file for file in files if _TRAIN.search(_inner_name(file, root))]
-    other = [file for file in files if _OTHER_SPLIT.search(_inner_name(file, root)) and file not in training]
+    # What says which split a file is of lies below what the user named, not above it.
+    names = {file: os.path.relpath(file, base).removesuffix(".parquet") for file in files}
+    training = [file for file in files if _TRAIN.search(names[file])]
+    other = [file for file in files if _OTHER_SPLIT.search(names[file]) and file not in training]
     notes = []
     if training and other:
         files = [file for file in files if file not in other]
@@ -133,52 +135,66 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
         ) from error
 
 
-def _local_files(path: Path) -> list[str]:
+def parquet_files(folder: Path) -> list[str]:
+    """Return the Parquet files below a folder, sorted, without hidden ones and reports of chgval itself."""
+    files = []
+    for file in sorted(folder.rglob("*.parquet")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith((".", "_")) or part.endswith(".epochs") for part in parts)
+        if not hidden and file.is_file() and not _is_report(file):
+            files.append(str(file))
+    return files
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        return METADATA_KEY in (pq.read_schema(file).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False  # whatever is wrong with it will be told when it is read
+
+
+def _local_files(source: str) -> tuple[str, list[str]]:
+    """Return the folder that the user named, in the widest sense, and the files."""
+    path = Path(source)
     if path.is_dir():
-        found = path.rglob("*.parquet")
-        # A report's values.epochs/ and hidden folders are not data.
-        return sorted(
-            str(file)
-            for file in found
-            if not any(
-                part.startswith((".", "_")) or part.endswith(".epochs")
-                for part in file.parts[len(path.parts) :]
-            )
-        )
+        return source, parquet_files(path)
     if path.is_file():
-        return [str(path)]
-    return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+        return str(path.parent), [source]
+    found = glob.glob(source, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
+    return _before_magic(source), sorted(file for file in found if Path(file).is_file())
 
 
-def _remote_files(filesystem: pafs.FileSystem, root: str) -> list[str]:
-    if glob.has_magic(root):
-        parent = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
-        found = filesystem.get_file_info(pafs.FileSelector(parent, recursive=True))
-        return sorted(info.path for info in found if info.is_file and fnmatch.fnmatch(info.path, root))
+def _remote_files(filesystem: pafs.FileSystem, root: str) -> tuple[str, list[str]]:
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.Directory:
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        return sorted(info.path for info in found if info.is_file and info.path.endswith(".parquet"))
-    return [root] if info.is_file else []
+        return root, sorted(info.path for info in found if info.is_file and info.path.endswith(".parquet"))
+    if info.is_file or not glob.has_magic(root):
+        return root.rpartition("/")[0] or "/", [root] if info.is_file else []
+    base = _before_magic(root)
+    found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+    return base, sorted(info.path for info in found if info.is_file and fnmatch.fnmatch(info.path, root))
 
 
-def _inner_name(file: str, root: str) -> str:
-    """Return the part of a file's name that lies below what the user named, without the ending."""
-    inner: str = file[len(root) :] if file != root and file.startswith(root) else Path(file).name
-    return inner.removesuffix(".parquet")
+def _before_magic(pattern: str) -> str:
+    """Return the folder that a glob starts from."""
+    folder, slash, _ = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
+    return folder or slash or "."
 
 
 def _huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: hint for name, hint in features.items() if isinstance(hint, dict)}
+    return {name: hint for name, hint in features if isinstance(hint, dict)}
 
 
 def _class_names(hints: dict[str, dict[str, object]], column: str) -> list[str] | None:
     names = hints.get(column, {}).get("names")
-    return [str(name) for name in names] if isinstance(names, list) else None
+    if not isinstance(names, list):
+        return None
+    return [str(name).encode("utf-8", "backslashreplace").decode() for name in names]
 
 
 def _image_column(
@@ -221,7 +237,12 @@ def _label_column(
     for preferred in LABEL_NAMES:
         if preferred in candidates:
             return preferred
-    raise DataError(f"{source}: column 'label' not found; {_columns_are(schema)}; pass --label-column.")
+    unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
+    found = f"column '{unfit}' holds {schema.field(unfit).type}" if unfit else "column 'label' not found"
+    raise DataError(
+        f"{source}: {found}; {_columns_are(schema)}; pass a column of integers, strings or booleans with "
+        "--label-column."
+    )
 
 
 def _id_column(source: str, schema: pa.Schema, name: str | None) -> str | None:
@@ -299,8 +320,10 @@ def _path_ids(paths: Sequence[str | None]) -> list[str]:
     return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
 
 
-def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Read columns in order, a bounded number of rows at a time, however large the row groups are.
+def _batches(
+    shards: pads.FileSystemDataset, columns: list[str], rows: int
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Read columns in order, a bounded number of rows at a time, each with the path of its file.
 
     File by file and unbuffered, because a dataset's own scanner holds a whole row group of images and more.
     """
@@ -309,7 +332,7 @@ def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> I
             with shards.filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
                 for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
-                    yield batch.select(columns)
+                    yield path, batch.select(columns)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
                 f"{path}: reading {', '.join(columns)} failed ({_first_line(error)}); the file may be "
@@ -319,7 +342,7 @@ def _batches(shards: pads.FileSystemDataset, columns: list[str], rows: int) -> I
 
 def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
     schema = pa.schema([shards.schema.field(name) for name in columns])
-    parts = [pa.Table.from_batches([batch]) for batch in _batches(shards, columns, COLUMN_ROWS)]
+    parts = [pa.Table.from_batches([batch]) for _, batch in _batches(shards, columns, COLUMN_ROWS)]
     try:
         return pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
     except (pa.ArrowException, ValueError) as error:
@@ -329,25 +352,24 @@ def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> p
 
 
 def _encoded(
-    shards: pads.FileSystemDataset,
-    column: str,
-    folder: Path | None,
-    paths: list[str | None],
-    limit: int | None = None,
+    shards: pads.FileSystemDataset, column: str, paths: list[str | None], limit: int | None = None
 ) -> Iterator[Encoded]:
     """Yield every image's bytes; append its path inside the column, if it has one, to `paths`."""
-    rows = itertools.chain.from_iterable(
-        batch.column(0).to_pylist() for batch in _batches(shards, [column], IMAGE_ROWS)
+    is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
+    rows = (
+        (Path(file).parent, image)
+        for file, batch in _batches(shards, [column], IMAGE_ROWS)
+        for image in batch.column(0).to_pylist()
     )
-    for image in itertools.islice(rows, limit):
+    for folder, image in itertools.islice(rows, limit):
         encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         paths.append(path)
-        if encoded is None and path and folder is not None:
-            # The convention for images that were not embedded.
+        if encoded is None and path and is_local:
+            # The convention for images that were not embedded: the path is relative to the file that says so.
             try:
                 encoded = (folder / path).read_bytes()
-            except OSError as error:
-                yield UnreadableImageError(f"{path}: {error.strerror or type(error).__name__}")
+            except (OSError, ValueError) as error:
+                yield UnreadableImageError(f"{path}: {getattr(error, 'strerror', None) or error}")
                 continue
         yield UnreadableImageError("no image in this row") if encoded is None else encoded
 
@@ -359,7 +381,7 @@ def _read_vectors(
     vectors_ND: NDArray[np.float32] | None = None
     problems: dict[int, str] = {}
     start = 0
-    for batch in _batches(shards, [column], COLUMN_ROWS):
+    for _, batch in _batches(shards, [column], COLUMN_ROWS):
         lists = batch.column(0)
         lengths = pc.list_value_length(lists)
         for offset in pc.indices_nonzero(pc.is_null(lists)).to_pylist():
@@ -378,7 +400,7 @@ def _read_vectors(
                 raise DataError(f"{source}: column '{column}' holds empty lists; embeddings need numbers.")
             if vectors_ND is None:
                 vectors_ND = np.zeros((num_rows, width), dtype=np.float32)
-            numbers = present.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+            numbers = present.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
             rows = start + np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
             vectors_ND[rows] = numbers.reshape(len(rows), width)
         start += len(batch)

@@ -68,7 +68,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     """
     started = time.perf_counter()
     if config.mode != "none":
-        ReportWriter.check(config.output)
+        ReportWriter.check(config.output, config.data.source)
     with torch.random.fork_rng(devices=[]):
         run = prepare(config, console)
         console.settings(_settings_shown(run, config))
@@ -80,7 +80,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
         console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
         return
     signals = run.accumulator.run_signals()
-    table = values_table(run.dataset, signals)
+    table = values_table(run.dataset, signals, per_class=config.per_class)
     writer.write(table, {**metadata, "epochs": finished, "wall_seconds": round(seconds, 3), "finished": True})
     _tell_problems(run.dataset, console)
     console.summary(summarise(run.dataset, signals))
@@ -89,13 +89,14 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
         f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])
     )
     target = "standard output" if config.output.to_stdout else config.output.path
-    console.say(f"\n{len(run.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
+    console.say("")
+    console.say(f"{len(run.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
 
 
 def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
     if config.mode != "none":
-        ReportWriter.check(config.output)
+        ReportWriter.check(config.output, config.data.source)
     with torch.random.fork_rng(devices=[]):
         run = prepare(config, console)
         console.settings([*_settings_shown(run, config), *_costs(run, config)])
@@ -104,14 +105,13 @@ def run_plan(config: ValueConfig, console: Console) -> None:
 def prepare(config: ValueConfig, console: Console) -> Run:
     """Read the data, build the model and resolve all that the user left open.
 
-    Seeds torch's global generator, which dropout layers draw from; the caller puts it back.
+    Seeds torch's global generators, which dropout layers draw from; the caller puts the CPU's back.
     """
     train = config.train
     check_names(train.arch, train.weights)
     torch.manual_seed(train.seed)
     generator = torch.Generator().manual_seed(train.seed)
     device = pick_device(train.device)
-    torch.backends.cudnn.benchmark = True  # the batches of a run have at most two sizes
     console.detail(f"reading {config.data.source}")
     dataset = open_dataset(config.data, largest_image_size(train.arch, device.type))
     for note in dataset.notes:

@@ -249,6 +249,15 @@ def test_names_cannot_act_upon_the_terminal(tmp_path):
     assert evil in pq.read_table(tmp_path / "v.parquet")["label_name"].to_pylist()
 
 
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl", "arrow"])
+def test_file_names_that_are_no_text_come_out_in_every_format(tmp_path, form):
+    root = write_folder(tmp_path / "images", 3)
+    (root / "cat/000.png").rename(root / os.fsdecode(b"cat/\xff\n,.png"))
+    result = invoke(root, "--arch", "resnet8", "--epochs", 1, "-o", tmp_path / f"v.{form}")
+    assert result.exit_code == 0 and "6 rows (6 valued)" in result.stderr
+    assert rb"\xff" in (tmp_path / f"v.{form}").read_bytes().replace(b"\\\\", b"\\")
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -263,6 +272,13 @@ def test_names_cannot_act_upon_the_terminal(tmp_path):
         (["builtin:digits", "--lr", "-1"], 2, "the learning rate must be above 0"),
         (["builtin:digits", "--epochs", "0"], 2, "--epochs"),
         (["builtin:digits", "--features-column", "x", "--image-size", "8"], 2, "embeddings take no"),
+        (["builtin:digits", "--label-column", "y"], 2, "has no columns"),
+        (["builtin:digits", "--image-size", "32"], 2, "one image size"),
+        (["builtin:digits", "--seed", "9" * 20], 2, "must be below 2**63"),
+        (["builtin:digits", "--device", "cuda:00"], 2, "expected auto, cpu"),
+        (["x" * 300], 1, "cannot be opened (File name too long)"),
+        ([""], 1, "no such file or folder"),
+        (["builtin:digits", "-o", "/dev/null", "--format", "csv", "--overwrite"], 1, "is no regular file"),
         (["builtin:digits", "--nonsense"], 2, "No such option"),
         ([], 2, "Missing argument"),
     ],
@@ -286,6 +302,71 @@ def test_non_finite_loss_stops_and_says_what_to_try(image_folder, tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     result = run_process("value", "absent", "--debug", cwd=tmp_path)
     assert result.returncode == 1 and b"Traceback" in result.stderr and b"DataError" in result.stderr
+
+
+def test_a_failed_run_does_not_stand_in_the_way_of_the_next(image_folder, tmp_path):
+    out = tmp_path / "v.parquet"
+    assert invoke(image_folder, *FAST, "--lr", "1e30", "-o", out).exit_code == 1
+    assert invoke(image_folder, *FAST, "-o", out).exit_code == 0
+
+
+def test_the_format_names_the_default_report(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(image_folder, *FAST, "--format", "csv").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"values.csv", "values.epochs"}
+
+
+def test_reports_inside_the_data_are_not_data(tmp_path, monkeypatch):
+    """The same command in the folder of the data, run twice, says the same."""
+    root = write_folder(tmp_path / "images", 4)
+    files = sorted(root.glob("*/*.png"))
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 4}), shards / "data.parquet")
+    for folder in (root, shards):
+        monkeypatch.chdir(folder)
+        values = []
+        for _ in range(2):
+            result = invoke(".", *FAST, "--overwrite")
+            assert result.exit_code == 0, result.stderr
+            values.append(pq.read_table("values.parquet")["value"])
+        assert values[0] == values[1]
+    result = invoke("data.parquet", *FAST, "-o", "data.parquet", "--overwrite")
+    assert result.exit_code == 1 and "is the dataset itself" in result.stderr
+
+
+@pytest.mark.parametrize("settings", [[], ["--plan"]])
+def test_large_images_none_of_which_decodes(tmp_path, settings):
+    root = write_folder(tmp_path / "images", 3, size=90)
+    for file in root.glob("*/*.png"):
+        file.write_bytes(file.read_bytes()[:3000])
+    for given in ([], ["--mean", "0,0,0", "--std", "1,1,1"]):
+        out = tmp_path / f"{len(given)}.parquet"
+        result = invoke(root, *FAST, "--image-size", 72, "--workers", 0, *given, *settings, "-o", out)
+        assert result.exit_code == 1, result.stderr
+        assert "could be read" in result.stderr or "could be decoded" in result.stderr
+
+
+def test_exact_mode_leaves_a_network_with_dropout_as_it_is(tmp_path):
+    """Its pass over decoded images draws nothing from the generator that dropout draws from."""
+    root = write_folder(tmp_path / "images", 8, size=70)
+    losses = []
+    for mode in (["--no-values"], ["--mode", "exact"]):
+        out = tmp_path / f"{len(losses)}.parquet"
+        options = ["--arch", "mobilenet_v3_small", "--image-size", 66, "--epochs", 2, "--workers", 0, "-v"]
+        result = invoke(root, *options, *mode, "-o", out)
+        losses.append(
+            [line.split("samples/s")[0][:40] for line in result.stderr.splitlines() if "epoch " in line]
+        )
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+
+
+def test_ranks_with_per_class_are_within_classes(image_folder, tmp_path):
+    assert invoke(image_folder, *FAST, "--per-class", "-o", tmp_path / "v.parquet").exit_code == 0
+    table = pq.read_table(tmp_path / "v.parquet").to_pandas()
+    for _, members in table.groupby("label"):
+        assert (members["value"].rank(ascending=False) == members["rank"]).all()
 
 
 def test_an_existing_report_is_kept_unless_overwrite(image_folder, tmp_path):

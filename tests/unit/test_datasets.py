@@ -76,6 +76,32 @@ def test_a_train_folder_is_taken_and_said(tmp_path):
     assert "train" in dataset.notes[0]
 
 
+def test_train_is_a_class_where_other_classes_stand_beside_it(tmp_path):
+    for name in ("bus", "car", "train"):
+        (tmp_path / name / "2020").mkdir(parents=True)
+        make_image(0, 1).save(tmp_path / name / "2020/a.png")
+    assert list(read(tmp_path).class_names) == ["bus", "car", "train"]
+
+
+def test_folders_without_images_are_no_classes_and_said(tmp_path):
+    write_folder(tmp_path, 2)
+    (tmp_path / "__pycache__").mkdir()
+    dataset = read(tmp_path)
+    assert list(dataset.class_names) == CLASS_NAMES and dataset.labels_N.tolist() == [0, 0, 1, 1]
+    assert "__pycache__" in dataset.notes[0]
+
+
+def test_links_into_a_circle_do_not_multiply_rows(tmp_path):
+    root = write_folder(tmp_path / "images", 4)
+    (root / "cat/loop").symlink_to(root / "cat")
+    (root / "dog/up").symlink_to(root / "dog", target_is_directory=True)
+    assert len(read(root)) == 8
+
+
+def test_a_folder_whose_name_looks_like_a_glob(tmp_path):
+    assert len(read(write_folder(tmp_path / "photos[1]", 2))) == 4
+
+
 def test_hidden_folders_are_no_classes(tmp_path):
     write_folder(tmp_path, 2)
     (tmp_path / ".ipynb_checkpoints").mkdir()
@@ -139,6 +165,26 @@ def test_shards_of_the_training_split_are_read_in_order_and_said(tmp_path):
     assert read(tmp_path / "data/*.parquet").ids == dataset.ids
     everything = read(tmp_path / "data/t[er]*-0000[01]*.parquet")
     assert everything.ids == dataset.ids
+
+
+@pytest.mark.parametrize("source", ["sp", "./sp", "sp/", "sp/../sp", "sp/*/*.parquet", "./s[p]/*/*.parquet"])
+def test_splits_in_folders_are_seen_however_the_source_is_named(tmp_path, monkeypatch, source):
+    write_rows(tmp_path / "sp/train/0.parquet", [0, 1])
+    write_rows(tmp_path / "sp/test/0.parquet", [0, 1, 1])
+    monkeypatch.chdir(tmp_path)
+    assert len(read(source)) == 2
+    monkeypatch.chdir(tmp_path / "sp")
+    assert len(read(".")) == 2
+
+
+def test_images_of_shards_in_several_folders_are_those_beside_each(tmp_path):
+    for number, name in enumerate("ab"):
+        images = [{"bytes": None, "path": "0.png"}, {"bytes": png(), "path": None}]
+        write_rows(tmp_path / name / "x.parquet", [0, 1], images=images)
+        make_image(0, 50 + number).save(tmp_path / name / "0.png")
+    pixels = read(tmp_path).content.pixels_N3SS
+    for row, seed in ((0, 50), (2, 51)):
+        np.testing.assert_array_equal(pixels[row], np.asarray(make_image(0, seed)).transpose(2, 0, 1))
 
 
 def test_a_glob_without_splits_reads_all_and_a_uri_reads_the_same(tmp_path):
@@ -261,6 +307,19 @@ def test_embeddings_are_read_from_any_list(tmp_path, kind):
     assert dataset.statuses() == ["valued", "valued", "unreadable", "unreadable"]
 
 
+def test_embeddings_of_large_integers_are_rounded(tmp_path):
+    pq.write_table(pa.table({"emb": [[20_000_001, 1], [3, 4]], "label": [0, 1]}), tmp_path / "d.parquet")
+    vectors = read(tmp_path / "d.parquet", features_column="emb").content.vectors_ND
+    np.testing.assert_array_equal(vectors, np.array([[20_000_001, 1], [3, 4]], np.float32))
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"info": {"features": null}}', "[1]", '{"info": {"features": [2]}}', "{"]
+)
+def test_odd_metadata_is_passed_over(tmp_path, metadata):
+    assert len(read(write_rows(tmp_path / "d.parquet", [0, 1], metadata={"huggingface": metadata}))) == 2
+
+
 def test_embeddings_of_two_lengths_are_an_error(tmp_path):
     table = pa.table({"emb": [[1.0, 2.0], [3.0, 4.0], [5.0]], "label": [0, 1, 1]})
     pq.write_table(table, tmp_path / "d.parquet")
@@ -376,10 +435,13 @@ def test_missing_columns_name_those_that_exist(tmp_path):
     ):
         read(tmp_path / "e.parquet")
     pq.write_table(pa.table({"image": [png()], "emb": [[1.0]]}), tmp_path / "f.parquet")
-    with pytest.raises(
-        DataError, match="column 'label' not found; columns are image, emb; pass --label-column"
-    ):
+    with pytest.raises(DataError, match="column 'label' not found; columns are image, emb; pass a column of"):
         read(tmp_path / "f.parquet")
+    pq.write_table(pa.table({"image": [png()], "label": [b"cat"]}), tmp_path / "h.parquet")
+    with pytest.raises(
+        DataError, match="column 'label' holds binary; columns are image, label; pass a column of"
+    ):
+        read(tmp_path / "h.parquet")
     pq.write_table(pa.table({"front": [png()], "back": [png()], "label": [0]}), tmp_path / "g.parquet")
     with pytest.raises(DataError, match="columns front, back could all hold the images; pass --image-column"):
         read(tmp_path / "g.parquet")

@@ -1,6 +1,7 @@
 """Every kind of image that people have, written by Pillow, read back by the decoder."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -119,7 +120,16 @@ def test_what_cannot_be_decoded_says_why(encoded, reason):
         decode_centre(encoded, 16)
 
 
-def test_a_decompression_bomb_is_unreadable(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        decode_centre(encode(two_halves(), "PNG"), 16)
+@pytest.mark.parametrize("limit", [100, 200])
+def test_a_decompression_bomb_is_unreadable_in_every_thread(monkeypatch, limit):
+    """Pillow only warns up to twice its limit, and filters of warnings do not hold for threads."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    encoded = encode(two_halves(), "PNG")
+
+    def outcome(_):
+        with pytest.raises(UnreadableImageError, match="decompression bomb"):
+            decode_centre(encoded, 16)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(outcome, range(200)))

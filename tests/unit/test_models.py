@@ -120,6 +120,13 @@ def test_what_does_not_fit_is_named(tmp_path):
         build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "broken.safetensors")
     with pytest.raises(ModelError, match=r"absent\.pt: no such file"):
         build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "absent.pt")
+    for number, junk in enumerate((b"aaaa", b".", b"\x80\x02.", b"")):
+        (tmp_path / f"{number}.pt").write_bytes(junk)
+        with pytest.raises(ModelError, match="cannot be read as tensors"):
+            build_model("resnet8", 5, InputShape(32), generator(), tmp_path / f"{number}.pt")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    with pytest.raises(ModelError, match="expected a state dict"):
+        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "numbered.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ModelError, match="expected a state dict"):
         build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "list.pt")
