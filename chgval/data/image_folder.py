@@ -51,6 +51,12 @@ class ImageFiles:
             return error
 
 
+def holds_images(root: Path) -> bool:
+    """Say whether a folder has images where class folders, or those of a split, have theirs."""
+    files = itertools.chain(root.glob("*/*"), root.glob("*/*/*"))
+    return any(file.suffix.lower() in EXTENSIONS for file in files)
+
+
 def read_image_folder(root: Path, size: int | None, largest_size: int) -> Dataset:
     """Read ROOT/<class>/**/<image>.
 

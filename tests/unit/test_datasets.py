@@ -98,6 +98,13 @@ def test_links_into_a_circle_do_not_multiply_rows(tmp_path):
     assert len(read(root)) == 8
 
 
+def test_a_stray_parquet_file_does_not_make_a_folder_of_images_something_else(tmp_path):
+    root = write_folder(tmp_path / "images", 2)
+    pq.write_table(pa.table({"file_name": ["cat/000.png"]}), root / "metadata.parquet")
+    pq.write_table(pa.table({"file_name": ["000.png"]}), root / "cat/metadata.parquet")
+    assert len(read(root)) == 4
+
+
 def test_a_folder_whose_name_looks_like_a_glob(tmp_path):
     assert len(read(write_folder(tmp_path / "photos[1]", 2))) == 4
 
