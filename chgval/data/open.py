@@ -9,7 +9,7 @@ from chgval.config import DataConfig
 from chgval.data.dataset import Dataset
 from chgval.data.digits import read_digits
 from chgval.data.image_folder import holds_images, read_image_folder
-from chgval.data.parquet import parquet_files, read_parquet
+from chgval.data.parquet import has_images, parquet_files, read_parquet
 from chgval.errors import DataError, SettingsError
 
 
@@ -49,8 +49,14 @@ def _read(config: DataConfig, largest_size: int) -> Dataset:
         raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
     if not source or not (exists or "://" in source or glob.has_magic(source)):
         raise DataError(f"{source}: no such file or folder.")
-    if not is_folder or (not holds_images(path) and parquet_files(path)):
+    if not is_folder or _is_parquet_folder(path, config):
         return read_parquet(source, config, largest_size)
     if config.names_columns:
         raise SettingsError(f"{source} is a folder of images; only Parquet files have columns to name.")
     return read_image_folder(path, config.image_size, largest_size)
+
+
+def _is_parquet_folder(folder: Path, config: DataConfig) -> bool:
+    """Say whether Parquet files are the dataset, or lie among images as a table about them."""
+    files = parquet_files(folder)
+    return bool(files) and (config.names_columns or has_images(files[0]) or not holds_images(folder))

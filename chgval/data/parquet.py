@@ -146,6 +146,14 @@ def parquet_files(folder: Path) -> list[str]:
     return files
 
 
+def has_images(file: str) -> bool:
+    """Say whether a Parquet file has a column that can hold images."""
+    try:
+        return any(_is_image(field.type) for field in pq.read_schema(file))
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def _is_report(file: Path) -> bool:
     try:
         return METADATA_KEY in (pq.read_schema(file).metadata or {})
