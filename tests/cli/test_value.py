@@ -225,6 +225,8 @@ def test_interruption_keeps_the_epochs_and_exits_with_130(image_folder, tmp_path
         [sys.executable, "-m", "chgval", "value", image_folder, "--arch", "resnet8", "--epochs", "100000",
          "-o", tmp_path / "v.parquet"],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's background job has the signal ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "v.epochs/epoch=2/values.parquet").exists():

@@ -90,7 +90,7 @@ class Trap:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
-    (tmp_path / "w.pt").write_bytes(pickle.dumps({"conv.weight": Trap()}))
+    (tmp_path / "w.pt").write_bytes(pickle.dumps({"conv.weight": Trap()}, protocol=2))
     with pytest.raises(ModelError, match="cannot be read as tensors"):
         build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "w.pt")
     torch.save({"conv.weight": Trap()}, tmp_path / "zip.pt")
