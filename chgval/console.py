@@ -23,7 +23,7 @@ class Console:
 
     Args:
         quiet: whether to print errors only.
-        verbose: whether to print every setting, and a line every few steps.
+        verbose: whether to print details too, such as a line every few steps where there is no bar.
     """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:

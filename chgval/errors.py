@@ -31,3 +31,8 @@ class NonFiniteError(ChgvalError):
 
 class OutputError(ChgvalError):
     """An output cannot be written, or is in the way."""
+
+
+def first_line(error: Exception, longest: int = 200) -> str:
+    """Return what another library's error says, short enough to stand inside a message of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:longest]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from chgval.errors import ModelError
+from chgval.errors import ModelError, first_line
 
 # Images up to this side keep their resolution in the first layers (He et al. 2016, section 4.2).
 SMALL_IMAGE_PIXELS = 64
@@ -268,10 +268,6 @@ def _is_state_dict(state: object) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-
-
 def _head_name(network: nn.Module, arch: str) -> str:
     names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not names:
@@ -298,7 +294,7 @@ def _check_fit(model: SplitModel, arch: str, num_classes: int, input_shape: Inpu
             logits_BC, features_BD = model.eval()(input_shape.example(1))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ModelError(
-            f"{unfit} ({_first_line(error)}); pass a larger --image-size or another --arch."
+            f"{unfit} ({first_line(error, longest=120)}); pass a larger --image-size or another --arch."
         ) from error
     finally:
         model.train()

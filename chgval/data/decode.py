@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from chgval.errors import first_line
+
 Pixels = NDArray[np.uint8]
 
 # Such images are refused; a filter that is set around each call would not hold for other threads.
@@ -102,4 +104,4 @@ def _reason(encoded: bytes, error: Exception) -> str:
         return "empty file"
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image in a known format"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return first_line(error)

@@ -31,7 +31,7 @@ from chgval.data.images import (
     decode_once,
     keep_encoded,
 )
-from chgval.errors import DataError
+from chgval.errors import DataError, first_line
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
@@ -114,7 +114,7 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
             filesystem = pafs.LocalFileSystem()
             base, files = _local_files(source)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{source}: cannot be opened ({_first_line(error)}).") from error
+        raise DataError(f"{source}: cannot be opened ({first_line(error)}).") from error
     if not files:
         raise DataError(
             f"{source}: no Parquet files found; expected a file, a glob or a folder of *.parquet."
@@ -131,7 +131,7 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
         return pads.dataset(files, format="parquet", filesystem=filesystem), notes
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{source}: cannot be read as Parquet ({_first_line(error)}); the file may be truncated."
+            f"{source}: cannot be read as Parquet ({first_line(error)}); the file may be truncated."
         ) from error
 
 
@@ -315,7 +315,7 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
             column = column.cast(pa.int64())
         except pa.ArrowInvalid as error:
             raise DataError(
-                f"{source}: column '{name}' holds fractions ({_first_line(error)}); labels are classes, so "
+                f"{source}: column '{name}' holds fractions ({first_line(error)}); labels are classes, so "
                 "pass a column of integers or strings with --label-column."
             ) from error
     labels: list[object] = column.to_pylist()
@@ -343,7 +343,7 @@ def _batches(
                     yield path, batch.select(columns)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise DataError(
-                f"{path}: reading {', '.join(columns)} failed ({_first_line(error)}); the file may be "
+                f"{path}: reading {', '.join(columns)} failed ({first_line(error)}); the file may be "
                 "damaged, or its columns may differ from those of the other files."
             ) from error
 
@@ -355,7 +355,7 @@ def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> p
         return pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
-            f"{source}: the files disagree about the types of {', '.join(columns)} ({_first_line(error)})."
+            f"{source}: the files disagree about the types of {', '.join(columns)} ({first_line(error)})."
         ) from error
 
 
@@ -418,7 +418,3 @@ def _read_vectors(
         problems[row] = "features are not finite numbers"
         vectors_ND[row] = 0
     return vectors_ND, problems
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
