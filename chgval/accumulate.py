@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chgval.errors import FactorError
@@ -64,6 +66,8 @@ class ValueAccumulator:
         has_bias: whether that layer has a bias.
         utility: the game.
         per_class: whether each class is a coalition of its own.
+        averaged_from: first epoch, from 1, whose probabilities enter the averaged ones. Early epochs predict
+            poorly; they would blur the average.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class ValueAccumulator:
         has_bias: bool = True,
         utility: Utility = Utility.CHG,
         per_class: bool = False,
+        averaged_from: int = 1,
     ) -> None:
         num_samples, device = len(labels_N), labels_N.device
         self.labels_N = labels_N
@@ -82,6 +87,8 @@ class ValueAccumulator:
         self.has_bias = has_bias
         self.utility = utility
         self.per_class = per_class
+        self.averaged_from = averaged_from
+        self._num_epochs = 0
         # The epoch's buffers. Rows that an epoch does not see keep what they held and are masked by _seen_N.
         self._logits_NC = torch.zeros(num_samples, num_classes, device=device)
         self._features_ND = torch.zeros(num_samples, num_features, device=device)
@@ -95,13 +102,14 @@ class ValueAccumulator:
             for name in ("value", "loss", "margin", "el2n", "label_probability")
         }
         self._probability_sums_NC = torch.zeros_like(self._logits_NC)
+        self._probability_weights_N = self._logits_NC.new_zeros(num_samples)
         self._was_right_N = torch.zeros_like(self._seen_N)
         self._forgetting_events_N = torch.zeros_like(self._count_N)
 
     @staticmethod
     def memory_bytes(num_samples: int, num_classes: int, num_features: int) -> int:
         """Bytes that the buffers and sums take on their device."""
-        return num_samples * (4 * (2 * num_classes + num_features) + 22 * 8)
+        return num_samples * (4 * (2 * num_classes + num_features) + 23 * 8)
 
     def update(self, indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
         """Take in one batch. Copies only; waits for nothing on the device.
@@ -116,6 +124,31 @@ class ValueAccumulator:
         self._logits_NC.index_copy_(0, indices_B, logits_BC.detach().to(device, torch.float32))
         self._features_ND.index_copy_(0, indices_B, features_BD.detach().to(device, torch.float32))
         self._seen_N.index_fill_(0, indices_B, True)
+
+    def add_predictions(self, indices_B: Tensor, logits_BC: Tensor, weight: float) -> None:
+        """Take in what another model, such as the average of the weights, says of a batch.
+
+        Args:
+            indices_B: which samples these are, int64, shape (B,).
+            logits_BC: shape (B, C), any floating type.
+            weight: how much it counts in the averaged probabilities; an epoch's training steps count 1.
+        """
+        device = self._logits_NC.device
+        indices_B = indices_B.to(device)
+        probabilities_BC = logits_BC.detach().to(device, torch.float32).softmax(1)
+        self._probability_sums_NC.index_add_(0, indices_B, probabilities_BC, alpha=weight)
+        self._probability_weights_N[indices_B] += weight
+
+    def averaged_probabilities(self) -> NDArray[np.float32]:
+        """Return the averaged probabilities of every class, shape (N, C); NaN for samples never seen.
+
+        Averaged are those of the training steps from epoch `averaged_from` on, and those that
+        `add_predictions` was given. They sum to 1.
+        """
+        averaged: NDArray[np.float32] = (
+            (self._probability_sums_NC / self._probability_weights_N[:, None]).cpu().numpy()
+        )
+        return averaged
 
     def epoch_sums(self) -> CoalitionSums:
         """Return the sums of the epoch's closed form, over the samples that this accumulator saw.
@@ -170,7 +203,9 @@ class ValueAccumulator:
         seen_N = count_N > 0
         std_N = (self._means["value"].squared_deviation_N / (count_N - 1)).sqrt()
         std_N = std_N.where(count_N > 1, torch.nan)
-        probability_N, predicted_N = (self._probability_sums_NC / count_N[:, None]).max(1)
+        sum_N, predicted_N = self._probability_sums_NC.max(1)
+        probability_N = sum_N / self._probability_weights_N
+        averaged_N = self._probability_weights_N > 0
         return RunSignals(
             num_epochs_N=_integers(count_N),
             value_N=_figures(self._means["value"].mean_N, seen_N),
@@ -181,8 +216,8 @@ class ValueAccumulator:
             el2n_N=_figures(self._means["el2n"].mean_N, seen_N),
             label_probability_N=_figures(self._means["label_probability"].mean_N, seen_N),
             forgetting_events_N=_integers(self._forgetting_events_N),
-            predicted_label_N=_integers(predicted_N.where(seen_N, -1)),
-            predicted_probability_N=_figures(probability_N, seen_N),
+            predicted_label_N=_integers(predicted_N.where(averaged_N, -1)),
+            predicted_probability_N=_figures(probability_N, averaged_N),
         )
 
     def _factors(self) -> Factors:
@@ -192,18 +227,24 @@ class ValueAccumulator:
         """Read the signals off the epoch's logits, then turn the logits into residuals, in place."""
         if self._signals is not None:
             return self._signals
+        self._num_epochs += 1
+        is_averaged = self._num_epochs >= self.averaged_from
         chunks: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.labels_N), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             signals, residuals_BC = _read_logits(self._logits_NC[rows], self.labels_N[rows].clamp(min=0))
             seen_B1 = self._seen_N[rows, None]
-            self._probability_sums_NC[rows] += signals.pop("probabilities").where(seen_B1, 0)
+            probabilities_BC = signals.pop("probabilities")
+            if is_averaged:
+                self._probability_sums_NC[rows] += probabilities_BC.where(seen_B1, 0)
             if self.utility is Utility.CHG:
                 residuals_BC *= signals["loss"][:, None]
             self._logits_NC[rows] = residuals_BC.where(seen_B1, 0)
             self._features_ND[rows] = self._features_ND[rows].where(seen_B1, 0)
             for name, figure_B in signals.items():
                 chunks.setdefault(name, []).append(figure_B)
+        if is_averaged:
+            self._probability_weights_N += self._seen_N
         self._signals = {name: torch.cat(parts) for name, parts in chunks.items()}
         return self._signals
 

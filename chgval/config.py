@@ -11,7 +11,7 @@ from chgval.errors import SettingsError
 
 ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
-STANDARD_OUTPUT = "-"
+STANDARD_STREAM = "-"
 # Key of the schema metadata that a report carries, and by which a report among data is known.
 METADATA_KEY = b"chgval"
 
@@ -30,7 +30,7 @@ class DataConfig:
         workers: processes that decode large images; None chooses.
     """
 
-    source: str
+    source: str = ""
     image_column: str | None = None
     label_column: str | None = None
     id_column: str | None = None
@@ -110,18 +110,20 @@ class OutputConfig:
     """Where the report goes.
 
     Attributes:
-        path: a file, or "-" for standard output. Default: values, with the ending of the format.
+        path: a file, or "-" for standard output. Default: the name, with the ending of the format.
+        name: what a file is called if the user did not say.
         report_format: None takes it from the file's ending (parquet for standard output).
         overwrite: whether an output that exists may be replaced.
     """
 
     path: str = ""
+    name: str = "values"
     report_format: ReportFormat | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
-            object.__setattr__(self, "path", f"values.{self.report_format or 'parquet'}")
+            object.__setattr__(self, "path", f"{self.name}.{self.report_format or 'parquet'}")
         ending = Path(self.path).suffix.removeprefix(".")
         if self.report_format is None and not self.to_stdout and ending not in REPORT_FORMATS:
             raise SettingsError(
@@ -132,7 +134,7 @@ class OutputConfig:
     @property
     def to_stdout(self) -> bool:
         """Whether the report goes to standard output."""
-        return self.path == STANDARD_OUTPUT
+        return self.path == STANDARD_STREAM
 
     @property
     def resolved_format(self) -> ReportFormat:
@@ -153,6 +155,7 @@ class ValueConfig:
             none trains without valuing.
         utility: the game whose Shapley values are computed.
         per_class: whether every class is a coalition of its own.
+        pred_probs: file of the averaged probabilities.
     """
 
     data: DataConfig
@@ -161,6 +164,54 @@ class ValueConfig:
     mode: Literal["online", "exact", "none"] = "online"
     utility: Literal["chg", "gradient", "hardness"] = "chg"
     per_class: bool = False
+    pred_probs: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.pred_probs is not None and self.pred_probs.suffix != ".npy":
+            raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
+        if self.pred_probs is not None and self.mode == "none":
+            raise SettingsError("--pred-probs: with --no-values there are none.")
+
+
+Rule = Literal["auto", "chg", "gmm", "confident"]
+RULES: tuple[Rule, ...] = ("auto", "chg", "gmm", "confident")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig:
+    """Settings of `chgval detect-noise`.
+
+    Attributes:
+        value: how to value the input, if it is a dataset; its data.source is the input in any case.
+        values: where the values report is kept, if it is.
+        output: where the suspects go.
+        rule: what decides which samples are flagged, or the score from which on they are.
+        expected_noise: share of the samples to flag, instead of a rule.
+        score: whether samples are ranked by all signals of the run or by the CHG value alone.
+        all_rows: whether rows that are not flagged are written too.
+        top: most rows to write.
+        fail_over: estimated noise rate above which the command fails.
+    """
+
+    value: ValueConfig
+    values: OutputConfig | None = None
+    output: OutputConfig = field(default_factory=lambda: OutputConfig(name="suspects"))
+    rule: Rule | float = "auto"
+    expected_noise: float | None = None
+    score: Literal["all", "chg"] = "all"
+    all_rows: bool = False
+    top: int | None = None
+    fail_over: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least("--top", self.top, 1)
+        for option, share in (("--expected-noise", self.expected_noise), ("--fail-over", self.fail_over)):
+            if share is not None and not 0 <= share <= 1:
+                raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
+        if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
+            raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
+        if self.expected_noise is not None and self.rule != "auto":
+            raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
 
 
 def _check_at_least(option: str, value: int | None, least: int) -> None:

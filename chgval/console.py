@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 from rich.console import Console as RichConsole
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from chgval.records import EpochRecord, FloatArray, RunSummary, SampleLine, StepRecord
+from chgval.records import EpochRecord, FloatArray, NoiseSummary, RunSummary, SampleLine, StepRecord
+
+Side = Literal["left", "right"]
 
 HISTOGRAM_BINS = 12
 HISTOGRAM_WIDTH = 40
@@ -84,11 +87,49 @@ class Console:
         self._samples("Lowest values (look here first)", summary.lowest)
         self._samples("Highest values", summary.highest)
 
+    def noise(self, summary: NoiseSummary) -> None:
+        """Print what was found out about labels: the noise rate, flags per class, pairs and suspects."""
+        if self._quiet:
+            return
+        rate = summary.rate
+        self.say("")
+        self.say(
+            f"estimated noise: {rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and "
+            f"{rate.high:.1%}); {summary.num_flagged:,} of {summary.num_assessed:,} flagged"
+        )
+        self.say("")
+        classes = _table(
+            "Classes", {"class": "left", "samples": "right", "flagged": "right", "noise": "right"}
+        )
+        for name, samples, flagged, noise in summary.classes:
+            classes.add_row(Text(printable(name)), f"{samples:,}", f"{flagged:,}", f"{noise:.1%}")
+        if summary.hidden_classes:
+            classes.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
+        self._rich.print(classes, soft_wrap=False)
+        if not summary.num_flagged:
+            return
+        self.say("")
+        pairs = _table("Commonest corrections", {"flagged": "right", "label": "left", "suggested": "left"})
+        for given, suggested, count in summary.pairs:
+            pairs.add_row(f"{count:,}", Text(printable(given)), Text(printable(suggested)))
+        self._rich.print(pairs, soft_wrap=False)
+        self.say("")
+        suspects = _table(
+            "Most suspicious labels", {"score": "right", "label": "left", "suggested": "left", "id": "left"}
+        )
+        for line in summary.suspects:
+            texts = (line.label_name, line.suggested_name, line.id)
+            suspects.add_row(f"{line.noise_score:.3f}", *(Text(printable(text)) for text in texts))
+        self._rich.print(suspects, soft_wrap=False)
+
     def _classes(self, summary: RunSummary) -> None:
-        table = Table(title="Classes", title_justify="left", box=None, pad_edge=False)
-        table.add_column("class", max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
-        for heading in ("samples", "mean value", "agreement"):
-            table.add_column(heading, justify="right")
+        headings: dict[str, Side] = {
+            "class": "left",
+            "samples": "right",
+            "mean value": "right",
+            "agreement": "right",
+        }
+        table = _table("Classes", headings)
         for line in summary.classes:
             table.add_row(
                 Text(printable(line.name)),
@@ -99,7 +140,7 @@ class Console:
         if summary.hidden_classes:
             table.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
         self._rich.print(table, soft_wrap=False)
-        self.say("agreement: share predicted (mean over epochs) as the label that they have")
+        self.say("agreement: share predicted, late in the run, as the label that they have")
 
     def _histogram(self, summary: RunSummary) -> None:
         self.say("")
@@ -115,14 +156,22 @@ class Console:
 
     def _samples(self, title: str, lines: Sequence[SampleLine]) -> None:
         self.say("")
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("value", justify="right")
-        for heading in ("label", "predicted", "id"):
-            table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
+        table = _table(title, {"value": "right", "label": "left", "predicted": "left", "id": "left"})
         for line in lines:
             row = (line.label_name, line.predicted_name, line.id)
             table.add_row(f"{line.value:.3e}", *(Text(printable(text)) for text in row))
         self._rich.print(table, soft_wrap=False)
+
+
+def _table(title: str, headings: dict[str, Side]) -> Table:
+    """Return an empty table of numbers (right) and of names (left), which are cut off where they are long."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading, side in headings.items():
+        if side == "right":
+            table.add_column(heading, justify="right")
+        else:
+            table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
+    return table
 
 
 class _Shown:

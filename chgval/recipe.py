@@ -11,8 +11,12 @@ from chgval.config import TrainConfig
 LARGEST_SIZE_ON_CPU = 64
 LARGEST_SIZE = 224
 BATCH_SIZE = 128
-# A tenth of the samples: an epoch of a small dataset must still have steps to learn in.
-SMALLEST_SHARE_OF_STEPS = 10
+# An epoch of a small dataset must still have steps to learn in: this many, if batches stay as
+# large as SMALL_BATCH_SIZE.
+STEPS_PER_EPOCH = 150
+SMALL_BATCH_SIZE = 32
+# And a tiny one at least so many.
+FEWEST_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +57,14 @@ def choose_recipe(
         num_features: length of the embeddings; None for images.
         flips: whether a mirrored sample still belongs to its class.
     """
-    batch_size = min(BATCH_SIZE, max(8, num_samples // SMALLEST_SHARE_OF_STEPS))
+    batch_size = min(BATCH_SIZE, max(SMALL_BATCH_SIZE, num_samples // STEPS_PER_EPOCH))
+    batch_size = max(8, min(batch_size, num_samples // FEWEST_STEPS))
     if num_features is not None:
         # The curvature of the loss grows with the squared length of the (normalised) inputs.
         epochs, lr = 20, min(0.1, 6.4 / num_features)
     else:
         epochs = 30 if num_samples <= 5_000 else 15
-        lr = 0.1 if has_batch_norm else 0.01
+        lr = 0.3 if has_batch_norm else 0.01
     return Recipe(
         epochs=config.epochs or epochs,
         batch_size=config.batch_size or batch_size,

@@ -46,8 +46,8 @@ class RunSignals:
         value_stderr_N: value_std / sqrt(number of epochs).
         forgetting_events_N: how often the sample went from predicted right to predicted wrong between one
             epoch and the next that saw it (0 also for a sample that was never right).
-        predicted_label_N: class with the highest mean probability.
-        predicted_probability_N: that mean probability.
+        predicted_label_N: class with the highest averaged probability.
+        predicted_probability_N: that probability.
     """
 
     num_epochs_N: IntArray
@@ -61,6 +61,24 @@ class RunSignals:
     forgetting_events_N: IntArray
     predicted_label_N: IntArray
     predicted_probability_N: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseSignals:
+    """What the averaged probabilities say of every label; rows without them hold NaN (labels: -1).
+
+    Attributes:
+        noise_score_N: probability that the given label is wrong.
+        suggested_label_N: the most probable class other than the given one.
+        suggested_probability_N: probability that the true class is the suggested one.
+        confident_label_N: class that confident learning counts the sample in, -1 for none (Northcutt et al.
+            2021, arXiv:1911.00068, equation 1).
+    """
+
+    noise_score_N: FloatArray
+    suggested_label_N: IntArray
+    suggested_probability_N: FloatArray
+    confident_label_N: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,3 +162,45 @@ class RunSummary:
     highest: list[SampleLine]
     histogram_counts: list[int]
     histogram_edges: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseRate:
+    """Estimated share of wrong labels, and the interval that it lies in if the scores are somewhat off."""
+
+    rate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspectLine:
+    """One suspect in a summary."""
+
+    id: str
+    label_name: str
+    suggested_name: str
+    noise_score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseSummary:
+    """What a person wants to know of a dataset's labels.
+
+    Attributes:
+        rate: estimated share of wrong labels.
+        num_assessed, num_flagged: samples that have a score, and flagged ones.
+        classes: name, samples, flagged samples and estimated share of wrong labels of every class, the most
+            flagged first.
+        hidden_classes: classes left out of `classes`.
+        pairs: given name, suggested name and flagged samples, the commonest first.
+        suspects: the most suspicious flagged samples, the worst first.
+    """
+
+    rate: NoiseRate
+    num_assessed: int
+    num_flagged: int
+    classes: list[tuple[str, int, int, float]]
+    hidden_classes: int
+    pairs: list[tuple[str, str, int]]
+    suspects: list[SuspectLine]

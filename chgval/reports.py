@@ -9,24 +9,27 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
+import pyarrow.json as pajson
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import METADATA_KEY, OutputConfig, ReportFormat
-from chgval.data.dataset import Dataset
-from chgval.errors import OutputError
-from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, RunSignals
+from chgval.config import METADATA_KEY, STANDARD_STREAM, OutputConfig, ReportFormat
+from chgval.errors import DataError, OutputError, first_line
+from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, NoiseSignals, RunSignals
+
+if TYPE_CHECKING:  # a report is read without what decodes images
+    from chgval.data.dataset import Dataset
 
 # Raised whenever a column changes its name, type or meaning.
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 ROW_GROUP_ROWS = 262_144
 
 VALUES_SCHEMA = pa.schema(
@@ -49,6 +52,11 @@ VALUES_SCHEMA = pa.schema(
         pa.field("predicted_label", pa.int64()),
         pa.field("predicted_name", pa.string()),
         pa.field("predicted_probability", pa.float64()),
+        pa.field("noise_score", pa.float64()),
+        pa.field("suggested_label", pa.int64()),
+        pa.field("suggested_name", pa.string()),
+        pa.field("suggested_probability", pa.float64()),
+        pa.field("confident_label", pa.int64()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
     ]
@@ -67,12 +75,27 @@ EPOCH_SCHEMA = pa.schema(
 )
 
 
-def values_table(dataset: Dataset, signals: RunSignals, *, per_class: bool = False) -> pa.Table:
+SUSPECTS_SCHEMA = pa.schema(
+    [
+        *(VALUES_SCHEMA.field(name) for name in ("index", "id", "label", "label_name")),
+        *(VALUES_SCHEMA.field(name) for name in ("suggested_label", "suggested_name")),
+        *(VALUES_SCHEMA.field(name) for name in ("suggested_probability", "noise_score", "value")),
+        pa.field("margin", pa.float64()),
+        pa.field("rank", pa.int64()),
+        pa.field("flagged", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def values_table(
+    dataset: Dataset, signals: RunSignals, noise: NoiseSignals, *, per_class: bool = False
+) -> pa.Table:
     """Return the report: one row per input row, in input order.
 
     Args:
         dataset: the input rows.
         signals: what the run says of them.
+        noise: what it says of their labels.
         per_class: whether the values come from one game per class; samples are then ranked within theirs.
     """
     names = np.array([*dataset.class_names, None], dtype=object)  # index -1 gives None
@@ -95,9 +118,14 @@ def values_table(dataset: Dataset, signals: RunSignals, *, per_class: bool = Fal
         "label_probability_mean": _or_null(signals.label_probability_N),
         "forgetting_events": pa.array(signals.forgetting_events_N, mask=~seen_N),
         "num_epochs": signals.num_epochs_N,
-        "predicted_label": pa.array(signals.predicted_label_N, mask=~seen_N),
+        "predicted_label": _or_null(signals.predicted_label_N),
         "predicted_name": names[signals.predicted_label_N],
         "predicted_probability": _or_null(signals.predicted_probability_N),
+        "noise_score": _or_null(noise.noise_score_N),
+        "suggested_label": _or_null(noise.suggested_label_N),
+        "suggested_name": names[noise.suggested_label_N],
+        "suggested_probability": _or_null(noise.suggested_probability_N),
+        "confident_label": _or_null(noise.confident_label_N),
         "status": dataset.statuses(),
         "reason": [dataset.problems.get(row) for row in range(len(dataset))],
     }
@@ -106,7 +134,6 @@ def values_table(dataset: Dataset, signals: RunSignals, *, per_class: bool = Fal
 
 def epoch_table(signals: EpochSignals) -> pa.Table:
     """Return one epoch's values and signals: one row per input row."""
-    unseen_N = signals.predicted_label_N < 0
     columns = {
         "index": np.arange(len(signals.value_N)),
         "value": _or_null(signals.value_N),
@@ -114,7 +141,7 @@ def epoch_table(signals: EpochSignals) -> pa.Table:
         "margin": _or_null(signals.margin_N.astype(np.float32)),
         "el2n": _or_null(signals.el2n_N.astype(np.float32)),
         "label_probability": _or_null(signals.label_probability_N.astype(np.float32)),
-        "predicted_label": pa.array(signals.predicted_label_N.astype(np.int32), mask=unseen_N),
+        "predicted_label": _or_null(signals.predicted_label_N.astype(np.int32)),
     }
     return pa.table(columns, schema=EPOCH_SCHEMA)
 
@@ -140,7 +167,6 @@ class ReportWriter:
     def __init__(self, config: OutputConfig) -> None:
         self.check(config)
         self._config = config
-        self._path = Path(config.path)
         self.epochs_folder: Path | None = None
         if not config.to_stdout:
             self.epochs_folder = epochs_folder(config)
@@ -151,28 +177,7 @@ class ReportWriter:
     @staticmethod
     def check(config: OutputConfig, source: str = "") -> None:
         """Raise OutputError where the output cannot be written, or is the dataset; leave all as it is."""
-        path, report_format = Path(config.path), config.resolved_format
-        if config.to_stdout:
-            if sys.stdout.isatty() and report_format in ("parquet", "arrow"):
-                raise OutputError(
-                    f"--output -: standard output is a terminal, and {report_format} is not text; "
-                    "redirect it, or pass --format csv."
-                )
-            return
-        with _could_not_write(path):
-            if path.is_dir():
-                raise OutputError(f"{path}: is a folder; --output needs a file name.")
-            if path.exists() and not path.is_file():
-                raise OutputError(f"{path}: is no regular file; --output - writes to standard output.")
-            if source and path.exists() and Path(source).exists() and path.samefile(source):
-                raise OutputError(f"{path}: is the dataset itself; pass another --output.")
-            for existing in (path, epochs_folder(config)):
-                if (existing.exists() or existing.is_symlink()) and not config.overwrite:
-                    raise OutputError(f"{existing}: exists already; pass --overwrite, or another --output.")
-            if not path.parent.is_dir():
-                raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
-            _part(path).touch()
-            _part(path).unlink()
+        check_output(config, source, *([] if config.to_stdout else [epochs_folder(config)]))
 
     def write_epoch(self, record: EpochRecord, metadata: dict[str, object]) -> None:
         """Put one epoch's values where a reader finds them at once: epochs/epoch=3/values.parquet."""
@@ -187,13 +192,130 @@ class ReportWriter:
 
     def write(self, table: pa.Table, metadata: dict[str, object]) -> None:
         """Write the report. A file appears under its name only when it is complete."""
-        table = with_metadata(table, metadata)
-        if self._config.to_stdout:
-            _write(table, sys.stdout.buffer, self._config.resolved_format)
-            sys.stdout.buffer.flush()
-            return
-        with _could_not_write(self._path), _replacing(self._path) as file:
-            _write(table, file, self._config.resolved_format)
+        write_table(self._config, with_metadata(table, metadata))
+
+
+def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
+    """Raise OutputError where a table cannot be written; leave all as it is.
+
+    Args:
+        config: where the table shall go.
+        source: what it is made from, which it may not replace.
+        beside: what else will be written.
+    """
+    path, report_format = Path(config.path), config.resolved_format
+    if config.to_stdout:
+        if sys.stdout.isatty() and report_format in ("parquet", "arrow"):
+            raise OutputError(
+                f"--output -: standard output is a terminal, and {report_format} is not text; "
+                "redirect it, or pass --format csv."
+            )
+    else:
+        with _could_not_write(path):
+            if path.is_dir():
+                raise OutputError(f"{path}: is a folder; --output needs a file name.")
+            if path.exists() and not path.is_file():
+                raise OutputError(f"{path}: is no regular file; --output - writes to standard output.")
+            if source and path.exists() and Path(source).exists() and path.samefile(source):
+                raise OutputError(f"{path}: is the input itself; pass another --output.")
+            check_free(path, overwrite=config.overwrite)
+            _part(path).touch()
+            _part(path).unlink()
+    for other in beside:
+        check_free(other, overwrite=config.overwrite)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
+    with _could_not_write(path):
+        if (path.exists() or path.is_symlink()) and not overwrite:
+            raise OutputError(f"{path}: exists already; pass --overwrite, or another --output.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
+
+
+def write_table(config: OutputConfig, table: pa.Table) -> None:
+    """Write a table. A file appears under its name only when it is complete."""
+    if config.to_stdout:
+        _write(table, sys.stdout.buffer, config.resolved_format)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(config.path)
+    with _could_not_write(path), _replacing(path) as file:
+        _write(table, file, config.resolved_format)
+
+
+def write_array(path: Path, array: NDArray[np.float32]) -> None:
+    """Write a NumPy file. It appears under its name only when it is complete."""
+    with _could_not_write(path), _replacing(path) as file:
+        np.save(file, array)
+
+
+def is_report(source: str) -> bool:
+    """Say whether the user named a report, and not a dataset: standard input, or a file of a report."""
+    if source == STANDARD_STREAM or Path(source).suffix in (".csv", ".jsonl", ".arrow"):
+        return True
+    if not Path(source).is_file():
+        return False
+    try:
+        schema = pq.read_schema(source)
+    except (OSError, pa.ArrowException):
+        return False  # whatever is wrong with it will be told when it is read as a dataset
+    # Programs that rewrite a report may drop its metadata.
+    return METADATA_KEY in (schema.metadata or {}) or {"index", "value", "status"} <= set(schema.names)
+
+
+def read_report(source: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Read columns of a values report in any of its formats.
+
+    Args:
+        source: a file, or "-" for standard input.
+        columns: of VALUES_SCHEMA.
+    Returns:
+        The columns, typed as in VALUES_SCHEMA, and the report's metadata (empty for CSV and JSON lines).
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    name = "standard input" if source == STANDARD_STREAM else source
+    wanted = pa.schema([VALUES_SCHEMA.field(column) for column in columns])
+    try:
+        buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
+        table = _parse(pa.BufferReader(buffer) if source == STANDARD_STREAM else buffer, wanted)
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise DataError(
+                f"{name}: no column '{missing[0]}'; expected a values report of this version of chgval. "
+                "Value the dataset anew with chgval value."
+            )
+        metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        return table.select(columns).cast(wanted), metadata
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"{name}: cannot be read as a values report ({first_line(error)}); expected the output of chgval "
+            "value, as Parquet, CSV, JSON lines or Arrow."
+        ) from error
+
+
+def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
+    """Read what is there of the wanted columns, in whatever format the first bytes show."""
+    start = file.read(6)
+    file.seek(0)
+    if not start:
+        raise ValueError("it is empty")
+    if start.startswith(b"PAR1"):
+        parquet = pq.ParquetFile(file)
+        return parquet.read([name for name in wanted.names if name in parquet.schema_arrow.names])
+    if start == b"ARROW1":
+        return pa.ipc.open_file(file).read_all()
+    if start.startswith(b"{"):
+        return pajson.read_json(file, parse_options=pajson.ParseOptions(explicit_schema=wanted))
+    convert = pacsv.ConvertOptions(
+        column_types=wanted,
+        include_columns=wanted.names,
+        include_missing_columns=True,
+        strings_can_be_null=True,
+    )
+    return pacsv.read_csv(file, convert_options=convert)
 
 
 def epochs_folder(config: OutputConfig) -> Path:
@@ -244,8 +366,10 @@ def _could_not_write(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({reason}); pass another --output.") from error
 
 
-def _or_null(figure_N: NDArray[np.floating]) -> pa.Array:
-    return pa.array(figure_N, mask=np.isnan(figure_N))
+def _or_null(figure_N: NDArray[np.floating] | NDArray[np.integer]) -> pa.Array:
+    """Return a column in which NaN, or a label below 0, is null."""
+    unknown_N = figure_N < 0 if np.issubdtype(figure_N.dtype, np.integer) else np.isnan(figure_N)
+    return pa.array(figure_N, mask=unknown_N)
 
 
 def _ranks(value_N: FloatArray, group_N: IntArray) -> tuple[IntArray, FloatArray]:

@@ -5,14 +5,16 @@ Shape legend: B rows of one batch, C classes, D last-layer inputs, S steps of on
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from chgval.accumulate import ValueAccumulator
 from chgval.data.loader import Loader
@@ -24,6 +26,30 @@ from chgval.records import EpochRecord, StepRecord
 STEPS_BETWEEN_READINGS = 10
 # Share of the steps in which the one-cycle schedule rises.
 WARM_UP_SHARE = 0.25
+# The moving average of the weights forgets over this share of a run's steps: enough to smooth the last ones
+# out, short enough to follow the falling learning rate.
+AVERAGED_SHARE = 1 / 12
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, and of its normalisation statistics.
+
+    It predicts better than the last weights do, and remembers single labels less.
+
+    Args:
+        model: the one to follow, on its device.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._averaged, self._followed = _floating_tensors(self.model), _floating_tensors(model)
+        decay = max(0.0, 1 - 1 / (AVERAGED_SHARE * total_steps))
+        self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Move towards the model's present weights. Waits for nothing on the device."""
+        self._move(self._averaged, self._followed, None)
 
 
 def train_epochs(
@@ -34,6 +60,7 @@ def train_epochs(
     device: torch.device,
     generator: torch.Generator,
     accumulator: ValueAccumulator | None = None,
+    average: WeightAverage | None = None,
     separate_pass: bool = False,
 ) -> Iterator[StepRecord | EpochRecord]:
     """Train, and yield what happens: some records of steps, then the record of each epoch.
@@ -45,6 +72,7 @@ def train_epochs(
         device: where to train.
         generator: order and augmentation are drawn from it.
         accumulator: observes the epochs, if they are to be valued.
+        average: follows the model's weights, step by step.
         separate_pass: whether the accumulator sees a pass of its own before each epoch (Algorithm 1 to the
             letter: no augmentation, evaluation mode), or the training steps themselves.
     Raises:
@@ -66,7 +94,7 @@ def train_epochs(
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         if accumulator is not None and separate_pass:
-            observe(model, loader, accumulator)
+            observe(model, loader, accumulator.update)
         training_started = time.perf_counter()
         model.train()
         num_steps = loader.num_batches
@@ -80,6 +108,8 @@ def train_epochs(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+            if average is not None:
+                average.update()
             if accumulator is not None and not separate_pass:
                 accumulator.update(batch.indices_B, logits_BC, features_BD)
 
@@ -104,13 +134,26 @@ def train_epochs(
         )
 
 
-def observe(model: nn.Module, loader: Loader, accumulator: ValueAccumulator) -> None:
-    """Show the accumulator every sample once, as it is, without training (Algorithm 1, step 3)."""
+def observe(
+    model: nn.Module,
+    loader: Loader,
+    take: Callable[[Tensor, Tensor, Tensor], None],
+    *,
+    mirrored: bool = False,
+) -> None:
+    """Show every sample once, as it is or mirrored, to the model, without training.
+
+    Args:
+        model: is put in evaluation mode.
+        loader: where the batches come from.
+        take: is given indices, logits and last-layer inputs of each batch.
+        mirrored: whether the images are flipped left to right.
+    """
     model.eval()
     with torch.inference_mode():
         for batch in loader.plain_batches():
-            logits_BC, features_BD = model(batch.inputs_B)
-            accumulator.update(batch.indices_B, logits_BC, features_BD)
+            inputs_B = batch.inputs_B.flip(3) if mirrored else batch.inputs_B
+            take(batch.indices_B, *model(inputs_B))
 
 
 def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
@@ -121,6 +164,10 @@ def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
             return progress / WARM_UP_SHARE
         progress = (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _floating_tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 @dataclass(slots=True)

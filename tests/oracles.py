@@ -69,3 +69,32 @@ def last_layer_gradients(
         matrix = torch.cat([g.reshape(head.out_features, -1) for g in gradients], dim=1)
         rows.append((matrix * (loss.detach() if times_loss else 1)).flatten())
     return torch.stack(rows).double().numpy()
+
+
+def posterior_by_expectation_maximisation(prior_NC, averaged_NC, labels_N, *, steps, prior):
+    """Posterior of the true class under confusions fitted to the labels, one sample at a time.
+
+    prior_NC are the probabilities before the label is known; averaged_NC say how sure each sample is: among
+    those predicted alike, weights fall evenly from the surest to the least sure.
+    """
+    n, c = prior_NC.shape
+    predicted_N, sure_N = averaged_NC.argmax(1), averaged_NC.max(1)
+    weight_N = np.empty(n)
+    for label in range(c):
+        members = sorted((i for i in range(n) if predicted_N[i] == label), key=lambda i: (-sure_N[i], i))
+        for place, i in enumerate(members):
+            weight_N[i] = 1 - (place + 0.5) / len(members)
+
+    def uniform(noise):
+        return np.where(np.eye(c) == 1, 1 - noise, noise / (c - 1))
+
+    confusions = uniform(0.2)
+    for _ in range(steps):
+        counts = np.zeros((c, c))
+        for i in range(n):
+            joint = prior_NC[i] * confusions[:, labels_N[i]]
+            counts[:, labels_N[i]] += weight_N[i] * joint / joint.sum()
+        counts += prior * uniform(1 - np.trace(counts) / counts.sum())
+        confusions = counts / counts.sum(1, keepdims=True)
+    posterior = prior_NC * confusions[:, labels_N].T
+    return posterior / posterior.sum(1, keepdims=True)

@@ -78,10 +78,10 @@ def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
             network.fc = torch.nn.Identity()
             labels_N = torch.zeros(128, dtype=torch.int64)
         accumulator = ValueAccumulator(labels_N, 10, 64)
-        observe(model, FakeLoader("cuda"), accumulator)
+        observe(model, FakeLoader("cuda"), accumulator.update)
         assert accumulator._close_epoch()["loss"].device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
-            observe(model, FakeLoader("cpu"), accumulator)
+            observe(model, FakeLoader("cpu"), accumulator.update)
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18"])

@@ -12,11 +12,12 @@ PACKAGE = Path(chgval.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "records"},
-    {"shapley", "recipe"},
+    {"shapley", "recipe", "noise"},
     {"accumulate"},
     {"data", "models", "reports", "console"},
     {"training"},
     {"runs"},
+    {"options"},
     {"cli"},
     {"__main__"},
 ]

@@ -8,28 +8,31 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow
+import pyarrow as pa
 import torch
 import torchvision
 from torch import nn
 
 import chgval
 from chgval.accumulate import Utility, ValueAccumulator
-from chgval.config import ValueConfig
+from chgval.config import OutputConfig, ValueConfig
 from chgval.console import Console, histogram
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import SettingsError
 from chgval.models import InputShape, SplitModel, build_model, check_names
+from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
-from chgval.reports import ReportWriter, values_table
-from chgval.training import train_epochs
+from chgval.reports import ReportWriter, check_free, values_table, write_array
+from chgval.training import WeightAverage, observe, train_epochs
 
 SHOWN_SAMPLES = 5
 SHOWN_CLASSES = 20
@@ -54,6 +57,17 @@ class Run:
     device: torch.device
     generator: torch.Generator
     accumulator: ValueAccumulator | None
+    average: WeightAverage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Valued:
+    """A dataset whose samples were valued: what the run says of them, and their report with its metadata."""
+
+    dataset: Dataset
+    signals: RunSignals
+    table: pa.Table
+    metadata: dict[str, Any]
 
 
 def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
@@ -67,39 +81,82 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
         ChgvalError: see the modules that this calls.
     """
     started = time.perf_counter()
-    if config.mode != "none":
-        ReportWriter.check(config.output, config.data.source)
-    with torch.random.fork_rng(devices=[]):
-        run = prepare(config, console)
-        console.settings(_settings_shown(run, config))
-        writer = ReportWriter(config.output) if config.mode != "none" else None
-        metadata = _metadata(run, config, command)
-        finished = _train(run, config, console, writer, metadata)
-    seconds = time.perf_counter() - started
-    if writer is None or run.accumulator is None:
+    if config.mode == "none":
+        with _prepared(config, console) as run:
+            finished = _train(run, config, console, None, {})
+        seconds = time.perf_counter() - started
         console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
         return
-    signals = run.accumulator.run_signals()
-    table = values_table(run.dataset, signals, per_class=config.per_class)
-    writer.write(table, {**metadata, "epochs": finished, "wall_seconds": round(seconds, 3), "finished": True})
-    _tell_problems(run.dataset, console)
-    console.summary(summarise(run.dataset, signals))
-    statuses = run.dataset.statuses()
+    valued = value_dataset(config, config.output, console, command=command)
+    console.summary(summarise(valued.dataset, valued.signals))
+    statuses = valued.dataset.statuses()
     counts = ", ".join(
         f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])
     )
     target = "standard output" if config.output.to_stdout else config.output.path
+    seconds = time.perf_counter() - started
     console.say("")
-    console.say(f"{len(run.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
+    console.say(f"{len(valued.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
+
+
+def value_dataset(
+    config: ValueConfig, output: OutputConfig | None, console: Console, *, command: str
+) -> Valued:
+    """Value a dataset, write the report if it is to be kept, and return it.
+
+    Args:
+        config: the settings; its own output is not looked at.
+        output: where the report goes; None keeps none.
+        console: where to tell what happens.
+        command: the command line, for the report's metadata.
+    Raises:
+        ChgvalError: see the modules that this calls.
+    """
+    started = time.perf_counter()
+    _check_outputs(config, output)
+    with _prepared(config, console) as run:
+        writer = None if output is None else ReportWriter(output)
+        metadata = _metadata(run, config, command)
+        metadata["epochs"] = _train(run, config, console, writer, metadata)
+        accumulator = run.accumulator
+        if accumulator is None or run.average is None:
+            raise ValueError("mode 'none' values nothing")
+        observe_average(run, accumulator, run.average)
+    signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
+    noise = read_noise(probabilities_NC, run.dataset.labels_N, run.recipe.epochs)
+    table = values_table(run.dataset, signals, noise, per_class=config.per_class)
+    metadata.update(wall_seconds=round(time.perf_counter() - started, 3), finished=True)
+    if config.pred_probs is not None:
+        write_array(config.pred_probs, probabilities_NC)
+    if writer is not None:
+        writer.write(table, metadata)
+    _tell_problems(run.dataset, console)
+    return Valued(run.dataset, signals, table, metadata)
 
 
 def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
-    if config.mode != "none":
-        ReportWriter.check(config.output, config.data.source)
+    _check_outputs(config, None if config.mode == "none" else config.output)
     with torch.random.fork_rng(devices=[]):
         run = prepare(config, console)
         console.settings([*_settings_shown(run, config), *_costs(run, config)])
+
+
+def _check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
+    """Raise OutputError, before anything is read, where something cannot be written."""
+    if output is not None:
+        ReportWriter.check(output, config.data.source)
+    if config.pred_probs is not None:
+        check_free(config.pred_probs, overwrite=config.output.overwrite)
+
+
+@contextmanager
+def _prepared(config: ValueConfig, console: Console) -> Iterator[Run]:
+    """Prepare a run, tell its settings, and put torch's global generator back after it."""
+    with torch.random.fork_rng(devices=[]):
+        run = prepare(config, console)
+        console.settings(_settings_shown(run, config))
+        yield run
 
 
 def prepare(config: ValueConfig, console: Console) -> Run:
@@ -128,8 +185,6 @@ def prepare(config: ValueConfig, console: Console) -> Run:
         num_features=dataset.input_size if is_embedding else None,
         flips=dataset.flips,
     )
-    if train.compile_model:
-        model.backbone.compile()
     loader = make_loader(
         dataset,
         batch_size=recipe.batch_size,
@@ -140,8 +195,13 @@ def prepare(config: ValueConfig, console: Console) -> Run:
         workers=config.data.workers,
         fail_on_error=config.data.on_error == "fail",
     )
-    accumulator = None if config.mode == "none" else _make_accumulator(config, dataset, model, device)
-    return Run(dataset, arch, model, loader, recipe, device, generator, accumulator)
+    accumulator = average = None
+    if config.mode != "none":
+        accumulator = _make_accumulator(config, dataset, model, device, recipe.epochs)
+        average = WeightAverage(model, recipe.epochs * loader.num_batches)
+    if train.compile_model:
+        model.backbone.compile()
+    return Run(dataset, arch, model, loader, recipe, device, generator, accumulator, average)
 
 
 def pick_device(name: str) -> torch.device:
@@ -231,12 +291,26 @@ def records(run: Run, *, separate_pass: bool) -> Iterator[StepRecord | EpochReco
         device=run.device,
         generator=run.generator,
         accumulator=run.accumulator,
+        average=run.average,
         separate_pass=separate_pass,
     )
 
 
+def observe_average(run: Run, accumulator: ValueAccumulator, average: WeightAverage) -> None:
+    """Let the average of the weights predict every sample; it counts as much as all averaged epochs."""
+    passes = [False, True] if run.recipe.augment == "crop-flip" else [False]
+    weight = (run.recipe.epochs - accumulator.averaged_from + 1) / len(passes)
+    for mirrored in passes:
+        observe(
+            average.model,
+            run.loader,
+            lambda indices_B, logits_BC, _: accumulator.add_predictions(indices_B, logits_BC, weight),
+            mirrored=mirrored,
+        )
+
+
 def _make_accumulator(
-    config: ValueConfig, dataset: Dataset, model: SplitModel, device: torch.device
+    config: ValueConfig, dataset: Dataset, model: SplitModel, device: torch.device, epochs: int
 ) -> ValueAccumulator:
     needed = ValueAccumulator.memory_bytes(len(dataset), dataset.num_classes, model.head.in_features)
     if device.type == "cuda" and needed > ACCUMULATOR_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
@@ -250,6 +324,7 @@ def _make_accumulator(
         has_bias=model.head.bias is not None,
         utility=Utility(config.utility),
         per_class=config.per_class,
+        averaged_from=epochs // 2 + 1,
     )
 
 
@@ -363,7 +438,7 @@ def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__),
-            "pyarrow": str(pyarrow.__version__),
+            "pyarrow": str(pa.__version__),
             "numpy": str(np.__version__),
         },
     }

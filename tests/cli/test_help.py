@@ -13,7 +13,7 @@ import chgval
 from chgval.cli import app
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = [[], ["value"]]
+COMMANDS = [[], ["value"], ["detect-noise"]]
 
 
 def help_of(command):
@@ -45,15 +45,17 @@ def test_documentation_is_the_help_itself():
 def test_help_fits_80_columns_and_shows_examples(command):
     text = help_of(command)
     assert max(map(len, text.splitlines())) <= 80
-    assert "chgval value builtin:digits" in text
+    assert f"chgval {' '.join(command) or 'value'} " in text.split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_help_groups_every_option_of_value():
     sections = [line for line in help_of(["value"]).splitlines() if line and not line.startswith(" ")]
-    assert sections[1:] == ["Arguments:", "Output:", "Data:", "Model and training:", "Values:", "Options:"]
+    assert sections[1:] == ["Arguments:", "Values:", "Output:", "Data:", "Model and training:", "Options:"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["value", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["value", "--help"], ["detect-noise", "--help"], ["--version"]]
+)
 def test_starting_up_imports_no_heavy_library(arguments):
     code = (
         "import sys\nfrom chgval.cli import app\n"
@@ -85,6 +87,7 @@ def test_shell_completion_offers_commands_options_and_models():
     assert complete(["chgval", "va"]) == ["value"]
     assert {"--arch", "--augment"} <= set(complete(["chgval", "value", "--a"]))
     assert complete(["chgval", "value", "x", "--mode", "on"]) == ["online"]
+    assert complete(["chgval", "detect-noise", "x", "--threshold", "c"]) == ["chg", "confident"]
     assert {"resnet8", "resnet18", "resnet20"} <= set(complete(["chgval", "value", "x", "--arch", "resnet"]))
 
 

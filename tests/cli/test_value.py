@@ -52,7 +52,7 @@ def test_a_folder_of_images_gives_a_report_and_its_epochs(image_folder, tmp_path
 
     facts = metadata_of(out)
     assert facts["class_names"] == ["cat", "dog"] and facts["epochs"] == 2 and facts["seed"] == 0
-    assert facts["settings"]["train"]["lr"] == 0.1 and facts["settings"]["data"]["image_size"] == 12
+    assert facts["settings"]["train"]["lr"] == 0.3 and facts["settings"]["data"]["image_size"] == 12
     assert facts["libraries"].keys() >= {"torch", "python"} and facts["wall_seconds"] > 0
     assert len(facts["fingerprint"]) == 32 and facts["device"] == "cpu"
 
@@ -335,7 +335,7 @@ def test_reports_inside_the_data_are_not_data(tmp_path, monkeypatch):
             values.append(pq.read_table("values.parquet")["value"])
         assert values[0] == values[1]
     result = invoke("data.parquet", *FAST, "-o", "data.parquet", "--overwrite")
-    assert result.exit_code == 1 and "is the dataset itself" in result.stderr
+    assert result.exit_code == 1 and "is the input itself" in result.stderr
 
 
 @pytest.mark.parametrize("settings", [[], ["--plan"]])

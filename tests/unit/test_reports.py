@@ -12,7 +12,7 @@ import pytest
 from chgval.config import OutputConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.errors import OutputError, SettingsError
-from chgval.records import EpochRecord, EpochSignals, RunSignals
+from chgval.records import EpochRecord, EpochSignals, NoiseSignals, RunSignals
 from chgval.reports import METADATA_KEY, ReportWriter, values_table
 
 NAN = float("nan")
@@ -36,7 +36,11 @@ def dataset_and_signals():
         forgetting_events_N=np.array([0, 2, 0, 0, 1]), predicted_label_N=np.array([0, 0, -1, -1, 1]),
         predicted_probability_N=floats,
     )  # fmt: skip
-    return dataset, signals
+    noise = NoiseSignals(
+        noise_score_N=np.array([0.9, 0.25, NAN, NAN, 0.0]), suggested_label_N=np.array([1, 0, -1, -1, 1]),
+        suggested_probability_N=floats, confident_label_N=np.array([1, -1, -1, -1, 0]),
+    )  # fmt: skip
+    return dataset, signals, noise
 
 
 def report():
@@ -86,7 +90,7 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
         return
     assert read.equals(table)
     metadata = json.loads(read.schema.metadata[METADATA_KEY])
-    assert metadata == {"report_version": 1, "seed": 7, "class_names": ["é"]}
+    assert metadata == {"report_version": 2, "seed": 7, "class_names": ["é"]}
 
 
 def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):

@@ -176,7 +176,12 @@ def test_defaults_follow_data_model_and_device():
     )  # fmt: skip
     assert (given.epochs, given.batch_size, given.lr, given.augment) == (7, 9, 0.3, "none")
     small = choose_recipe(TrainConfig(), 100, has_batch_norm=True, num_features=None, flips=False)
-    assert (small.epochs, small.batch_size, small.lr, small.augment) == (30, 10, 0.1, "crop")
+    assert (small.epochs, small.batch_size, small.lr, small.augment) == (30, 10, 0.3, "crop")
+    sizes = [
+        choose_recipe(TrainConfig(), n, has_batch_norm=True, num_features=None, flips=True).batch_size
+        for n in (50, 1_797, 10_000, 50_000)
+    ]
+    assert sizes == [8, 32, 66, 128]
     plain = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=None, flips=True)
     assert (plain.epochs, plain.batch_size, plain.lr, plain.augment) == (15, 128, 0.01, "crop-flip")
     wide = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=2048, flips=True)

@@ -1,0 +1,239 @@
+"""Which labels are probably wrong: read from averaged class probabilities, and cut into flags.
+
+docs/detection.md derives the model and says what else was tried.
+
+Shape legend: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSignals
+
+Probabilities = NDArray[np.float32]
+
+# Averaged probabilities are less sure of the true class than the images deserve: they are means over changing
+# weights and augmentations, of a model that was trained on the noise too. Raising them to 1 / softness mends
+# that. The more often a model has seen a label, the more of it is in the probabilities, and the sharper they
+# must become before the label is weighed against them.
+SOFTNESS_OF_15_EPOCHS = 0.5
+SOFTNESS_POWER = 0.25
+LARGEST_SOFTNESS = 2.0
+# What a clean dataset's ambiguous images look like, noise looks like too. The share of predictions that are
+# sure enough to tell, and by how much the whole may be noisier than they are.
+SURE_SHARE = 0.2
+LARGEST_EXCESS = 2.0
+# Imaginary samples per class that back the class-independent part of the confusions.
+PRIOR_SAMPLES = 10.0
+STEPS = 60
+BISECTIONS = 12
+# The interval of the noise rate: every score's odds off by this factor, either way.
+ODDS_FACTOR = 2.0
+# Flags shall be right at least this often.
+LEAST_PRECISION = 0.5
+SMALLEST_PROBABILITY = 1e-12
+
+
+def read_noise(probabilities_NC: Probabilities, labels_N: IntArray, num_epochs: int) -> NoiseSignals:
+    """Return how probably each label is wrong, and what it should be.
+
+    The sharpened probabilities are taken for those of the true class, before the label is known; a matrix of
+    confusions (true class to given label), fitted to the labels by expectation maximisation, says what the
+    label adds (docs/detection.md).
+
+    Args:
+        probabilities_NC: averaged probabilities, shape (N, C); NaN where a sample was not seen.
+        labels_N: given classes, shape (N,); -1 where unknown.
+        num_epochs: how often the model was trained on each label.
+    """
+    known_N = (labels_N >= 0) & np.isfinite(probabilities_NC[:, 0])
+    score_N, suggested_probability_N = np.full((2, len(labels_N)), np.nan)
+    suggested_N, confident_N = np.full((2, len(labels_N)), -1)
+    if known_N.any():
+        order = np.flatnonzero(known_N)[np.argsort(labels_N[known_N], kind="stable")]
+        groups = _Groups(probabilities_NC[order], labels_N[order])
+        posterior_NC = groups.posterior(SOFTNESS_OF_15_EPOCHS * (15 / num_epochs) ** SOFTNESS_POWER)
+        score_N[order] = 1 - _of_label(posterior_NC, groups.labels_N)
+        np.put_along_axis(posterior_NC, groups.labels_N[:, None], -1.0, axis=1)
+        suggested_N[order] = posterior_NC.argmax(1)
+        suggested_probability_N[order] = posterior_NC.max(1)
+        confident_N[order] = confident_labels(groups.probabilities_NC, groups.labels_N)
+    return NoiseSignals(
+        noise_score_N=score_N.clip(0, 1),
+        suggested_label_N=suggested_N,
+        suggested_probability_N=suggested_probability_N,
+        confident_label_N=confident_N,
+    )
+
+
+class _Groups:
+    """Samples sorted by their given label, so that everything about one label is a slice.
+
+    Args:
+        probabilities_NC: of known samples, finite.
+        labels_N: their labels, ascending.
+    """
+
+    def __init__(self, probabilities_NC: Probabilities, labels_N: IntArray) -> None:
+        self.probabilities_NC = probabilities_NC
+        self.labels_N = labels_N
+        edges = np.searchsorted(labels_N, np.arange(probabilities_NC.shape[1] + 1))
+        self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
+        sureness_N = probabilities_NC.max(1)
+        num_sure = max(1, round(SURE_SHARE * len(labels_N)))
+        self._sure_N = np.argsort(-sureness_N, kind="stable")[:num_sure]
+        # Confusions are learned from the sure samples most: ambiguity passes for confusion among the others.
+        # The weights fall from 1 to 0 within each predicted class, so that every class is learned about.
+        predicted_N = probabilities_NC.argmax(1)
+        order = np.lexsort((-sureness_N, predicted_N))
+        sizes_C = np.bincount(predicted_N, minlength=probabilities_NC.shape[1])
+        places_N = np.arange(len(order)) - np.repeat(sizes_C.cumsum() - sizes_C, sizes_C)
+        self._weights_N = np.empty(len(order), dtype=np.float32)
+        self._weights_N[order] = 1 - (places_N + 0.5) / np.repeat(sizes_C, sizes_C)
+
+    def posterior(self, softness: float) -> NDArray[np.float32]:
+        """Return the probabilities of the true class once the label is known, shape (N, C).
+
+        The softness is the one given, unless the samples that are not sure would then be noisier than the
+        sure ones by more than LARGEST_EXCESS: what is that uneven is ambiguity, not noise.
+        """
+        posterior_NC, excess = self._fit(softness)
+        if excess <= 0:
+            return posterior_NC
+        low, high = np.log(softness), np.log(LARGEST_SOFTNESS)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            posterior_NC, excess = self._fit(np.exp(middle))
+            low, high = (middle, high) if excess > 0 else (low, middle)
+        return posterior_NC
+
+    def _fit(self, softness: float) -> tuple[NDArray[np.float32], float]:
+        """Return the posterior at a softness, and how much noisier it is than the sure samples allow."""
+        prior_NC = sharpened(self.probabilities_NC, softness)
+        confusions_CC = self._confusions(prior_NC)
+        posterior_NC = prior_NC * confusions_CC.T[self.labels_N]
+        posterior_NC /= posterior_NC.sum(1, keepdims=True)
+        score_N = 1 - _of_label(posterior_NC, self.labels_N)
+        return posterior_NC, float(score_N.mean() - LARGEST_EXCESS * score_N[self._sure_N].mean())
+
+    def _confusions(self, prior_NC: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the probability of each given label (column) for each true class (row): STEPS of EM."""
+        num_classes = prior_NC.shape[1]
+        confusions_CC = _uniform_confusions(0.2, num_classes)
+        for _ in range(STEPS):
+            counts_CC = np.empty((num_classes, num_classes))
+            for label, rows in enumerate(self._slices):
+                of_label_C = confusions_CC[:, label].astype(np.float32)
+                evidence_B = np.maximum(prior_NC[rows] @ of_label_C, SMALLEST_PROBABILITY)
+                counts_CC[:, label] = of_label_C * (prior_NC[rows].T @ (self._weights_N[rows] / evidence_B))
+            noise = 1 - np.trace(counts_CC) / counts_CC.sum()
+            counts_CC += PRIOR_SAMPLES * _uniform_confusions(noise, num_classes) + SMALLEST_PROBABILITY
+            confusions_CC = counts_CC / counts_CC.sum(1, keepdims=True)
+        return confusions_CC.astype(np.float32)
+
+
+def sharpened(probabilities_NC: Probabilities, softness: float) -> NDArray[np.float32]:
+    """Return probabilities raised to 1 / softness and normalised again, shape (N, C)."""
+    logs_NC = np.log(np.maximum(probabilities_NC, SMALLEST_PROBABILITY)) / softness
+    logs_NC -= logs_NC.max(1, keepdims=True)
+    powers_NC = np.exp(logs_NC)
+    sharp_NC: NDArray[np.float32] = powers_NC / powers_NC.sum(1, keepdims=True)
+    return sharp_NC
+
+
+def confident_labels(probabilities_NC: Probabilities, labels_N: IntArray) -> IntArray:
+    """Return the class that each sample confidently belongs to, -1 for none (arXiv:1911.00068, equation 1).
+
+    A class is in question if its probability is at least the mean that samples labelled so give it; of
+    several the most probable one is taken. A sample that is predicted as it is labelled belongs there, as
+    cleanlab has it too.
+
+    Args:
+        probabilities_NC: shape (N, C).
+        labels_N: given classes, shape (N,), 0 or more.
+    """
+    num_classes = probabilities_NC.shape[1]
+    counts_C = np.bincount(labels_N, minlength=num_classes)
+    sums_C = np.bincount(labels_N, _of_label(probabilities_NC, labels_N), minlength=num_classes)
+    thresholds_C = np.where(counts_C > 0, sums_C / counts_C.clip(min=1), np.inf)
+    in_question_NC = probabilities_NC >= thresholds_C - 1e-6
+    confident_N = np.where(in_question_NC, probabilities_NC, -1.0).argmax(1)
+    confident_N = np.where(in_question_NC.any(1), confident_N, -1)
+    return np.where(probabilities_NC.argmax(1) == labels_N, labels_N, confident_N)
+
+
+def estimate_rate(score_N: FloatArray) -> NoiseRate:
+    """Return the share of wrong labels that calibrated scores imply (NaN where there are none)."""
+    odds_N = score_N / np.maximum(1 - score_N, SMALLEST_PROBABILITY)
+    low_N, high_N = (odds_N * factor / (1 + odds_N * factor) for factor in (1 / ODDS_FACTOR, ODDS_FACTOR))
+    return NoiseRate(rate=float(score_N.mean()), low=float(low_N.mean()), high=float(high_N.mean()))
+
+
+def automatic_cut(score_N: FloatArray) -> float:
+    """Return the score from which on samples are flagged; infinite if none should be.
+
+    It is the cut of the highest expected F1 among those whose flags are expected to be right at least half of
+    the time: on a clean dataset that leaves hardly any.
+    """
+    descending_N = np.sort(score_N)[::-1]
+    caught_N, flagged_N = descending_N.cumsum(), np.arange(1, len(score_N) + 1)
+    f1_N = 2 * caught_N / (flagged_N + descending_N.sum())
+    splits_equals_N = np.append(descending_N[1:] == descending_N[:-1], False)
+    f1_N[splits_equals_N | (caught_N < LEAST_PRECISION * flagged_N)] = -1
+    best = int(f1_N.argmax())
+    return float(descending_N[best]) if f1_N[best] >= 0 else np.inf
+
+
+def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
+    """Return scores that depend on another figure alone: the mean score of samples that are alike in it.
+
+    Args:
+        order_N: the figure; the lower, the more suspicious.
+        score_N: calibrated scores.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    order = np.argsort(order_N, kind="stable")
+    calibrated_N = np.empty_like(score_N)
+    calibrated_N[order] = isotonic_regression(score_N[order], increasing=False)
+    return calibrated_N
+
+
+def two_means_flags(value_N: FloatArray) -> NDArray[np.bool_]:
+    """Flag the lower of two clusters of values, as OpenDataVal cuts values for its noisy-sample F1.
+
+    Source: Jiang et al. 2023 (arXiv:2306.10577). It always flags somebody.
+    """
+    from sklearn.cluster import KMeans
+
+    clusters = KMeans(2, n_init=1, init=np.quantile(value_N, [[0.0], [1.0]])).fit(value_N[:, None])
+    flags_N: NDArray[np.bool_] = clusters.labels_ == clusters.cluster_centers_[:, 0].argmin()
+    return flags_N
+
+
+def mixture_flags(loss_N: FloatArray) -> NDArray[np.bool_]:
+    """Flag the samples that belong to the higher of two normal distributions of the loss.
+
+    Source: Li et al. 2020 (arXiv:2002.07394), section 3.1. It always flags somebody.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    means = np.quantile(loss_N, [[0.1], [0.9]])
+    mixture = GaussianMixture(2, means_init=means, random_state=0).fit(loss_N[:, None])
+    flags_N: NDArray[np.bool_] = mixture.predict(loss_N[:, None]) == mixture.means_[:, 0].argmax()
+    return flags_N
+
+
+def _uniform_confusions(noise: float, num_classes: int) -> FloatArray:
+    confusions_CC = np.full((num_classes, num_classes), noise / max(1, num_classes - 1))
+    np.fill_diagonal(confusions_CC, 1 - noise)
+    return confusions_CC
+
+
+def _of_label(figures_NC: NDArray[np.float32], labels_N: IntArray) -> FloatArray:
+    """Return each row's figure of its label, shape (N,)."""
+    return np.take_along_axis(figures_NC, labels_N[:, None], axis=1)[:, 0].astype(np.float64)

@@ -1,0 +1,370 @@
+"""Options that several commands share, and what a command does with them: build settings, report errors.
+
+Nothing here may import torch, or numpy, before a command runs: `chgval --help` must start at once.
+Annotations are evaluated as they stand: with_options reads them.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from chgval.config import RULES, DataConfig, OutputConfig, Rule, TrainConfig
+from chgval.errors import ChgvalError, SettingsError
+
+if TYPE_CHECKING:
+    from chgval.console import Console
+
+EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY, EXIT_INTERRUPTED = 1, 2, 3, 130
+DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
+
+
+class PanelCommand(TyperCommand):
+    """A command whose plain help is grouped by panel.
+
+    Typer groups only in rich's boxes, and loading those takes longer than all else that --help does.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options of each panel."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                other = "Arguments" if param.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or other, []).append(record)
+        sections["Options"] = sections.pop("Options", [])  # what has no panel comes last
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Mode(StrEnum):
+    """Where the values come from."""
+
+    ONLINE = "online"
+    EXACT = "exact"
+
+
+class UtilityName(StrEnum):
+    """The game whose Shapley values are computed."""
+
+    CHG = "chg"
+    GRADIENT = "gradient"
+    HARDNESS = "hardness"
+
+
+class Format(StrEnum):
+    """File formats of a report."""
+
+    PARQUET = "parquet"
+    CSV = "csv"
+    JSONL = "jsonl"
+    ARROW = "arrow"
+
+
+class Schedule(StrEnum):
+    """How the learning rate changes over a run."""
+
+    ONE_CYCLE = "one-cycle"
+    COSINE = "cosine"
+
+
+class Augment(StrEnum):
+    """How training images are varied."""
+
+    NONE = "none"
+    CROP = "crop"
+    CROP_FLIP = "crop-flip"
+
+
+class OnError(StrEnum):
+    """What happens to samples that cannot be read."""
+
+    KEEP = "keep"
+    FAIL = "fail"
+
+
+class Score(StrEnum):
+    """What suspects are ranked by."""
+
+    ALL = "all"
+    CHG = "chg"
+
+
+def with_options(**groups: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of whole groups.
+
+    The command's function is called with a `console`, with what each group makes of its options under the
+    group's name, and with its own options. Errors that a user can cause become one line and an exit code.
+
+    Args:
+        groups: functions whose parameters are options, and which turn them into settings.
+    """
+    signatures = {name: inspect.signature(group) for name, group in groups.items()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        made = {"console", *groups}
+        own = inspect.signature(command).parameters
+        parameters = [parameter for name, parameter in own.items() if name not in made]
+        for signature in (*signatures.values(), inspect.signature(_console_options)):
+            parameters.extend(signature.parameters.values())
+
+        @functools.wraps(command)
+        def run(*, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+            from chgval.console import Console  # imported here so that --help stays fast
+
+            console = Console(quiet=quiet, verbose=verbose)
+            with reporting_errors(console, debug=debug):
+                settings = {
+                    name: groups[name](**{option: options.pop(option) for option in signature.parameters})
+                    for name, signature in signatures.items()
+                }
+                command(console=console, **settings, **options)
+
+        # What typer reads the options from.
+        keyword_only = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
+        run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+@contextmanager
+def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
+    """Turn the errors that a user can cause into one line and an exit code."""
+    try:
+        yield
+    except ChgvalError as error:
+        if debug:
+            raise
+        console.fail(str(error))
+        raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
+    except KeyboardInterrupt as error:
+        console.fail("interrupted; values of finished epochs are kept beside the report, if it is a file")
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+    except BrokenPipeError as error:
+        # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from error
+
+
+def output_options(name: str) -> Callable[..., OutputConfig]:
+    """Options of where a command's table goes, which is called `name` if the user does not say."""
+
+    def options(
+        output: Annotated[
+            str,
+            typer.Option(
+                "--output",
+                "-o",
+                help=f"File to write; - is standard output. Default: {name}.parquet.",
+                rich_help_panel=OUTPUT_PANEL,
+            ),
+        ] = "",
+        output_format: Annotated[
+            Format | None,
+            typer.Option(
+                "--format", help="Default: by the ending, or parquet.", rich_help_panel=OUTPUT_PANEL
+            ),
+        ] = None,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT_PANEL)
+        ] = False,
+    ) -> OutputConfig:
+        return OutputConfig(
+            path=output,
+            name=name,
+            report_format=None if output_format is None else output_format.value,
+            overwrite=overwrite,
+        )
+
+    return options
+
+
+def data_options(
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="Parquet column of images. Default: by type and name.", rich_help_panel=DATA_PANEL),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet column of labels. Default: label, or by name.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet column of ids. Default: id, paths, or row numbers.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None,
+    features_column: Annotated[
+        str | None,
+        typer.Option(help="Parquet column of embeddings to value, not images.", rich_help_panel=DATA_PANEL),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels. Default: from the images.", min=1, rich_help_panel=DATA_PANEL),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,G,B",
+            help="Pixel mean in [0, 1]. Default: from the images.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,G,B", help="Pixel deviation. Default: from the images.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None,
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="Keep unreadable samples in the report, or stop.", rich_help_panel=DATA_PANEL),
+    ] = OnError.KEEP,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that decode large images.", min=0, rich_help_panel=DATA_PANEL),
+    ] = None,
+) -> DataConfig:
+    """Options of how a dataset is read; its source is the command's argument."""
+    return DataConfig(
+        image_column=image_column,
+        label_column=label_column,
+        id_column=id_column,
+        features_column=features_column,
+        image_size=image_size,
+        mean=_three_numbers("--mean", mean),
+        std=_three_numbers("--std", std),
+        on_error=on_error.value,
+        workers=workers,
+    )
+
+
+def _complete_arch(incomplete: str) -> list[str]:
+    from chgval.models import EMBEDDING_ARCHS, image_archs
+
+    return [name for name in (*image_archs(), *EMBEDDING_ARCHS) if name.startswith(incomplete)]
+
+
+def train_options(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="resnet8, resnet20, any torchvision classifier; linear or mlp for embeddings. Default: by "
+            "image size and device.",
+            autocompletion=_complete_arch,
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Pretrained weights (safetensors or state dict).", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the data. Default: by its size.", min=1, rich_help_panel=MODEL_PANEL),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples per step. Default: 128, fewer for small data.", min=2, rich_help_panel=MODEL_PANEL
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate. Default: by the model.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    momentum: Annotated[
+        float, typer.Option(help="Nesterov momentum of SGD.", rich_help_panel=MODEL_PANEL)
+    ] = 0.9,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of SGD.", rich_help_panel=MODEL_PANEL)
+    ] = 5e-4,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Learning rate over the run.", rich_help_panel=MODEL_PANEL)
+    ] = Schedule.ONE_CYCLE,
+    augment: Annotated[
+        Augment | None,
+        typer.Option(help="Random shifts and mirroring. Default: crop-flip.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MODEL_PANEL)
+    ] = "auto",
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Compile the model first.", rich_help_panel=MODEL_PANEL)
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of all randomness in the run.", min=0, rich_help_panel=MODEL_PANEL)
+    ] = 0,
+) -> TrainConfig:
+    """Options of the model and its training."""
+    return TrainConfig(
+        arch=arch,
+        weights=weights,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule.value,
+        augment=None if augment is None else augment.value,
+        device=device,
+        compile_model=compile_model,
+        seed=seed,
+    )
+
+
+def _console_options(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=OUTPUT_PANEL)
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print more on the way.", rich_help_panel=OUTPUT_PANEL)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT_PANEL)
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def rule_of(threshold: str) -> Rule | float:
+    """Return the rule or the score that the user named."""
+    for rule in RULES:
+        if threshold == rule:
+            return rule
+    try:
+        return float(threshold)
+    except ValueError as error:
+        raise SettingsError(
+            f"--threshold {threshold}: expected {', '.join(RULES)}, or a score from 0 to 1."
+        ) from error
+
+
+def complete_rule(incomplete: str) -> list[str]:
+    """Return the rules that begin so."""
+    return [rule for rule in RULES if rule.startswith(incomplete)]
+
+
+def _three_numbers(option: str, text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingsError(f"{option} {text}: expected three numbers such as 0.49,0.48,0.45.") from error
+    return red, green, blue

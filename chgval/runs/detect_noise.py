@@ -1,0 +1,200 @@
+"""`chgval detect-noise`: which labels are probably wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from chgval.config import DetectConfig, Rule
+from chgval.console import Console
+from chgval.errors import DataError
+from chgval.noise import automatic_cut, calibrated_by, estimate_rate, mixture_flags, two_means_flags
+from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, SuspectLine
+from chgval.reports import (
+    SUSPECTS_SCHEMA,
+    check_output,
+    is_report,
+    read_report,
+    with_metadata,
+    write_table,
+)
+
+SHOWN_SUSPECTS = 5
+SHOWN_CLASSES = 20
+SHOWN_PAIRS = 5
+
+# What is read of a values report.
+COLUMNS = (
+    *("index", "id", "label", "label_name", "value", "loss_mean", "margin_mean"),
+    *("noise_score", "suggested_label", "suggested_name", "suggested_probability", "confident_label"),
+)
+
+
+def run_detect_noise(config: DetectConfig, console: Console, *, command: str) -> NoiseRate:
+    """Find the labels that are probably wrong, write them, and return the estimated share of wrong labels.
+
+    Args:
+        config: the settings.
+        console: where to tell what was found.
+        command: the command line, for metadata.
+    Raises:
+        ChgvalError: the input is neither a report nor a dataset that can be valued, no row has a score, or
+            an output is in the way.
+    """
+    source = config.value.data.source
+    check_output(config.output, source)
+    if is_report(source):
+        report, metadata = read_report(source, COLUMNS)
+    else:
+        from chgval.runs.value import value_dataset  # imports torch, which reports do without
+
+        valued = value_dataset(config.value, config.values, console, command=command)
+        report, metadata = valued.table.select(COLUMNS), valued.metadata
+    assessment = assess(report, config)
+    rate = assessment.rate
+    metadata = {
+        **metadata, "command": command, "rule": config.rule, "expected_noise": config.expected_noise,
+        "noise_rate": dataclasses.asdict(rate),
+    }  # fmt: skip
+    rows = assessment.order
+    if not config.all_rows:
+        rows = rows[assessment.flagged_N[rows]]
+    suspects = _suspects(report, assessment, rows[: config.top])
+    write_table(config.output, with_metadata(suspects, metadata))
+    console.noise(summarise(report, assessment))
+    target = "standard output" if config.output.to_stdout else config.output.path
+    console.say("")
+    console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
+    return rate
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What was decided about every row of a report.
+
+    Attributes:
+        score_N: noise scores; NaN where a row has none.
+        flagged_N: which rows are flagged.
+        order: all rows, the most suspicious first, rows without a score last.
+        rate: estimated share of wrong labels.
+    """
+
+    score_N: FloatArray
+    flagged_N: NDArray[np.bool_]
+    order: IntArray
+    rate: NoiseRate
+
+
+def assess(report: pa.Table, config: DetectConfig) -> Assessment:
+    """Score the rows of a values report, rank them and cut.
+
+    Args:
+        report: COLUMNS of a values report.
+        config: the score and what decides on flags.
+    Raises:
+        DataError: no row has a score.
+    """
+    score_N, value_N = _figures(report, "noise_score"), _figures(report, "value")
+    known = np.flatnonzero(np.isfinite(score_N) & np.isfinite(value_N))
+    if not len(known):
+        raise DataError(f"{config.value.data.source}: no row has a noise score; nothing was valued in it.")
+    if config.score == "chg":
+        score_N[known] = calibrated_by(value_N[known], score_N[known])
+    rate = estimate_rate(score_N[known])
+    # Samples of one score, as scores by value have them, are ordered by their value.
+    order = np.lexsort((value_N, -score_N)) if config.score == "chg" else np.argsort(-score_N, kind="stable")
+    flagged_N = np.zeros(len(score_N), dtype=bool)
+    if config.expected_noise is not None:
+        flagged_N[order[: round(config.expected_noise * len(known))]] = True
+    else:
+        flagged_N[known] = _flags(report, known, score_N, value_N, config.rule)
+    return Assessment(score_N, flagged_N, order, rate)
+
+
+def _flags(
+    report: pa.Table, known: IntArray, score_N: FloatArray, value_N: FloatArray, rule: Rule | float
+) -> NDArray[np.bool_]:
+    match rule:
+        case "auto":
+            return score_N[known] >= automatic_cut(score_N[known])
+        case "chg":
+            return two_means_flags(value_N[known])
+        case "gmm":
+            return mixture_flags(_figures(report, "loss_mean")[known])
+        case "confident":
+            confident_N: IntArray = report["confident_label"].fill_null(-1).to_numpy()[known]
+            labels_N: IntArray = report["label"].to_numpy()[known]
+            flags_N: NDArray[np.bool_] = (confident_N >= 0) & (confident_N != labels_N)
+            return flags_N
+        case _:
+            return score_N[known] >= float(rule)
+
+
+def _suspects(report: pa.Table, assessment: Assessment, rows: IntArray) -> pa.Table:
+    """Return the output: these rows, in this order."""
+    score_N = assessment.score_N
+    rank_N = np.empty(len(score_N), dtype=np.int64)
+    rank_N[assessment.order] = np.arange(1, len(score_N) + 1)
+    chosen = report.take(rows)
+    columns = {
+        **{name: chosen[name] for name in SUSPECTS_SCHEMA.names if name in chosen.column_names},
+        "noise_score": pa.array(score_N[rows], mask=np.isnan(score_N[rows])),
+        "margin": chosen["margin_mean"],
+        "rank": pa.array(rank_N[rows], mask=np.isnan(score_N[rows])),
+        "flagged": assessment.flagged_N[rows],
+    }
+    return pa.table(columns, schema=SUSPECTS_SCHEMA)
+
+
+def summarise(report: pa.Table, assessment: Assessment) -> NoiseSummary:
+    """Pick out of the assessment what a person wants to see."""
+    known = np.isfinite(assessment.score_N)
+    scored = pa.table(
+        {
+            "label_name": report["label_name"],
+            "suggested_name": report["suggested_name"],
+            "flagged": assessment.flagged_N.astype(np.int64),
+            "score": assessment.score_N,
+        }
+    ).filter(known)
+    classes = scored.group_by("label_name").aggregate(
+        [("score", "count"), ("flagged", "sum"), ("score", "mean")]
+    )
+    classes = classes.sort_by([("flagged_sum", "descending"), ("label_name", "ascending")])
+    pairs = scored.filter(pc.equal(scored["flagged"], 1)).group_by(["label_name", "suggested_name"])
+    counted = pairs.aggregate([([], "count_all")]).sort_by(
+        [("count_all", "descending"), ("label_name", "ascending"), ("suggested_name", "ascending")]
+    )
+    worst = assessment.order[assessment.flagged_N[assessment.order]][:SHOWN_SUSPECTS]
+    lines = report.take(worst)
+    return NoiseSummary(
+        rate=assessment.rate,
+        num_assessed=int(known.sum()),
+        num_flagged=int(assessment.flagged_N.sum()),
+        classes=[
+            (row["label_name"], row["score_count"], row["flagged_sum"], row["score_mean"])
+            for row in classes.slice(0, SHOWN_CLASSES).to_pylist()
+        ],
+        hidden_classes=max(0, classes.num_rows - SHOWN_CLASSES),
+        pairs=[tuple(row.values()) for row in counted.slice(0, SHOWN_PAIRS).to_pylist()],
+        suspects=[
+            SuspectLine(
+                id=line["id"],
+                label_name=line["label_name"],
+                suggested_name=line["suggested_name"] or "",
+                noise_score=float(assessment.score_N[row]),
+            )
+            for row, line in zip(worst, lines.to_pylist(), strict=True)
+        ],
+    )
+
+
+def _figures(report: pa.Table, name: str) -> FloatArray:
+    """Return a copy of a column of numbers, NaN for null."""
+    figures: FloatArray = pc.fill_null(report[name], np.nan).to_numpy().copy()
+    return figures

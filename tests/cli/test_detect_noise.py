@@ -1,0 +1,190 @@
+"""`chgval detect-noise` as a user sees it: files, pipes, exit codes and messages."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from chgval.reports import SUSPECTS_SCHEMA
+
+CHGVAL = [sys.executable, "-m", "chgval"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["detect-noise", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The digits valued once, and the truth that their ids end in."""
+    path = tmp_path_factory.mktemp("digits") / "values.parquet"
+    probabilities = path.with_name("probabilities.npy")
+    arguments = ["value", "builtin:digits", "-q", "-o", str(path), "--pred-probs", str(probabilities)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    return path
+
+
+def wrong(table):
+    return np.array([row["label_name"] != row["id"].rsplit("-", 1)[1] for row in table.to_pylist()])
+
+
+def test_flags_of_the_digits_are_the_flipped_ones(report, tmp_path):
+    output = tmp_path / "suspects.parquet"
+    result = invoke(report, "-o", output)
+    assert result.exit_code == 0, result.stderr
+    table = pq.read_table(output)
+    assert table.schema.names == SUSPECTS_SCHEMA.names
+    is_wrong = wrong(table)
+    recall, precision = is_wrong.sum() / 180, is_wrong.mean()
+    assert 2 * recall * precision / (recall + precision) > 0.85
+    rows = table.to_pylist()
+    right = [row["suggested_name"] == row["id"].rsplit("-", 1)[1] for row in rows]
+    assert np.mean(np.array(right)[is_wrong]) > 0.95
+    assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (np.diff(table["noise_score"].to_numpy()) <= 0).all() and all(row["flagged"] for row in rows)
+    metadata = json.loads(table.schema.metadata[b"chgval"])
+    assert 0.067 < metadata["noise_rate"]["rate"] < 0.133
+    assert metadata["fingerprint"] == json.loads(pq.read_schema(report).metadata[b"chgval"])["fingerprint"]
+
+
+def test_all_rows_are_those_of_the_report(report, tmp_path):
+    invoke(report, "--all", "-o", tmp_path / "all.parquet")
+    table, values = pq.read_table(tmp_path / "all.parquet").sort_by("index"), pq.read_table(report)
+    for name in ("index", "id", "label", "label_name", "value", "noise_score", "suggested_label"):
+        assert table[name].equals(values[name]), name
+    assert table["margin"].equals(values["margin_mean"])
+    assert sorted(table["rank"].to_pylist()) == list(range(1, 1798))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "arrow"])
+def test_every_format_of_a_report_gives_the_same_suspects(report, tmp_path, ending):
+    from chgval.config import OutputConfig
+    from chgval.reports import write_table
+
+    other = tmp_path / f"values.{ending}"
+    write_table(OutputConfig(path=str(other)), pq.read_table(report))
+    invoke(report, "-o", tmp_path / "a.parquet")
+    result = invoke(other, "-o", tmp_path / "b.parquet")
+    assert result.exit_code == 0, result.stderr
+    a, b = (pq.read_table(tmp_path / name).drop("noise_score") for name in ("a.parquet", "b.parquet"))
+    assert a.equals(b)
+
+
+def test_a_pipe_from_value_gives_what_the_dataset_gives(tmp_path):
+    settings = ["--epochs", "3", "-q"]
+    valued = subprocess.run(
+        [*CHGVAL, "value", "builtin:digits", "-o", "-", *settings], capture_output=True, check=True
+    )
+    piped = subprocess.run(
+        [*CHGVAL, "detect-noise", "-", "-o", "-", "--format", "csv", "--all", "-q"],
+        input=valued.stdout, capture_output=True, check=True,
+    )  # fmt: skip
+    kept, direct = tmp_path / "values.parquet", tmp_path / "direct.csv"
+    arguments = ["builtin:digits", "-o", direct, "--values", kept, "--all", *settings]
+    assert invoke(*arguments).exit_code == 0
+    assert piped.stdout == direct.read_bytes()
+    assert pq.read_table(kept).equals(pq.read_table(pa.BufferReader(valued.stdout)))
+
+
+def test_rules_and_limits_decide_what_is_written(report, tmp_path):
+    scores = pq.read_table(report)["noise_score"].to_numpy()
+
+    def rows(*arguments):
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        result = invoke(report, "-o", output, *arguments)
+        assert result.exit_code == 0, result.stderr
+        return pacsv.read_csv(output)
+
+    assert rows("--threshold", "0.9").num_rows == (scores >= 0.9).sum()
+    assert rows("--expected-noise", "0.1").num_rows == 180
+    assert rows("--expected-noise", "0").num_rows == 0
+    assert rows("--top", "7").num_rows == 7 and rows("--all", "--top", "300").num_rows == 300
+    for rule in ("chg", "gmm", "confident"):
+        flagged = rows("--threshold", rule)
+        assert wrong(flagged).mean() > 0.5, rule
+    by_value = rows("--score", "chg", "--top", "50")
+    assert (np.diff(by_value["value"].to_numpy()) >= 0).all()
+
+
+def test_flags_of_confident_learning_are_those_of_cleanlab(report):
+    """What docs/detection.md tells users of cleanlab to do."""
+    filters = pytest.importorskip("cleanlab.filter", reason="cleanlab is not installed")
+    values = pq.read_table(report)
+    probabilities_NC = np.load(report.with_name("probabilities.npy"))
+    np.testing.assert_allclose(probabilities_NC.sum(1), 1, atol=1e-5)
+    labels_N = values["label"].to_numpy()
+    theirs = filters.find_label_issues(labels_N, probabilities_NC, filter_by="confident_learning", n_jobs=1)
+    invoke(report, "--threshold", "confident", "--all", "--overwrite", "-o", report.with_name("c.parquet"))
+    ours = pq.read_table(report.with_name("c.parquet")).sort_by("index")["flagged"].to_numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    default = filters.find_label_issues(labels_N, probabilities_NC, n_jobs=1)
+    invoke(report, "--all", "--overwrite", "-o", report.with_name("c.parquet"))
+    ours = pq.read_table(report.with_name("c.parquet")).sort_by("index")["flagged"].to_numpy()
+    assert (ours & default).sum() / (ours | default).sum() > 0.6
+
+
+def test_too_much_noise_exits_with_3(report, tmp_path):
+    result = invoke(report, "-o", tmp_path / "a.csv", "--fail-over", "0.05")
+    assert result.exit_code == 3 and "over --fail-over 0.05" in result.stderr
+    assert (tmp_path / "a.csv").exists()
+    assert invoke(report, "-o", tmp_path / "b.csv", "--fail-over", "0.2").exit_code == 0
+
+
+def test_a_report_is_read_without_torch(report, tmp_path):
+    code = (
+        "import sys\nfrom chgval.cli import app\n"
+        f"try: app(['detect-noise', {str(report)!r}, '-q', '-o', {str(tmp_path / 's.csv')!r}])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'torchvision', 'sklearn', 'scipy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_rows_without_a_score_come_last_and_are_never_flagged(report, tmp_path):
+    values = pq.read_table(report)
+    masked = values.set_column(
+        values.schema.get_field_index("noise_score"),
+        "noise_score",
+        pa.array([None if i < 5 else v for i, v in enumerate(values["noise_score"].to_pylist())]),
+    )
+    pq.write_table(masked, tmp_path / "masked.parquet")
+    assert invoke(tmp_path / "masked.parquet", "--all", "-o", tmp_path / "all.parquet").exit_code == 0
+    last = pq.read_table(tmp_path / "all.parquet").slice(1792).to_pylist()
+    assert [row["index"] for row in last] == [0, 1, 2, 3, 4]
+    assert all(row["rank"] is None and row["noise_score"] is None and not row["flagged"] for row in last)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing.parquet"], 1, "missing.parquet: no such file or folder"),
+        (["{report}", "--threshold", "often"], 2, "--threshold often: expected auto, chg, gmm, confident"),
+        (["{report}", "--threshold", "1.5"], 2, "--threshold 1.5: scores lie between 0 and 1"),
+        (["{report}", "--expected-noise", "10"], 2, "--expected-noise 10: must be a share from 0 to 1"),
+        (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),
+        (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),
+        (["{empty}"], 1, "cannot be read as a values report"),
+        (["{report}", "-o", "{report}"], 1, "is the input itself"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(report, tmp_path, arguments, code, message):
+    old, empty = tmp_path / "old.parquet", tmp_path / "empty.csv"
+    pq.write_table(pq.read_table(report).drop("noise_score"), old)
+    empty.touch()
+    names = {"report": report, "old": old, "empty": empty}
+    given = [argument.format(**names) for argument in arguments]
+    output = [] if "-o" in given else ["-o", str(tmp_path / "s.csv")]
+    result = invoke(*given, *output)
+    assert result.exit_code == code
+    assert message in result.stderr.replace("\n", " ") and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "s.csv").exists()
