@@ -94,20 +94,18 @@ def write_data(noise: str, source: str, folder: Path) -> tuple[str, np.ndarray]:
 
 
 def run_ours(data: str, epochs: int, seed: int, output: Path) -> None:
-    """Run the command as a user does, and keep what it says of every row."""
+    """Run the commands as a user does, and keep what they say of every row."""
     started = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "chgval",
-        "detect-noise",
-        data,
-        "--all",
-        "--overwrite",
-        "-o",
-        str(output),
-    ]
-    subprocess.run([*command, "--arch", ARCH, "--epochs", str(epochs), "--seed", str(seed)], check=True)
+    values = output.with_suffix(".values.parquet")
+    settings = ["--arch", ARCH, "--epochs", str(epochs), "--seed", str(seed)]
+    probabilities = ["--pred-probs", str(output.with_suffix(".npy"))]
+    chgval = [sys.executable, "-m", "chgval"]
+    subprocess.run(
+        [*chgval, "value", data, "--overwrite", "-o", str(values), *settings, *probabilities], check=True
+    )
+    subprocess.run(
+        [*chgval, "detect-noise", str(values), "--all", "--overwrite", "-o", str(output)], check=True
+    )
     output.with_suffix(".json").write_text(json.dumps({"seconds": time.perf_counter() - started}))
 
 

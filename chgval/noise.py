@@ -20,13 +20,17 @@ Probabilities = NDArray[np.float32]
 # weights and augmentations, of a model that was trained on the noise too. Raising them to 1 / softness mends
 # that. The more often a model has seen a label, the more of it is in the probabilities, and the sharper they
 # must become before the label is weighed against them.
-SOFTNESS_OF_15_EPOCHS = 0.5
+SOFTNESS_OF_15_EPOCHS = 0.52
 SOFTNESS_POWER = 0.25
 LARGEST_SOFTNESS = 2.0
+# Where hardly any sample is ambiguous, nothing can be mistaken for noise, and sharper is better: below this
+# mean ambiguity (1 - highest probability, sharpened) the softness falls with its square root.
+AMBIGUITY = 0.1
+SMALLEST_AMBIGUITY = 0.01
 # What a clean dataset's ambiguous images look like, noise looks like too. The share of predictions that are
 # sure enough to tell, and by how much the whole may be noisier than they are.
 SURE_SHARE = 0.2
-LARGEST_EXCESS = 2.0
+LARGEST_EXCESS = 2.5
 # Imaginary samples per class that back the class-independent part of the confusions.
 PRIOR_SAMPLES = 10.0
 STEPS = 60
@@ -101,6 +105,8 @@ class _Groups:
         The softness is the one given, unless the samples that are not sure would then be noisier than the
         sure ones by more than LARGEST_EXCESS: what is that uneven is ambiguity, not noise.
         """
+        ambiguity = 1 - float(sharpened(self.probabilities_NC, softness).max(1).mean())
+        softness *= min(1.0, max(ambiguity, SMALLEST_AMBIGUITY) / AMBIGUITY) ** 0.5
         posterior_NC, excess = self._fit(softness)
         if excess <= 0:
             return posterior_NC
