@@ -38,13 +38,13 @@ NUM_FOLDS = 5
 NUM_CLASSES = 10
 # cat <-> dog, truck <-> automobile, deer <-> horse, bird <-> airplane
 PARTNERS = {3: 5, 5: 3, 9: 1, 1: 9, 4: 7, 7: 4, 2: 0, 0: 2}
-SETTINGS = [
-    *(f"{noise}-15" for noise in ("human", "pairs", "symmetric10", "symmetric30", "none", "imbalanced")),
-    *("digits-15", "uneven-15", "human-45", "symmetric30-45"),
-]
+SETTINGS = (
+    "human-15", "pairs-15", "symmetric10-15", "symmetric30-15", "none-15", "imbalanced-15", "digits-15",
+    "uneven-15", "human-45", "symmetric30-45",
+)  # fmt: skip
 CLEANLAB_FILTERS = (
-    *("prune_by_noise_rate", "prune_by_class", "both", "confident_learning", "predicted_neq_given"),
-)
+    "prune_by_noise_rate", "prune_by_class", "both", "confident_learning", "predicted_neq_given",
+)  # fmt: skip
 
 
 def noisy_labels(noise: str, human_N, clean_N):

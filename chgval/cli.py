@@ -218,7 +218,7 @@ def detect_noise(
     from chgval.runs.detect_noise import run_detect_noise
 
     rate = run_detect_noise(config, console, command=_command_line())
-    if fail_over is not None and rate.rate > fail_over:
+    if config.fail_over is not None and rate.rate > config.fail_over:
         console.fail(
             f"{rate.rate:.1%} of the labels are estimated to be wrong, over --fail-over {fail_over:g}"
         )

@@ -81,8 +81,17 @@ class Console:
         """Print what a run found: counts per class, extremes and a histogram."""
         if self._quiet:
             return
-        self.say("")
-        self._classes(summary)
+        self._classes(
+            {"samples": "right", "mean value": "right", "agreement": "right"},
+            [
+                (line.name, f"{line.num_samples:,}", f"{line.mean_value:.3e}", f"{line.agreement:.0%}")
+                if line.num_samples
+                else (line.name, "0", "", "")
+                for line in summary.classes
+            ],
+            summary.hidden_classes,
+        )
+        self.say("agreement: share predicted, late in the run, as the label that they have")
         self._histogram(summary)
         self._samples("Lowest values (look here first)", summary.lowest)
         self._samples("Highest values", summary.highest)
@@ -97,50 +106,35 @@ class Console:
             f"estimated noise: {rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and "
             f"{rate.high:.1%}); {summary.num_flagged:,} of {summary.num_assessed:,} flagged"
         )
-        self.say("")
-        classes = _table(
-            "Classes", {"class": "left", "samples": "right", "flagged": "right", "noise": "right"}
+        self._classes(
+            {"samples": "right", "flagged": "right", "noise": "right"},
+            [
+                (name, f"{samples:,}", f"{flagged:,}", f"{noise:.1%}")
+                for name, samples, flagged, noise in summary.classes
+            ],
+            summary.hidden_classes,
         )
-        for name, samples, flagged, noise in summary.classes:
-            classes.add_row(Text(printable(name)), f"{samples:,}", f"{flagged:,}", f"{noise:.1%}")
-        if summary.hidden_classes:
-            classes.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
-        self._rich.print(classes, soft_wrap=False)
         if not summary.num_flagged:
             return
-        self.say("")
-        pairs = _table("Commonest corrections", {"flagged": "right", "label": "left", "suggested": "left"})
-        for given, suggested, count in summary.pairs:
-            pairs.add_row(f"{count:,}", Text(printable(given)), Text(printable(suggested)))
-        self._rich.print(pairs, soft_wrap=False)
-        self.say("")
-        suspects = _table(
-            "Most suspicious labels", {"score": "right", "label": "left", "suggested": "left", "id": "left"}
+        self._table(
+            "Commonest corrections",
+            {"flagged": "right", "label": "left", "suggested": "left"},
+            [(f"{count:,}", given, suggested) for given, suggested, count in summary.pairs],
         )
-        for line in summary.suspects:
-            texts = (line.label_name, line.suggested_name, line.id)
-            suspects.add_row(f"{line.noise_score:.3f}", *(Text(printable(text)) for text in texts))
-        self._rich.print(suspects, soft_wrap=False)
+        self._table(
+            "Most suspicious labels",
+            {"score": "right", "label": "left", "suggested": "left", "id": "left"},
+            [
+                (f"{line.noise_score:.3f}", line.label_name, line.suggested_name, line.id)
+                for line in summary.suspects
+            ],
+        )
 
-    def _classes(self, summary: RunSummary) -> None:
-        headings: dict[str, Side] = {
-            "class": "left",
-            "samples": "right",
-            "mean value": "right",
-            "agreement": "right",
-        }
-        table = _table("Classes", headings)
-        for line in summary.classes:
-            table.add_row(
-                Text(printable(line.name)),
-                f"{line.num_samples:,}",
-                f"{line.mean_value:.3e}" if line.num_samples else "",
-                f"{line.agreement:.0%}" if line.num_samples else "",
-            )
-        if summary.hidden_classes:
-            table.add_row(Text(f"... and {summary.hidden_classes:,} more classes", style="dim"))
-        self._rich.print(table, soft_wrap=False)
-        self.say("agreement: share predicted, late in the run, as the label that they have")
+    def _classes(
+        self, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], hidden_classes: int
+    ) -> None:
+        last = f"... and {hidden_classes:,} more classes" if hidden_classes else ""
+        self._table("Classes", {"class": "left", **headings}, rows, last)
 
     def _histogram(self, summary: RunSummary) -> None:
         self.say("")
@@ -155,23 +149,35 @@ class Console:
             self.say(f"{low:>10} {high:>10} {count:>9,} {bar}")
 
     def _samples(self, title: str, lines: Sequence[SampleLine]) -> None:
+        self._table(
+            title,
+            {"value": "right", "label": "left", "predicted": "left", "id": "left"},
+            [(f"{line.value:.3e}", line.label_name, line.predicted_name, line.id) for line in lines],
+        )
+
+    def _table(
+        self, title: str, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], last: str = ""
+    ) -> None:
+        """Print an empty line, then numbers (right) and names (left), which are cut off where they are long.
+
+        Args:
+            title: stands above the table.
+            headings: of the columns, each with its side.
+            rows: one text per column.
+            last: a line below them.
+        """
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for heading, side in headings.items():
+            if side == "right":
+                table.add_column(heading, justify="right")
+            else:
+                table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(printable(text)) for text in row))
+        if last:
+            table.add_row(Text(last, style="dim"))
         self.say("")
-        table = _table(title, {"value": "right", "label": "left", "predicted": "left", "id": "left"})
-        for line in lines:
-            row = (line.label_name, line.predicted_name, line.id)
-            table.add_row(f"{line.value:.3e}", *(Text(printable(text)) for text in row))
         self._rich.print(table, soft_wrap=False)
-
-
-def _table(title: str, headings: dict[str, Side]) -> Table:
-    """Return an empty table of numbers (right) and of names (left), which are cut off where they are long."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading, side in headings.items():
-        if side == "right":
-            table.add_column(heading, justify="right")
-        else:
-            table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
-    return table
 
 
 class _Shown:

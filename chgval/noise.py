@@ -1,6 +1,6 @@
 """Which labels are probably wrong: read from averaged class probabilities, and cut into flags.
 
-docs/detection.md derives the model and says what else was tried.
+docs/detection.md says how, and what else was tried.
 
 Shape legend: N samples, C classes.
 """
@@ -105,21 +105,23 @@ class _Groups:
         The softness is the one given, unless the samples that are not sure would then be noisier than the
         sure ones by more than LARGEST_EXCESS: what is that uneven is ambiguity, not noise.
         """
-        ambiguity = 1 - float(sharpened(self.probabilities_NC, softness).max(1).mean())
-        softness *= min(1.0, max(ambiguity, SMALLEST_AMBIGUITY) / AMBIGUITY) ** 0.5
-        posterior_NC, excess = self._fit(softness)
+        prior_NC = sharpened(self.probabilities_NC, softness)
+        ambiguity = 1 - float(prior_NC.max(1).mean())
+        if ambiguity < AMBIGUITY:
+            softness *= (max(ambiguity, SMALLEST_AMBIGUITY) / AMBIGUITY) ** 0.5
+            prior_NC = sharpened(self.probabilities_NC, softness)
+        posterior_NC, excess = self._fit(prior_NC)
         if excess <= 0:
             return posterior_NC
         low, high = np.log(softness), np.log(LARGEST_SOFTNESS)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            posterior_NC, excess = self._fit(np.exp(middle))
+            posterior_NC, excess = self._fit(sharpened(self.probabilities_NC, np.exp(middle)))
             low, high = (middle, high) if excess > 0 else (low, middle)
         return posterior_NC
 
-    def _fit(self, softness: float) -> tuple[NDArray[np.float32], float]:
-        """Return the posterior at a softness, and how much noisier it is than the sure samples allow."""
-        prior_NC = sharpened(self.probabilities_NC, softness)
+    def _fit(self, prior_NC: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Return the posterior, and by how much its noise is more than the sure samples allow."""
         confusions_CC = self._confusions(prior_NC)
         posterior_NC = prior_NC * confusions_CC.T[self.labels_N]
         posterior_NC /= posterior_NC.sum(1, keepdims=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,19 @@ os.environ.pop("FORCE_COLOR", None)
 
 CLASS_NAMES = ["cat", "dog"]
 PIXELS = 12
+
+
+def imported_by(arguments: list[str]) -> set[str]:
+    """Run a command in a process of its own, which must succeed; return the modules that it loaded."""
+    code = (
+        "import sys\nfrom chgval.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.split())
 
 
 def make_image(label: int, seed: int, size: int = PIXELS) -> Image.Image:

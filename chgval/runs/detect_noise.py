@@ -61,9 +61,7 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
         **metadata, "command": command, "rule": config.rule, "expected_noise": config.expected_noise,
         "noise_rate": dataclasses.asdict(rate),
     }  # fmt: skip
-    rows = assessment.order
-    if not config.all_rows:
-        rows = rows[assessment.flagged_N[rows]]
+    rows = assessment.order if config.all_rows else assessment.flagged_rows
     suspects = _suspects(report, assessment, rows[: config.top])
     write_table(config.output, with_metadata(suspects, metadata))
     console.noise(summarise(report, assessment))
@@ -88,6 +86,11 @@ class Assessment:
     flagged_N: NDArray[np.bool_]
     order: IntArray
     rate: NoiseRate
+
+    @property
+    def flagged_rows(self) -> IntArray:
+        """The flagged rows, the most suspicious first."""
+        return self.order[self.flagged_N[self.order]]
 
 
 def assess(report: pa.Table, config: DetectConfig) -> Assessment:
@@ -170,7 +173,7 @@ def summarise(report: pa.Table, assessment: Assessment) -> NoiseSummary:
     counted = pairs.aggregate([([], "count_all")]).sort_by(
         [("count_all", "descending"), ("label_name", "ascending"), ("suggested_name", "ascending")]
     )
-    worst = assessment.order[assessment.flagged_N[assessment.order]][:SHOWN_SUSPECTS]
+    worst = assessment.flagged_rows[:SHOWN_SUSPECTS]
     lines = report.take(worst)
     return NoiseSummary(
         rate=assessment.rate,

@@ -83,6 +83,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     started = time.perf_counter()
     if config.mode == "none":
         with _prepared(config, console) as run:
+            console.settings(_settings_shown(run, config))
             finished = _train(run, config, console, None, {})
         seconds = time.perf_counter() - started
         console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
@@ -115,6 +116,7 @@ def value_dataset(
     started = time.perf_counter()
     _check_outputs(config, output)
     with _prepared(config, console) as run:
+        console.settings(_settings_shown(run, config))
         writer = None if output is None else ReportWriter(output)
         metadata = _metadata(run, config, command)
         metadata["epochs"] = _train(run, config, console, writer, metadata)
@@ -137,8 +139,7 @@ def value_dataset(
 def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
     _check_outputs(config, None if config.mode == "none" else config.output)
-    with torch.random.fork_rng(devices=[]):
-        run = prepare(config, console)
+    with _prepared(config, console) as run:
         console.settings([*_settings_shown(run, config), *_costs(run, config)])
 
 
@@ -152,11 +153,9 @@ def _check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
 
 @contextmanager
 def _prepared(config: ValueConfig, console: Console) -> Iterator[Run]:
-    """Prepare a run, tell its settings, and put torch's global generator back after it."""
+    """Prepare a run, and put torch's global generator back after it."""
     with torch.random.fork_rng(devices=[]):
-        run = prepare(config, console)
-        console.settings(_settings_shown(run, config))
-        yield run
+        yield prepare(config, console)
 
 
 def prepare(config: ValueConfig, console: Console) -> Run:
