@@ -194,7 +194,7 @@ def detect_noise(
     """List the samples of INPUT whose label is probably wrong, worst first.
 
     Each has a noise_score, the probability that its label is wrong, and a suggested label. All comes from the
-    one training run behind a values report; a report is read in a second, without training.
+    one training run behind a values report; a report is read without training.
 
     \b
     Examples:
