@@ -312,8 +312,8 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
     convert = pacsv.ConvertOptions(
         column_types=wanted,
         include_columns=wanted.names,
-        include_missing_columns=True,
         strings_can_be_null=True,
+        quoted_strings_can_be_null=False,  # reports write null as nothing, and an empty id as ""
     )
     return pacsv.read_csv(file, convert_options=convert)
 

@@ -159,6 +159,17 @@ def test_rows_without_a_score_come_last_and_are_never_flagged(report, tmp_path):
     assert all(row["rank"] is None and row["noise_score"] is None and not row["flagged"] for row in last)
 
 
+def test_an_empty_id_comes_through_csv(report, tmp_path):
+    values = pq.read_table(report)
+    ids = ["", *values["id"].to_pylist()[1:]]
+    values = values.set_column(values.schema.get_field_index("id"), values.schema.field("id"), pa.array(ids))
+    pacsv.write_csv(values, tmp_path / "v.csv")
+    result = invoke(tmp_path / "v.csv", "--all", "-o", tmp_path / "s.parquet")
+    assert result.exit_code == 0, result.stderr
+    suspects = pq.read_table(tmp_path / "s.parquet").sort_by("index")
+    assert suspects["id"].to_pylist() == ids
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -169,6 +180,7 @@ def test_rows_without_a_score_come_last_and_are_never_flagged(report, tmp_path):
         (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),
         (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),
         (["{empty}"], 1, "cannot be read as a values report"),
+        (["{other}"], 1, "cannot be read as a values report (Column 'index'"),
         (["{report}", "-o", "{report}"], 1, "is the input itself"),
     ],
 )
@@ -176,7 +188,9 @@ def test_mistakes_are_told_in_one_line(report, tmp_path, arguments, code, messag
     old, empty = tmp_path / "old.parquet", tmp_path / "empty.csv"
     pq.write_table(pq.read_table(report).drop("noise_score"), old)
     empty.touch()
-    names = {"report": report, "old": old, "empty": empty}
+    other = tmp_path / "other.csv"
+    other.write_text("name\n")
+    names = {"report": report, "old": old, "empty": empty, "other": other}
     given = [argument.format(**names) for argument in arguments]
     output = [] if "-o" in given else ["-o", str(tmp_path / "s.csv")]
     result = invoke(*given, *output)
