@@ -7,7 +7,7 @@ Both train the same architecture by the same recipe on the same labels; cleanlab
 average of the weights too. The Parquet file holds `image`, a human `label` and `clean_label`; the latter only
 makes the noise and measures. Every finished piece stays in FOLDER, so that a run that was stopped goes on
 where it was. The table of all pieces there are is printed at the end. On 2 CPU cores everything takes about
-three hours.
+three hours. `--reliability FILE.png` (needs matplotlib) draws how often labels of each score are wrong.
 """
 
 import argparse
@@ -177,6 +177,33 @@ def calibration_error(score_N, wrong_N, bins=10) -> float:
     return sum(gaps) / len(score_N)
 
 
+def draw_reliability(path: Path, runs: list[Path], labels_N, clean_N, bins=10) -> None:
+    """Draw the share of wrong labels over the noise score, and how many labels have that score."""
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(
+        2, 1, sharex=True, figsize=(5, 5.5), height_ratios=[3, 1], layout="constrained"
+    )
+    upper.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
+    for run in runs:
+        score_N = (
+            pq.read_table(run, columns=["index", "noise_score"]).sort_by("index")["noise_score"].to_numpy()
+        )
+        bin_N = (score_N * bins).astype(int).clip(0, bins - 1)
+        sizes = np.bincount(bin_N, minlength=bins)
+        means = np.bincount(bin_N, score_N, minlength=bins) / sizes
+        shares = np.bincount(bin_N, labels_N != clean_N, minlength=bins) / sizes
+        seed = run.stem.rsplit("-", 1)[1]
+        (line,) = upper.plot(means, shares, marker="o", markersize=4, label=f"seed {seed}")
+        lower.stairs(sizes, np.linspace(0, 1, bins + 1), color=line.get_color())
+    upper.set(ylabel="share of wrong labels", xlim=(0, 1), ylim=(0, 1))
+    upper.legend(loc="upper left")
+    lower.set(xlabel="noise_score", ylabel="labels", yscale="log", ylim=(100, 10_000))
+    lower.set_yticks([100, 1000, 10_000], ["100", "1,000", "10,000"])
+    lower.minorticks_off()
+    figure.savefig(path, dpi=120)
+
+
 def read_ours(path: Path, labels_N, clean_N) -> dict[str, float]:
     table = pq.read_table(path).sort_by("index")
     score_N = table["noise_score"].to_numpy()
@@ -218,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--cleanlab-seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
+    parser.add_argument("--reliability", type=Path, metavar="PNG", help="draw the first setting's scores")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -237,6 +265,9 @@ def main() -> None:
                 run_ours(data, int(epochs), seed, path)
             if path.with_suffix(".json").exists():
                 results[setting, f"chgval, seed {seed}"] = read_ours(path, labels_N, clean_N)
+        if options.reliability and setting == options.only[0]:
+            runs = [options.work / f"{setting}-ours-{seed}.parquet" for seed in options.seeds]
+            draw_reliability(options.reliability, runs, labels_N, clean_N)
         for seed in options.cleanlab_seeds:
             paths = [options.work / f"{setting}-fold-{seed}-{fold}.npz" for fold in range(NUM_FOLDS)]
             for fold, path in enumerate(paths):

@@ -20,21 +20,27 @@ Probabilities = NDArray[np.float32]
 # weights and augmentations, of a model that was trained on the noise too. Raising them to 1 / softness mends
 # that. The more often a model has seen a label, the more of it is in the probabilities, and the sharper they
 # must become before the label is weighed against them.
-SOFTNESS_OF_15_EPOCHS = 0.52
+SOFTNESS_OF_15_EPOCHS = 0.5
 SOFTNESS_POWER = 0.25
-LARGEST_SOFTNESS = 2.0
 # Where hardly any sample is ambiguous, nothing can be mistaken for noise, and sharper is better: below this
 # mean ambiguity (1 - highest probability, sharpened) the softness falls with its square root.
 AMBIGUITY = 0.1
 SMALLEST_AMBIGUITY = 0.01
 # What a clean dataset's ambiguous images look like, noise looks like too. The share of predictions that are
-# sure enough to tell, and by how much the whole may be noisier than they are.
+# sure enough to tell, by how much the whole may be noisier than they are, and by how much the softness may
+# rise so that it is not.
 SURE_SHARE = 0.2
-LARGEST_EXCESS = 2.5
-# Imaginary samples per class that back the class-independent part of the confusions.
-PRIOR_SAMPLES = 10.0
+LARGEST_EXCESS = 2.2
+LARGEST_SOFTENING = 1.5
+# Imaginary samples per class that may back what all classes share; the data choose one of these.
+PRIOR_STRENGTHS = np.array([0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 3e3, 3e4])
+# Counts of expectations vary less than those of samples would, and so claim more in common than there is.
+STRENGTH_OVERSTATED = 3.0
 STEPS = 60
-BISECTIONS = 12
+# Rounds in which sharpened probabilities are given back the class means that they had.
+MEAN_ROUNDS = 20
+MEAN_TOLERANCE = 1e-4
+BISECTIONS = 6
 # The interval of the noise rate: every score's odds off by this factor, either way.
 ODDS_FACTOR = 2.0
 # Flags shall be right at least this often.
@@ -113,7 +119,7 @@ class _Groups:
         posterior_NC, excess = self._fit(prior_NC)
         if excess <= 0:
             return posterior_NC
-        low, high = np.log(softness), np.log(LARGEST_SOFTNESS)
+        low, high = np.log(softness), np.log(LARGEST_SOFTENING * softness)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             posterior_NC, excess = self._fit(sharpened(self.probabilities_NC, np.exp(middle)))
@@ -138,18 +144,75 @@ class _Groups:
                 of_label_C = confusions_CC[:, label].astype(np.float32)
                 evidence_B = np.maximum(prior_NC[rows] @ of_label_C, SMALLEST_PROBABILITY)
                 counts_CC[:, label] = of_label_C * (prior_NC[rows].T @ (self._weights_N[rows] / evidence_B))
-            noise = 1 - np.trace(counts_CC) / counts_CC.sum()
-            counts_CC += PRIOR_SAMPLES * _uniform_confusions(noise, num_classes) + SMALLEST_PROBABILITY
-            confusions_CC = counts_CC / counts_CC.sum(1, keepdims=True)
+            confusions_CC = pooled_confusions(counts_CC + SMALLEST_PROBABILITY)
         return confusions_CC.astype(np.float32)
 
 
+def pooled_confusions(counts_CC: FloatArray) -> FloatArray:
+    """Return rates of confusion, shape (C, C), rows summing to 1, from counts of true class (row) and label.
+
+    What little a class's own samples tell is backed by what all classes share: how often a label is wrong,
+    and, separately, that wrong labels are spread evenly over the other classes. How much either is worth
+    against a class's own counts differs from noise to noise, and so is taken from the counts (`_backed`).
+    """
+    num_classes = len(counts_CC)
+    if num_classes == 1:
+        return np.ones((1, 1))
+    off_diagonal_CC = ~np.eye(num_classes, dtype=bool)
+    wrong_CR = counts_CC[off_diagonal_CC].reshape(num_classes, num_classes - 1)
+    right_or_wrong_C2 = np.stack([counts_CC.diagonal(), wrong_CR.sum(1)], axis=1)
+    shares_CR = _backed(wrong_CR, np.full(num_classes - 1, 1 / (num_classes - 1)))
+    rates_C2 = _backed(right_or_wrong_C2, right_or_wrong_C2.sum(0) / counts_CC.sum())
+    confusions_CC = np.diag(rates_C2[:, 0])
+    confusions_CC[off_diagonal_CC] = (shares_CR * rates_C2[:, 1:]).ravel()
+    return confusions_CC
+
+
+def _backed(counts_CK: FloatArray, common_K: FloatArray) -> FloatArray:
+    """Return each row's shares, shape (C, K), backed by imaginary samples in the common shares.
+
+    Their number is the one under which the counts are most probable, if the rows' shares are drawn from a
+    Dirichlet distribution around the common ones (empirical Bayes), over STRENGTH_OVERSTATED.
+    """
+    evidence = [
+        log_evidence(counts_CK, STRENGTH_OVERSTATED * strength * common_K) for strength in PRIOR_STRENGTHS
+    ]
+    backed_CK = counts_CK + PRIOR_STRENGTHS[np.argmax(evidence)] * common_K
+    shares_CK: FloatArray = backed_CK / backed_CK.sum(1, keepdims=True)
+    return shares_CK
+
+
+def log_evidence(counts_CK: FloatArray, prior_K: FloatArray) -> float:
+    """Return the log-probability of rows of counts, in a given order, under a Dirichlet-multinomial.
+
+    Args:
+        counts_CK: each row a sequence of draws, counted; need not be whole.
+        prior_K: parameters of the Dirichlet distribution, shape (K,), greater than 0.
+    """
+    from scipy.special import gammaln
+
+    totals = gammaln(prior_K.sum()) - gammaln(prior_K.sum() + counts_CK.sum(1))
+    return float(totals.sum() + (gammaln(prior_K + counts_CK) - gammaln(prior_K)).sum())
+
+
 def sharpened(probabilities_NC: Probabilities, softness: float) -> NDArray[np.float32]:
-    """Return probabilities raised to 1 / softness and normalised again, shape (N, C)."""
+    """Return probabilities raised to 1 / softness, with the class means that they had, shape (N, C).
+
+    Raised alone, they would take from rare classes, of which a model is never as sure, and give to common
+    ones. A factor per class, raked until the means fit, gives that back.
+    """
     logs_NC = np.log(np.maximum(probabilities_NC, SMALLEST_PROBABILITY)) / softness
     logs_NC -= logs_NC.max(1, keepdims=True)
     powers_NC = np.exp(logs_NC)
-    sharp_NC: NDArray[np.float32] = powers_NC / powers_NC.sum(1, keepdims=True)
+    means_C = np.maximum(probabilities_NC.mean(0, dtype=np.float64), SMALLEST_PROBABILITY)
+    factors_C = np.ones_like(means_C)
+    for _ in range(MEAN_ROUNDS):
+        sharp_NC: NDArray[np.float32] = powers_NC * factors_C.astype(np.float32)
+        sharp_NC /= sharp_NC.sum(1, keepdims=True)
+        ratios_C = means_C / np.maximum(sharp_NC.mean(0, dtype=np.float64), SMALLEST_PROBABILITY)
+        if np.abs(ratios_C - 1).max() < MEAN_TOLERANCE:
+            break
+        factors_C *= ratios_C
     return sharp_NC
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from math import comb
 
@@ -71,7 +72,7 @@ def last_layer_gradients(
     return torch.stack(rows).double().numpy()
 
 
-def posterior_by_expectation_maximisation(prior_NC, averaged_NC, labels_N, *, steps, prior):
+def posterior_by_expectation_maximisation(prior_NC, averaged_NC, labels_N, *, steps, strengths, overstated):
     """Posterior of the true class under confusions fitted to the labels, one sample at a time.
 
     prior_NC are the probabilities before the label is known; averaged_NC say how sure each sample is: among
@@ -85,16 +86,37 @@ def posterior_by_expectation_maximisation(prior_NC, averaged_NC, labels_N, *, st
         for place, i in enumerate(members):
             weight_N[i] = 1 - (place + 0.5) / len(members)
 
-    def uniform(noise):
-        return np.where(np.eye(c) == 1, 1 - noise, noise / (c - 1))
-
-    confusions = uniform(0.2)
+    confusions = np.where(np.eye(c) == 1, 0.8, 0.2 / (c - 1))
     for _ in range(steps):
         counts = np.zeros((c, c))
         for i in range(n):
             joint = prior_NC[i] * confusions[:, labels_N[i]]
             counts[:, labels_N[i]] += weight_N[i] * joint / joint.sum()
-        counts += prior * uniform(1 - np.trace(counts) / counts.sum())
-        confusions = counts / counts.sum(1, keepdims=True)
+        noise = 1 - np.trace(counts) / counts.sum()
+        others = [[counts[j, k] for k in range(c) if k != j] for j in range(c)]
+        rights = [[counts[j, j], sum(others[j])] for j in range(c)]
+        shares = backed_shares(others, [1 / (c - 1)] * (c - 1), strengths, overstated)
+        rates = backed_shares(rights, [1 - noise, noise], strengths, overstated)
+        for j in range(c):
+            wrong = [rates[j][1] * share for share in shares[j]]
+            confusions[j] = [*wrong[:j], rates[j][0], *wrong[j:]]
     posterior = prior_NC * confusions[:, labels_N].T
     return posterior / posterior.sum(1, keepdims=True)
+
+
+def backed_shares(rows, common, strengths, overstated):
+    """Shares of each row of counts, backed by imaginary samples; how many, the Dirichlet evidence says."""
+
+    def evidence(strength):
+        total = 0.0
+        for row in rows:
+            total += math.lgamma(strength) - math.lgamma(strength + sum(row))
+            for count, share in zip(row, common, strict=True):
+                total += math.lgamma(strength * share + count) - math.lgamma(strength * share)
+        return total
+
+    best = max(strengths, key=lambda strength: evidence(overstated * strength))
+    return [
+        [(count + best * share) / (sum(row) + best) for count, share in zip(row, common, strict=True)]
+        for row in rows
+    ]

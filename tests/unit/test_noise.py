@@ -9,7 +9,9 @@ from chgval.noise import (
     calibrated_by,
     confident_labels,
     estimate_rate,
+    log_evidence,
     mixture_flags,
+    pooled_confusions,
     read_noise,
     sharpened,
     two_means_flags,
@@ -65,22 +67,67 @@ def test_labels_without_noise_are_hardly_flagged():
     assert (score_N >= automatic_cut(score_N)).mean() <= 0.005
 
 
-def test_scores_equal_a_plain_expectation_maximisation():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_scores_equal_a_plain_expectation_maximisation(pairs):
     """The grouped products against the same model written one sample at a time."""
-    probabilities_NC, labels_N, _ = world(0.2, n=300, c=3)
+    probabilities_NC, labels_N, _ = world(0.2, n=300, c=4, pairs=pairs)
     signals = read_noise(probabilities_NC, labels_N, 15)
     expected_NC = oracles.posterior_by_expectation_maximisation(
         np.asarray(sharpened(probabilities_NC, noise.SOFTNESS_OF_15_EPOCHS), np.float64),
         probabilities_NC,
         labels_N,
         steps=noise.STEPS,
-        prior=noise.PRIOR_SAMPLES,
+        strengths=noise.PRIOR_STRENGTHS,
+        overstated=noise.STRENGTH_OVERSTATED,
     )
     rows = np.arange(len(labels_N))
     np.testing.assert_allclose(signals.noise_score_N, 1 - expected_NC[rows, labels_N], atol=2e-5)
     expected_NC[rows, labels_N] = -1
     np.testing.assert_array_equal(signals.suggested_label_N, expected_NC.argmax(1))
     np.testing.assert_allclose(signals.suggested_probability_N, expected_NC.max(1), atol=2e-5)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.floats(0.1, 20), min_size=3, max_size=3))
+def test_the_evidence_is_that_of_drawing_one_after_another(draws, prior):
+    """Polya's urn: each draw is as probable as its class's share of what is in the urn by then."""
+    urn, expected = np.array(prior), 0.0
+    for draw in draws:
+        expected += np.log(urn[draw] / urn.sum())
+        urn[draw] += 1
+    counts_CK = np.bincount(np.array(draws, dtype=int), minlength=3)[None].astype(float)
+    assert log_evidence(counts_CK, np.array(prior)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_confusions_are_pooled_as_far_as_the_classes_agree():
+    """Even noise: a rare class's own few samples are outweighed. Pairs: each class keeps its partner."""
+    rng = np.random.default_rng(0)
+    sizes_C = np.array([40, 1000, 1000, 1000, 1000, 1000])
+    even_C = np.full(6, 0.04) + np.eye(6) * 0.76
+    counts_CC = np.array([rng.multinomial(size, even_C[row]) for row, size in enumerate(sizes_C)], float)
+    pooled_CC = pooled_confusions(counts_CC)
+    np.testing.assert_allclose(pooled_CC, even_C, atol=0.02)
+    own_CC = counts_CC / counts_CC.sum(1, keepdims=True)
+    assert np.abs(pooled_CC - even_C)[0].max() < np.abs(own_CC - even_C)[0].max() / 3
+
+    partners_CC = np.eye(6) * 0.8 + np.eye(6)[[1, 0, 3, 2, 5, 4]] * 0.2
+    counts_CC = np.array([rng.multinomial(size, partners_CC[row]) for row, size in enumerate(sizes_C)], float)
+    np.testing.assert_allclose(pooled_confusions(counts_CC + 1e-12)[1:], partners_CC[1:], atol=0.03)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 1.5))
+def test_sharpening_keeps_the_class_means_and_the_order_within_pairs_of_classes(seed, softness):
+    rng = np.random.default_rng(seed)
+    plain_NC = rng.dirichlet([5.0, 1.0, 0.3], 200).astype(np.float32)
+    sharp_NC = sharpened(plain_NC, softness)
+    np.testing.assert_allclose(sharp_NC.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(sharp_NC.mean(0), plain_NC.mean(0), rtol=0.02, atol=1e-4)
+    usual = (plain_NC > 1e-6).all(1) & (sharp_NC > 1e-6).all(1)  # the odds of the others are not in floats
+    odds_N, plain_odds_N = (np.log(p[usual, 0] / p[usual, 1]) for p in (sharp_NC, plain_NC))
+    np.testing.assert_allclose(
+        odds_N - odds_N.mean(), (plain_odds_N - plain_odds_N.mean()) / softness, atol=1e-2
+    )
 
 
 def test_the_order_of_samples_and_unknown_ones_make_no_difference():
