@@ -78,7 +78,8 @@ class Assessment:
     Attributes:
         score_N: noise scores; NaN where a row has none.
         flagged_N: which rows are flagged.
-        order: all rows, the most suspicious first, rows without a score last.
+        order: the rows that are asked for and all that are more suspicious, the most suspicious first; rows
+            without a score last.
         rate: estimated share of wrong labels.
     """
 
@@ -109,13 +110,18 @@ def assess(report: pa.Table, config: DetectConfig) -> Assessment:
     if config.score == "chg":
         score_N[known] = calibrated_by(value_N[known], score_N[known])
     rate = estimate_rate(score_N[known])
-    # Samples of one score, as scores by value have them, are ordered by their value.
-    order = np.lexsort((value_N, -score_N)) if config.score == "chg" else np.argsort(-score_N, kind="stable")
     flagged_N = np.zeros(len(score_N), dtype=bool)
+    if config.expected_noise is None:
+        flagged_N[known] = _flags(report, known, score_N, value_N, config.rule)
+    if config.all_rows or config.expected_noise is not None:
+        ranked = np.arange(len(score_N))
+    else:  # sorting a million rows takes longer than all else that is done with them
+        ranked = np.flatnonzero(score_N >= score_N[flagged_N].min(initial=np.inf))
+    # Samples of one score, as scores by value have them, are ordered by their value.
+    keys = (value_N[ranked], -score_N[ranked]) if config.score == "chg" else (-score_N[ranked],)
+    order = ranked[np.lexsort(keys)]
     if config.expected_noise is not None:
         flagged_N[order[: round(config.expected_noise * len(known))]] = True
-    else:
-        flagged_N[known] = _flags(report, known, score_N, value_N, config.rule)
     return Assessment(score_N, flagged_N, order, rate)
 
 
@@ -140,9 +146,9 @@ def _flags(
 
 def _suspects(report: pa.Table, assessment: Assessment, rows: IntArray) -> pa.Table:
     """Return the output: these rows, in this order."""
-    score_N = assessment.score_N
-    rank_N = np.empty(len(score_N), dtype=np.int64)
-    rank_N[assessment.order] = np.arange(1, len(score_N) + 1)
+    score_N, order = assessment.score_N, assessment.order
+    rank_N = np.zeros(len(score_N), dtype=np.int64)
+    rank_N[order] = np.arange(1, len(order) + 1)
     chosen = report.take(rows)
     columns = {
         **{name: chosen[name] for name in SUSPECTS_SCHEMA.names if name in chosen.column_names},
