@@ -113,6 +113,8 @@ def test_rules_and_limits_decide_what_is_written(report, tmp_path):
     for rule in ("chg", "gmm", "confident"):
         flagged = rows("--threshold", rule)
         assert wrong(flagged).mean() > 0.5, rule
+        marked = rows("--threshold", rule, "--all")  # ranks are the same where all rows are sorted
+        assert marked.filter(marked["flagged"]).select(["id", "rank"]).equals(flagged.select(["id", "rank"]))
     by_value = rows("--score", "chg", "--top", "50")
     assert (np.diff(by_value["value"].to_numpy()) >= 0).all()
 
