@@ -36,6 +36,8 @@ from chgval.training import WeightAverage, observe, train_epochs
 ARCH = "resnet8"
 NUM_FOLDS = 5
 NUM_CLASSES = 10
+# Of the noise score, where its calibration is measured.
+NUM_BINS = 10
 # cat <-> dog, truck <-> automobile, deer <-> horse, bird <-> airplane
 PARTNERS = {3: 5, 5: 3, 9: 1, 1: 9, 4: 7, 7: 4, 2: 0, 0: 2}
 SETTINGS = (
@@ -170,14 +172,19 @@ def measure(score_N, flagged_N, suggested_N, labels_N, clean_N) -> dict[str, flo
     }
 
 
-def calibration_error(score_N, wrong_N, bins=10) -> float:
+def sums_by_score(score_N, *figures_N) -> list[np.ndarray]:
+    """Return sums of figures over the samples in each of NUM_BINS equal bins of the score."""
+    bin_N = (score_N * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
+    return [np.bincount(bin_N, figure_N, minlength=NUM_BINS) for figure_N in figures_N]
+
+
+def calibration_error(score_N, wrong_N) -> float:
     """Expected calibration error: mean distance of score and truth over equal bins of the score."""
-    bin_N = (score_N * bins).astype(int).clip(0, bins - 1)
-    gaps = [abs((score_N - wrong_N)[bin_N == number].sum()) for number in range(bins)]
-    return sum(gaps) / len(score_N)
+    (gaps,) = sums_by_score(score_N, score_N - wrong_N)
+    return np.abs(gaps).sum() / len(score_N)
 
 
-def draw_reliability(path: Path, runs: list[Path], labels_N, clean_N, bins=10) -> None:
+def draw_reliability(path: Path, runs: list[Path], labels_N, clean_N) -> None:
     """Draw the share of wrong labels over the noise score, and how many labels have that score."""
     import matplotlib.pyplot as plt
 
@@ -186,16 +193,11 @@ def draw_reliability(path: Path, runs: list[Path], labels_N, clean_N, bins=10) -
     )
     upper.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
     for run in runs:
-        score_N = (
-            pq.read_table(run, columns=["index", "noise_score"]).sort_by("index")["noise_score"].to_numpy()
-        )
-        bin_N = (score_N * bins).astype(int).clip(0, bins - 1)
-        sizes = np.bincount(bin_N, minlength=bins)
-        means = np.bincount(bin_N, score_N, minlength=bins) / sizes
-        shares = np.bincount(bin_N, labels_N != clean_N, minlength=bins) / sizes
+        score_N = pq.read_table(run).sort_by("index")["noise_score"].to_numpy()
+        sizes, scores, wrong = sums_by_score(score_N, np.ones_like(score_N), score_N, labels_N != clean_N)
         seed = run.stem.rsplit("-", 1)[1]
-        (line,) = upper.plot(means, shares, marker="o", markersize=4, label=f"seed {seed}")
-        lower.stairs(sizes, np.linspace(0, 1, bins + 1), color=line.get_color())
+        (line,) = upper.plot(scores / sizes, wrong / sizes, marker="o", markersize=4, label=f"seed {seed}")
+        lower.stairs(sizes, np.linspace(0, 1, NUM_BINS + 1), color=line.get_color())
     upper.set(ylabel="share of wrong labels", xlim=(0, 1), ylim=(0, 1))
     upper.legend(loc="upper left")
     lower.set(xlabel="noise_score", ylabel="labels", yscale="log", ylim=(100, 10_000))

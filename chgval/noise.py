@@ -36,6 +36,8 @@ LARGEST_SOFTENING = 1.5
 PRIOR_STRENGTHS = np.array([0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 3e3, 3e4])
 # Counts of expectations vary less than those of samples would, and so claim more in common than there is.
 STRENGTH_OVERSTATED = 3.0
+# Expectation maximisation starts from even confusions at this rate.
+FIRST_NOISE = 0.2
 STEPS = 60
 # Rounds in which sharpened probabilities are given back the class means that they had.
 MEAN_ROUNDS = 20
@@ -137,7 +139,8 @@ class _Groups:
     def _confusions(self, prior_NC: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probability of each given label (column) for each true class (row): STEPS of EM."""
         num_classes = prior_NC.shape[1]
-        confusions_CC = _uniform_confusions(0.2, num_classes)
+        confusions_CC = np.full((num_classes, num_classes), FIRST_NOISE / max(1, num_classes - 1))
+        np.fill_diagonal(confusions_CC, 1 - FIRST_NOISE)
         for _ in range(STEPS):
             counts_CC = np.empty((num_classes, num_classes))
             for label, rows in enumerate(self._slices):
@@ -250,14 +253,17 @@ def automatic_cut(score_N: FloatArray) -> float:
     It is the cut of the highest expected F1 among those whose flags are expected to be right at least half of
     the time: on a clean dataset that leaves hardly any.
     """
+    total = score_N.sum()
+    if not total:
+        return np.inf
     # The best F1 flags what exceeds half of it (Lipton et al. 2014, arXiv:1402.1892, theorem 1): iterated
     # from 0, cut and F1 rise to it without sorting all scores.
-    total, f1, last = score_N.sum(), 0.0, -1.0
+    f1, last = 0.0, -1.0
     while f1 > last:
         flagged_N = score_N[score_N > f1 / 2]
-        last, f1 = f1, 2 * flagged_N.sum() / (len(flagged_N) + total) if len(flagged_N) else f1
+        last, f1 = f1, 2 * flagged_N.sum() / (len(flagged_N) + total)
     # Short of the best, F1 rises with every flag: as many as the precision allows.
-    descending_N = np.sort(score_N[score_N > last / 2])[::-1]
+    descending_N = np.sort(flagged_N)[::-1]
     allowed_N = descending_N.cumsum() >= LEAST_PRECISION * np.arange(1, len(descending_N) + 1)
     allowed_N[:-1] &= descending_N[1:] < descending_N[:-1]  # equal scores are flagged together
     return float(descending_N[allowed_N].min(initial=np.inf))
@@ -301,12 +307,6 @@ def mixture_flags(loss_N: FloatArray) -> NDArray[np.bool_]:
     mixture = GaussianMixture(2, means_init=means, random_state=0).fit(loss_N[:, None])
     flags_N: NDArray[np.bool_] = mixture.predict(loss_N[:, None]) == mixture.means_[:, 0].argmax()
     return flags_N
-
-
-def _uniform_confusions(noise: float, num_classes: int) -> FloatArray:
-    confusions_CC = np.full((num_classes, num_classes), noise / max(1, num_classes - 1))
-    np.fill_diagonal(confusions_CC, 1 - noise)
-    return confusions_CC
 
 
 def _of_label(figures_NC: NDArray[np.float32], labels_N: IntArray) -> FloatArray:

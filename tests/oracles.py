@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
-from math import comb
+from math import comb, lgamma
 
 import numpy as np
 import torch
@@ -110,9 +109,9 @@ def backed_shares(rows, common, strengths, overstated):
     def evidence(strength):
         total = 0.0
         for row in rows:
-            total += math.lgamma(strength) - math.lgamma(strength + sum(row))
+            total += lgamma(strength) - lgamma(strength + sum(row))
             for count, share in zip(row, common, strict=True):
-                total += math.lgamma(strength * share + count) - math.lgamma(strength * share)
+                total += lgamma(strength * share + count) - lgamma(strength * share)
         return total
 
     best = max(strengths, key=lambda strength: evidence(overstated * strength))
