@@ -60,7 +60,7 @@ def _root(
     """
 
 
-VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL = "Values", "Detection", "Rows"
+VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL, CLEANED_PANEL = "Values", "Detection", "Rows", "Cleaned dataset"
 
 
 @app.command(cls=PanelCommand)
@@ -190,6 +190,22 @@ def detect_noise(
             metavar="FILE", help="Keep the values report of a dataset here.", rich_help_panel=ROWS_PANEL
         ),
     ] = None,
+    cleaned: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR|FILE",
+            help="Write the dataset without the flagged rows: to a new folder, or one .parquet file.",
+            rich_help_panel=CLEANED_PANEL,
+        ),
+    ] = None,
+    relabel: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep flagged rows in it under their suggested label if that is right with this "
+            "probability.",
+            rich_help_panel=CLEANED_PANEL,
+        ),
+    ] = None,
 ) -> None:
     """List the samples of INPUT whose label is probably wrong, worst first.
 
@@ -203,6 +219,7 @@ def detect_noise(
       chgval detect-noise values.parquet --all --threshold 0.9 -o scores.csv
       chgval value photos/ -o - | chgval detect-noise - -o - --format csv
       chgval detect-noise photos/ --fail-over 0.05        # exit code 3: too noisy
+      chgval detect-noise values.parquet --cleaned clean/ --relabel 0.9
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     config = DetectConfig(
         value=ValueConfig(data=dataclasses.replace(data, source=source), train=train),
@@ -214,6 +231,8 @@ def detect_noise(
         all_rows=all_rows,
         top=top,
         fail_over=fail_over,
+        cleaned=cleaned,
+        relabel=relabel,
     )
     from chgval.runs.detect_noise import run_detect_noise
 

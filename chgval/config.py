@@ -191,6 +191,9 @@ class DetectConfig:
         all_rows: whether rows that are not flagged are written too.
         top: most rows to write.
         fail_over: estimated noise rate above which the command fails.
+        cleaned: where the dataset is written without its flagged rows.
+        relabel: probability of a suggested label from which on a flagged row is not left out of it, but gets
+            that label.
     """
 
     value: ValueConfig
@@ -202,12 +205,23 @@ class DetectConfig:
     all_rows: bool = False
     top: int | None = None
     fail_over: float | None = None
+    cleaned: Path | None = None
+    relabel: float | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("--top", self.top, 1)
-        for option, share in (("--expected-noise", self.expected_noise), ("--fail-over", self.fail_over)):
+        for option, share in (
+            ("--expected-noise", self.expected_noise),
+            ("--fail-over", self.fail_over),
+            ("--relabel", self.relabel),
+        ):
             if share is not None and not 0 <= share <= 1:
                 raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
+        if self.relabel is not None and self.cleaned is None:
+            raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
+        outputs = [self.output, *([self.values] if self.values else [])]
+        if self.cleaned is not None and self.cleaned in [Path(output.path) for output in outputs]:
+            raise SettingsError(f"--cleaned {self.cleaned}: another output goes there; pass another name.")
         if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":

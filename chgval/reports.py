@@ -6,11 +6,9 @@ docs/reports.md describes every column.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,8 +19,9 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import METADATA_KEY, STANDARD_STREAM, OutputConfig, ReportFormat
+from chgval.config import METADATA_KEY, STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
+from chgval.files import check_free, check_writable, could_not_write, replacing
 from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, NoiseSignals, RunSignals
 
 if TYPE_CHECKING:  # a report is read without what decodes images
@@ -170,7 +169,7 @@ class ReportWriter:
         self.epochs_folder: Path | None = None
         if not config.to_stdout:
             self.epochs_folder = epochs_folder(config)
-            with _could_not_write(self.epochs_folder):
+            with could_not_write(self.epochs_folder):
                 for part in self.epochs_folder.glob("epoch=*"):
                     shutil.rmtree(part)
 
@@ -185,9 +184,9 @@ class ReportWriter:
             return
         folder = self.epochs_folder / f"epoch={record.epoch}"
         path = folder / "values.parquet"
-        with _could_not_write(path):
+        with could_not_write(path):
             folder.mkdir(parents=True, exist_ok=True)
-            with _replacing(path) as file:
+            with replacing(path) as file:
                 _write(with_metadata(epoch_table(record.signals), metadata), file, "parquet")
 
     def write(self, table: pa.Table, metadata: dict[str, object]) -> None:
@@ -211,7 +210,7 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
                 "redirect it, or pass --format csv."
             )
     else:
-        with _could_not_write(path):
+        with could_not_write(path):
             if path.is_dir():
                 raise OutputError(f"{path}: is a folder; --output needs a file name.")
             if path.exists() and not path.is_file():
@@ -219,19 +218,9 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
             if source and path.exists() and Path(source).exists() and path.samefile(source):
                 raise OutputError(f"{path}: is the input itself; pass another --output.")
             check_free(path, overwrite=config.overwrite)
-            _part(path).touch()
-            _part(path).unlink()
+            check_writable(path)
     for other in beside:
         check_free(other, overwrite=config.overwrite)
-
-
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
-    with _could_not_write(path):
-        if (path.exists() or path.is_symlink()) and not overwrite:
-            raise OutputError(f"{path}: exists already; pass --overwrite, or another --output.")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
 
 
 def write_table(config: OutputConfig, table: pa.Table) -> None:
@@ -241,13 +230,13 @@ def write_table(config: OutputConfig, table: pa.Table) -> None:
         sys.stdout.buffer.flush()
         return
     path = Path(config.path)
-    with _could_not_write(path), _replacing(path) as file:
+    with could_not_write(path), replacing(path) as file:
         _write(table, file, config.resolved_format)
 
 
 def write_array(path: Path, array: NDArray[np.float32]) -> None:
     """Write a NumPy file. It appears under its name only when it is complete."""
-    with _could_not_write(path), _replacing(path) as file:
+    with could_not_write(path), replacing(path) as file:
         np.save(file, array)
 
 
@@ -296,6 +285,26 @@ def read_report(source: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str
         ) from error
 
 
+def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
+    """Return which dataset a report is about, and which of its columns.
+
+    Args:
+        metadata: of the report.
+        source: the report, for messages.
+    Raises:
+        DataError: the metadata do not say.
+    """
+    try:
+        data = metadata["settings"]["data"]
+        columns = ("image_column", "label_column", "id_column", "features_column")
+        return DataConfig(source=data["source"], **{column: data[column] for column in columns})
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{source}: does not say which dataset it is about, as CSV and JSON lines cannot; pass the "
+            "report as Parquet or Arrow."
+        ) from error
+
+
 def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
     """Read what is there of the wanted columns, in whatever format the first bytes show."""
     start = file.read(6)
@@ -337,33 +346,6 @@ def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None
             for batch in table.to_batches(ROW_GROUP_ROWS):
                 for row in batch.to_pylist():
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only when it was written whole and lies on the disk."""
-    part = _part(path)
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _could_not_write(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path}: cannot be written ({reason}); pass another --output.") from error
 
 
 def _or_null(figure_N: NDArray[np.floating] | NDArray[np.integer]) -> pa.Array:

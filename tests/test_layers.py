@@ -11,7 +11,7 @@ PACKAGE = Path(chgval.__file__).parent
 # the package data/, which is one room.
 LAYERS = [
     {"errors"},
-    {"config", "records"},
+    {"config", "records", "files"},
     {"shapley", "recipe", "noise"},
     {"accumulate"},
     {"data", "models", "reports", "console"},

@@ -22,6 +22,7 @@ from chgval.data.images import (
     keep_encoded,
 )
 from chgval.errors import DataError
+from chgval.records import IntArray
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -57,22 +58,46 @@ def holds_images(root: Path) -> bool:
     return any(file.suffix.lower() in EXTENSIONS for file in files)
 
 
-def read_image_folder(root: Path, size: int | None, largest_size: int) -> Dataset:
-    """Read ROOT/<class>/**/<image>.
+@dataclass(frozen=True, slots=True)
+class FolderRows:
+    """All images of a folder of class folders, in order, without their contents.
+
+    Attributes:
+        root: folder of the class folders.
+        paths: of the files.
+        ids: paths below the root, as text.
+        labels_N: class of every file as an index into class_names.
+        folders: names of the class folders.
+        class_names: the same as text.
+        notes: what a person should know about how the folder was read.
+    """
+
+    root: Path
+    paths: Sequence[str]
+    ids: Sequence[str]
+    labels_N: IntArray
+    folders: Sequence[str]
+    class_names: Sequence[str]
+    notes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def list_image_folder(root: Path) -> FolderRows:
+    """List ROOT/<class>/**/<image>.
 
     Args:
-        root: the folder. Where it holds a folder `train`, that one is read.
-        size: side of the squares that the model is fed; None chooses it from the images.
-        largest_size: the largest side to choose.
+        root: the folder. Where it holds a folder `train`, that one is listed.
     Raises:
         DataError: there are no class folders, or no images in them.
     """
-    source, notes = str(root), []
+    notes = []
     if _is_split(root):
         root = root / "train"
         notes.append(f"reading {root} only (the folder holds a train folder)")
-    class_names = _subfolders(root)
-    if not class_names:
+    folders = _subfolders(root)
+    if not folders:
         raise DataError(
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
             "folder of *.parquet files."
@@ -80,25 +105,45 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
     samples = _without_loops(
         make_dataset(
             root,
-            {name: index for index, name in enumerate(class_names)},
+            {name: index for index, name in enumerate(folders)},
             extensions=EXTENSIONS,
             allow_empty=True,
         )
     )
     if not samples:
         raise DataError(
-            f"{root}: {len(class_names)} class folders but no images in them; images end in "
+            f"{root}: {len(folders)} class folders but no images in them; images end in "
             f"{', '.join(EXTENSIONS)}."
         )
-    images = ImageFiles([path for path, _ in samples])
+    paths = [path for path, _ in samples]
     present, labels_N = np.unique([label for _, label in samples], return_inverse=True)
-    empty = [name for label, name in enumerate(class_names) if label not in present]
+    empty = [name for label, name in enumerate(folders) if label not in present]
     if empty:
         notes.append(f"{len(empty)} folders without images are no classes ({', '.join(empty[:3])})")
-    class_names = [class_names[label] for label in present]
-    ids = [_as_text(Path(path).relative_to(root).as_posix()) for path in images.paths]
-    class_names = [_as_text(name) for name in class_names]
+    folders = [folders[label] for label in present]
+    return FolderRows(
+        root=root,
+        paths=paths,
+        ids=[as_text(Path(path).relative_to(root).as_posix()) for path in paths],
+        labels_N=labels_N,
+        folders=folders,
+        class_names=[as_text(name) for name in folders],
+        notes=notes,
+    )
 
+
+def read_image_folder(root: Path, size: int | None, largest_size: int) -> Dataset:
+    """Read what `list_image_folder` lists.
+
+    Args:
+        root: the folder.
+        size: side of the squares that the model is fed; None chooses it from the images.
+        largest_size: the largest side to choose.
+    Raises:
+        DataError: there are no class folders, or no images in them.
+    """
+    rows = list_image_folder(root)
+    images = ImageFiles(rows.paths)
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
         size = choose_size(map(images.read_or_error, probed), largest_size)
@@ -107,14 +152,14 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
     else:
         loaded = keep_encoded(images, [_file_size(path) for path in images.paths], size, {})
     return Dataset(
-        source=source,
-        ids=ids,
-        labels_N=labels_N,
-        class_names=class_names,
+        source=str(root),
+        ids=rows.ids,
+        labels_N=rows.labels_N,
+        class_names=rows.class_names,
         content=loaded.content,
         problems=loaded.problems,
-        fingerprint=fingerprint(ids, labels_N, class_names, loaded.encoded_sizes),
-        notes=notes,
+        fingerprint=fingerprint(rows.ids, rows.labels_N, rows.class_names, loaded.encoded_sizes),
+        notes=rows.notes,
     )
 
 
@@ -144,7 +189,7 @@ def _without_loops(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return kept
 
 
-def _as_text(name: str) -> str:
+def as_text(name: str) -> str:
     """Return a name that every format can hold: bytes that are no UTF-8 are written out."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import Literal
 
 from chgval.config import DataConfig
 from chgval.data.dataset import Dataset
@@ -11,6 +12,8 @@ from chgval.data.digits import read_digits
 from chgval.data.image_folder import holds_images, read_image_folder
 from chgval.data.parquet import has_images, parquet_files, read_parquet
 from chgval.errors import DataError, SettingsError
+
+Kind = Literal["digits", "parquet", "folder"]
 
 
 def open_dataset(config: DataConfig, largest_size: int) -> Dataset:
@@ -34,14 +37,20 @@ def open_dataset(config: DataConfig, largest_size: int) -> Dataset:
     return dataset
 
 
-def _read(config: DataConfig, largest_size: int) -> Dataset:
+def kind_of(config: DataConfig) -> Kind:
+    """Say what kind of dataset the user named.
+
+    Raises:
+        DataError: it does not exist.
+        SettingsError: it has no columns, and the user named some.
+    """
     source = config.source
     if source.startswith("builtin:"):
         if source != "builtin:digits":
             raise DataError(f"{source}: no such built-in dataset; there is builtin:digits.")
         if config.names_columns or config.image_size is not None:
             raise SettingsError("builtin:digits has no columns, and one image size; leave those options out.")
-        return read_digits()
+        return "digits"
     path = Path(source)
     try:
         exists, is_folder = path.exists(), path.is_dir()
@@ -50,10 +59,20 @@ def _read(config: DataConfig, largest_size: int) -> Dataset:
     if not source or not (exists or "://" in source or glob.has_magic(source)):
         raise DataError(f"{source}: no such file or folder.")
     if not is_folder or _is_parquet_folder(path, config):
-        return read_parquet(source, config, largest_size)
+        return "parquet"
     if config.names_columns:
         raise SettingsError(f"{source} is a folder of images; only Parquet files have columns to name.")
-    return read_image_folder(path, config.image_size, largest_size)
+    return "folder"
+
+
+def _read(config: DataConfig, largest_size: int) -> Dataset:
+    match kind_of(config):
+        case "digits":
+            return read_digits()
+        case "parquet":
+            return read_parquet(config.source, config, largest_size)
+        case "folder":
+            return read_image_folder(Path(config.source), config.image_size, largest_size)
 
 
 def _is_parquet_folder(folder: Path, config: DataConfig) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import itertools
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import METADATA_KEY, DataConfig
+from chgval.data.columns import (
+    check_column,
+    class_names,
+    find_id_column,
+    find_image_column,
+    find_label_column,
+    is_image,
+    is_vector,
+)
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages, class_indices, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
@@ -33,9 +42,6 @@ from chgval.data.images import (
 )
 from chgval.errors import DataError, first_line
 
-IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
-LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
-ID_NAMES = ("id", "image_id", "file_name", "filename")
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
 IMAGE_ROWS = 16
 COLUMN_ROWS = 65_536
@@ -46,8 +52,65 @@ _TRAIN = re.compile(r"(^|[-._ /])(train|training)($|[-._ /0-9])")
 _OTHER_SPLIT = re.compile(r"(^|[-._ /])(validation|valid|val|dev|test|testing|eval|evaluation)($|[-._ /0-9])")
 
 
+@dataclass(frozen=True, slots=True)
+class ParquetRows:
+    """All rows of Parquet files, in order, without their contents.
+
+    Attributes:
+        source: what the user named.
+        shards: the files.
+        label_column: name of the column of labels.
+        raw_labels: labels as they are stored, None for null and NaN.
+        class_names: names that integer labels index, if the files have them.
+        ids: of the column of ids, if there is one.
+        notes: what a person should know about how the source was read.
+    """
+
+    source: str
+    shards: pads.FileSystemDataset
+    label_column: str
+    raw_labels: Sequence[object]
+    class_names: Sequence[str] | None
+    ids: Sequence[str] | None
+    notes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.raw_labels)
+
+    def row_numbers(self) -> list[str]:
+        """Return ids for rows that have no others."""
+        return [str(row) for row in range(len(self))]
+
+
+def open_parquet(source: str, config: DataConfig) -> ParquetRows:
+    """Read labels and ids of a Parquet file, a glob, a folder of shards, or a URI of any of these.
+
+    Args:
+        source: what the user named.
+        config: names of columns, where the user gave them.
+    Raises:
+        DataError: nothing to read, or a column is missing or of the wrong type.
+    """
+    shards, notes = _open_shards(source)
+    schema = shards.schema
+    label_column = find_label_column(source, schema, config.label_column)
+    id_column = find_id_column(source, schema, config.id_column)
+    columns = _table(source, shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
+    if not columns.num_rows:
+        raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
+    return ParquetRows(
+        source=source,
+        shards=shards,
+        label_column=label_column,
+        raw_labels=_plain_labels(source, label_column, columns[label_column]),
+        class_names=class_names(schema, label_column),
+        ids=columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None,
+        notes=notes,
+    )
+
+
 def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
-    """Read a Parquet file, a glob, a folder of shards, or a URI of any of these.
+    """Read all rows of what `open_parquet` takes, with their contents.
 
     Args:
         source: what the user named.
@@ -56,27 +119,16 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
     Raises:
         DataError: nothing to read, a column is missing or of the wrong type, or a label is out of range.
     """
-    shards, notes = _open_shards(source)
-    schema = shards.schema
-    hints = _huggingface_features(schema)
-    label_column = _label_column(source, schema, hints, config.label_column)
-    id_column = _id_column(source, schema, config.id_column)
-    columns = _table(source, shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
-    num_rows = columns.num_rows
-    if not num_rows:
-        raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
-    ids = columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None
-    names = _class_names(hints, label_column)
-    raw_labels = _plain_labels(source, label_column, columns[label_column])
-
+    rows = open_parquet(source, config)
+    shards = rows.shards
     problems: dict[int, str]
     if config.features_column is not None:
-        vectors_ND, problems = _read_vectors(source, shards, config.features_column, num_rows)
-        row_ids = ids or [str(row) for row in range(num_rows)]
+        vectors_ND, problems = _read_vectors(source, shards, config.features_column, len(rows))
+        ids = rows.ids or rows.row_numbers()
         content: PixelImages | LargeImages | Embeddings = Embeddings(vectors_ND)
         contents: Sequence[int] | bytes = vectors_ND.tobytes()
     else:
-        image_column = _image_column(source, schema, hints, config.image_column)
+        image_column = find_image_column(source, shards.schema, config.image_column)
         paths: list[str | None] = []
         size = config.image_size
         if size is None:
@@ -84,23 +136,25 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
             size = choose_size(probed, largest_size)
         stream = _encoded(shards, image_column, paths)
         if size <= LARGEST_KEPT_SIZE:
-            loaded = decode_once(stream, num_rows, size)
+            loaded = decode_once(stream, len(rows), size)
         else:
             spooled = SpooledImages(stream)
             loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems)
         content, problems, contents = loaded.content, loaded.problems, loaded.encoded_sizes
-        row_ids = ids or _path_ids(paths)
+        names = [path for path in paths if path]
+        # Paths inside the image column are ids if they tell all rows apart.
+        ids = rows.ids or (names if len(set(names)) == len(rows) else rows.row_numbers())
 
-    labels_N, class_names = class_indices(raw_labels, names, source, row_ids)
+    labels_N, names_C = class_indices(rows.raw_labels, rows.class_names, source, ids)
     return Dataset(
         source=source,
-        ids=row_ids,
+        ids=ids,
         labels_N=labels_N,
-        class_names=class_names,
+        class_names=names_C,
         content=content,
         problems=problems,
-        fingerprint=fingerprint(row_ids, labels_N, class_names, contents),
-        notes=notes,
+        fingerprint=fingerprint(ids, labels_N, names_C, contents),
+        notes=rows.notes,
     )
 
 
@@ -149,7 +203,7 @@ def parquet_files(folder: Path) -> list[str]:
 def has_images(file: str) -> bool:
     """Say whether a Parquet file has a column that can hold images."""
     try:
-        return any(_is_image(field.type) for field in pq.read_schema(file))
+        return any(is_image(field.type) for field in pq.read_schema(file))
     except (OSError, pa.ArrowException):
         return False
 
@@ -190,122 +244,6 @@ def _before_magic(pattern: str) -> str:
     return folder or slash or "."
 
 
-def _huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-    return {name: hint for name, hint in features if isinstance(hint, dict)}
-
-
-def _class_names(hints: dict[str, dict[str, object]], column: str) -> list[str] | None:
-    names = hints.get(column, {}).get("names")
-    if not isinstance(names, list):
-        return None
-    return [str(name).encode("utf-8", "backslashreplace").decode() for name in names]
-
-
-def _image_column(
-    source: str, schema: pa.Schema, hints: dict[str, dict[str, object]], name: str | None
-) -> str:
-    if name is not None:
-        _check_column(source, schema, "--image-column", name, _is_image, "a struct {bytes, path} or binary")
-        return name
-    candidates = [field.name for field in schema if _is_image(field.type)]
-    preferred = [n for n in candidates if hints.get(n, {}).get("_type") == "Image"]
-    preferred = preferred or [n for n in IMAGE_NAMES if n in candidates] or candidates
-    if len(preferred) > 1:
-        preferred = [n for n in IMAGE_NAMES if n in preferred][:1] or preferred
-    if len(preferred) == 1:
-        return preferred[0]
-    if candidates:
-        raise DataError(
-            f"{source}: columns {', '.join(candidates)} could all hold the images; pass --image-column."
-        )
-    lists = [field.name for field in schema if _is_vector(field.type)]
-    advice = (
-        f"pass --features-column {lists[0]} to value embeddings" if lists else "images are structs or binary"
-    )
-    raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
-
-
-def _label_column(
-    source: str, schema: pa.Schema, hints: dict[str, dict[str, object]], name: str | None
-) -> str:
-    if name is not None:
-        expected = "integers, strings or booleans"
-        _check_column(source, schema, "--label-column", name, _is_label, expected)
-        return name
-    candidates: list[str] = [field.name for field in schema if _is_label(field.type)]
-    if "label" in candidates:
-        return "label"
-    class_labels = [n for n in candidates if hints.get(n, {}).get("_type") == "ClassLabel"]
-    if len(class_labels) == 1:
-        return class_labels[0]
-    for preferred in LABEL_NAMES:
-        if preferred in candidates:
-            return preferred
-    unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
-    found = f"column '{unfit}' holds {schema.field(unfit).type}" if unfit else "column 'label' not found"
-    raise DataError(
-        f"{source}: {found}; {_columns_are(schema)}; pass a column of integers, strings or booleans with "
-        "--label-column."
-    )
-
-
-def _id_column(source: str, schema: pa.Schema, name: str | None) -> str | None:
-    if name is not None:
-        _check_column(source, schema, "--id-column", name, _is_id, "strings or integers")
-        return name
-    return next((n for n in ID_NAMES if n in schema.names and _is_id(schema.field(n).type)), None)
-
-
-def _check_column(
-    source: str, schema: pa.Schema, option: str, name: str, fits: Callable[[pa.DataType], bool], expected: str
-) -> None:
-    if name not in schema.names:
-        raise DataError(f"{source}: column '{name}' not found; {_columns_are(schema)}. Mend {option}.")
-    kind = schema.field(name).type
-    if not fits(kind):
-        raise DataError(f"{source}: column '{name}' holds {kind}; {option} needs {expected}.")
-
-
-def _columns_are(schema: pa.Schema) -> str:
-    return f"columns are {', '.join(schema.names)}"
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
-    return _is_binary(kind)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_label(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
-    return bool(number or _is_string(kind))
-
-
-def _is_id(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_integer(kind) or _is_string(kind))
-
-
-def _is_vector(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
-
-
 def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[object]:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -322,16 +260,12 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
     return labels
 
 
-def _path_ids(paths: Sequence[str | None]) -> list[str]:
-    """Return the paths inside the image column if they name every row, else the rows' numbers."""
-    names = [path for path in paths if path]
-    return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
-
-
-def _batches(
+def read_batches(
     shards: pads.FileSystemDataset, columns: list[str], rows: int
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Read columns in order, a bounded number of rows at a time, each with the path of its file.
+
+    Raises DataError where a file is damaged, or lacks a column.
 
     File by file and unbuffered, because a dataset's own scanner holds a whole row group of images and more.
     """
@@ -350,7 +284,7 @@ def _batches(
 
 def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
     schema = pa.schema([shards.schema.field(name) for name in columns])
-    parts = [pa.Table.from_batches([batch]) for _, batch in _batches(shards, columns, COLUMN_ROWS)]
+    parts = [pa.Table.from_batches([batch]) for _, batch in read_batches(shards, columns, COLUMN_ROWS)]
     try:
         return pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
     except (pa.ArrowException, ValueError) as error:
@@ -366,30 +300,34 @@ def _encoded(
     is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
     rows = (
         (Path(file).parent, image)
-        for file, batch in _batches(shards, [column], IMAGE_ROWS)
+        for file, batch in read_batches(shards, [column], IMAGE_ROWS)
         for image in batch.column(0).to_pylist()
     )
     for folder, image in itertools.islice(rows, limit):
         encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         paths.append(path)
         if encoded is None and path and is_local:
-            # The convention for images that were not embedded: the path is relative to the file that says so.
-            try:
-                encoded = (folder / path).read_bytes()
-            except (OSError, ValueError) as error:
-                yield UnreadableImageError(f"{path}: {getattr(error, 'strerror', None) or error}")
-                continue
-        yield UnreadableImageError("no image in this row") if encoded is None else encoded
+            yield read_beside(folder, path)
+        else:
+            yield UnreadableImageError("no image in this row") if encoded is None else encoded
+
+
+def read_beside(folder: Path, path: str) -> Encoded:
+    """Return an image that was not embedded: its path is relative to the folder of the file that names it."""
+    try:
+        return (folder / path).read_bytes()
+    except (OSError, ValueError) as error:
+        return UnreadableImageError(f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _read_vectors(
     source: str, shards: pads.FileSystemDataset, column: str, num_rows: int
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    _check_column(source, shards.schema, "--features-column", column, _is_vector, "lists of numbers")
+    check_column(source, shards.schema, "--features-column", column, is_vector, "lists of numbers")
     vectors_ND: NDArray[np.float32] | None = None
     problems: dict[int, str] = {}
     start = 0
-    for _, batch in _batches(shards, [column], COLUMN_ROWS):
+    for _, batch in read_batches(shards, [column], COLUMN_ROWS):
         lists = batch.column(0)
         lengths = pc.list_value_length(lists)
         for offset in pc.indices_nonzero(pc.is_null(lists)).to_pylist():

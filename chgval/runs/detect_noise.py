@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from chgval.config import DetectConfig, Rule
+from chgval.config import DataConfig, DetectConfig, Rule
 from chgval.console import Console
 from chgval.errors import DataError
 from chgval.noise import automatic_cut, calibrated_by, estimate_rate, mixture_flags, two_means_flags
@@ -18,6 +19,7 @@ from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, Suspec
 from chgval.reports import (
     SUSPECTS_SCHEMA,
     check_output,
+    dataset_of,
     is_report,
     read_report,
     with_metadata,
@@ -48,9 +50,17 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     """
     source = config.value.data.source
     check_output(config.output, source)
+    data = config.value.data
     if is_report(source):
         report, metadata = read_report(source, COLUMNS)
+        if config.cleaned is not None:
+            data = dataset_of(metadata, source)
+            try:
+                _check_cleaned(config, data)
+            except DataError as error:
+                raise DataError(f"{error} {source} was made from it, under this name.") from error
     else:
+        _check_cleaned(config, data)
         from chgval.runs.value import value_dataset  # imports torch, which reports do without
 
         valued = value_dataset(config.value, config.values, console, command=command)
@@ -68,7 +78,50 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     target = "standard output" if config.output.to_stdout else config.output.path
     console.say("")
     console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
+    if config.cleaned is not None:
+        _write_cleaned(data, report, assessment.flagged_N, config.cleaned, config.relabel, console)
     return rate
+
+
+def _check_cleaned(config: DetectConfig, data: DataConfig) -> None:
+    """Raise an error, before anything is written, where the cleaned dataset cannot be."""
+    if config.cleaned is not None:
+        from chgval.data.rewrite import check_rewritable  # imports torch
+
+        check_rewritable(data, config.cleaned, overwrite=config.output.overwrite)
+
+
+def _write_cleaned(
+    data: DataConfig,
+    report: pa.Table,
+    flagged_N: NDArray[np.bool_],
+    target: Path,
+    relabel: float | None,
+    console: Console,
+) -> None:
+    """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
+    from chgval.data.rewrite import Changes, rewrite  # imports torch
+
+    sure_N = np.zeros(len(flagged_N), dtype=bool)
+    if relabel is not None:
+        sure_N = flagged_N & (_figures(report, "suggested_probability") >= relabel)
+    suggested_N = report["suggested_label"].fill_null(-1).to_numpy()
+    changes = Changes(
+        ids=report["id"].to_pylist(),
+        labels_N=report["label"].to_numpy(),
+        kept_N=~flagged_N | sure_N,
+        new_labels_N=np.where(sure_N, suggested_N, -1),
+    )
+    written = rewrite(data, changes, target)
+    for name in written.vanished:
+        console.warn(f"class '{name}' has no rows any more")
+    if written.unreadable:
+        console.warn(
+            f"{len(written.unreadable):,} files could not be read, and are left out (the first, "
+            f"{written.unreadable[0]})"
+        )
+    relabelled = "" if relabel is None else f", {sure_N.sum():,} of them relabelled"
+    console.say(f"{written.num_written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
 
 
 @dataclass(frozen=True, slots=True)

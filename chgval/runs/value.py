@@ -27,11 +27,12 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import SettingsError
+from chgval.files import check_free
 from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
-from chgval.reports import ReportWriter, check_free, values_table, write_array
+from chgval.reports import ReportWriter, values_table, write_array
 from chgval.training import WeightAverage, observe, train_epochs
 
 SHOWN_SAMPLES = 5

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from chgval.cli import app
@@ -175,6 +177,72 @@ def test_an_empty_id_comes_through_csv(report, tmp_path):
     assert result.exit_code == 0, result.stderr
     suspects = pq.read_table(tmp_path / "s.parquet").sort_by("index")
     assert suspects["id"].to_pylist() == ids
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    """The digits as images in class folders, a tenth under a wrong one; the names say the true one."""
+    bunch = load_digits()
+    rng = np.random.default_rng(5)
+    root = tmp_path_factory.mktemp("folder") / "digits"
+    for row, (gray, digit) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        given = digit if row % 10 else (digit + rng.integers(1, 10)) % 10
+        (root / f"d{given}").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((gray * 15.9).astype(np.uint8))
+        image.save(root / f"d{given}" / f"{row:04d}-is-d{digit}.png")
+    return root
+
+
+def purity(folder):
+    """Share of the images that lie under their true class."""
+    files = list(folder.rglob("*.png"))
+    return np.mean([re.search(r"is-(d\d)", path.name)[1] == path.parent.name for path in files]), len(files)
+
+
+def test_a_cleaned_folder_holds_fewer_wrong_labels(digits_folder, tmp_path):
+    values = tmp_path / "values.parquet"
+    settings = ["--augment", "crop", "-q", "--values", values, "-o", tmp_path / "a.parquet"]
+    result = invoke(digits_folder, *settings, "--cleaned", tmp_path / "dropped")
+    assert result.exit_code == 0, result.stderr
+    flagged = pq.read_table(tmp_path / "a.parquet")
+    assert purity(digits_folder) == (pytest.approx(0.9, abs=1e-3), 1797)
+    share, count = purity(tmp_path / "dropped")
+    assert share > 0.98 and count == 1797 - flagged.num_rows
+    dropped = {path.name for path in digits_folder.rglob("*.png")} - {
+        path.name for path in (tmp_path / "dropped").rglob("*.png")
+    }
+    assert dropped == {Path(name).name for name in flagged["id"].to_pylist()}
+
+    arguments = ["-o", tmp_path / "b.parquet", "--cleaned", tmp_path / "relabelled", "--relabel", "0.9"]
+    result = invoke(values, *arguments)
+    assert result.exit_code == 0, result.stderr
+    sure = int((flagged["suggested_probability"].to_numpy() >= 0.9).sum())
+    share, count = purity(tmp_path / "relabelled")
+    assert share > 0.98 and count == 1797 - flagged.num_rows + sure
+    assert (
+        f"{count:,} of 1,797 rows kept, {sure} of them relabelled -> {tmp_path}/relabelled" in result.stderr
+    )
+
+
+def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, report, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits_folder.parent)
+    settings = ["--epochs", "2", "-q", "--values", tmp_path / "v.parquet"]
+    invoke("digits", "-o", tmp_path / "s.parquet", *settings)
+    pacsv.write_csv(pq.read_table(tmp_path / "v.parquet"), tmp_path / "v.csv")
+    monkeypatch.chdir(tmp_path)
+    for source, arguments, message in [
+        ("v.parquet", ["--cleaned", "new"], "digits: no such file or folder. v.parquet was made from it"),
+        ("v.csv", ["--cleaned", "new"], "v.csv: does not say which dataset it is about"),
+        (report, ["--cleaned", "new"], "builtin:digits: is built in"),
+        ("v.parquet", ["--relabel", "0.9"], "pass that too"),
+        ("v.parquet", ["--relabel", "90", "--cleaned", "new"], "--relabel 90: must be a share"),
+        ("v.parquet", ["--cleaned", "t.parquet"], "another output goes there"),
+        (digits_folder, ["--cleaned", digits_folder / "new"], "lies within, the dataset"),
+    ]:
+        result = invoke(source, "-o", "t.parquet", *arguments)
+        assert result.exit_code in (1, 2) and message in result.stderr, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not Path("t.parquet").exists() and not Path("new").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""Which columns of Parquet files hold images, labels and ids, in the conventions of Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from chgval.errors import DataError
+
+IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
+LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
+ID_NAMES = ("id", "image_id", "file_name", "filename")
+
+
+def huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
+    """Return what the metadata of Hugging Face datasets says of every column, if anything."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: hint for name, hint in features if isinstance(hint, dict)}
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of the classes that a column's integers stand for, if the metadata has them."""
+    names = huggingface_features(schema).get(column, {}).get("names")
+    if not isinstance(names, list):
+        return None
+    return [str(name).encode("utf-8", "backslashreplace").decode() for name in names]
+
+
+def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
+    """Return the column of images: the named one, or by metadata, type and name.
+
+    Raises:
+        DataError: there is none, several could be it, or the named one cannot be.
+    """
+    if name is not None:
+        check_column(source, schema, "--image-column", name, is_image, "a struct {bytes, path} or binary")
+        return name
+    candidates = [field.name for field in schema if is_image(field.type)]
+    hints = huggingface_features(schema)
+    preferred = [n for n in candidates if hints.get(n, {}).get("_type") == "Image"]
+    preferred = preferred or [n for n in IMAGE_NAMES if n in candidates] or candidates
+    if len(preferred) > 1:
+        preferred = [n for n in IMAGE_NAMES if n in preferred][:1] or preferred
+    if len(preferred) == 1:
+        return preferred[0]
+    if candidates:
+        raise DataError(
+            f"{source}: columns {', '.join(candidates)} could all hold the images; pass --image-column."
+        )
+    lists = [field.name for field in schema if is_vector(field.type)]
+    advice = (
+        f"pass --features-column {lists[0]} to value embeddings" if lists else "images are structs or binary"
+    )
+    raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
+
+
+def find_label_column(source: str, schema: pa.Schema, name: str | None) -> str:
+    """Return the column of labels: the named one, or by metadata, type and name.
+
+    Raises:
+        DataError: there is none, or the named one cannot be.
+    """
+    if name is not None:
+        expected = "integers, strings or booleans"
+        check_column(source, schema, "--label-column", name, _is_label, expected)
+        return name
+    candidates: list[str] = [field.name for field in schema if _is_label(field.type)]
+    if "label" in candidates:
+        return "label"
+    hints = huggingface_features(schema)
+    class_labels = [n for n in candidates if hints.get(n, {}).get("_type") == "ClassLabel"]
+    if len(class_labels) == 1:
+        return class_labels[0]
+    for preferred in LABEL_NAMES:
+        if preferred in candidates:
+            return preferred
+    unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
+    found = f"column '{unfit}' holds {schema.field(unfit).type}" if unfit else "column 'label' not found"
+    raise DataError(
+        f"{source}: {found}; {_columns_are(schema)}; pass a column of integers, strings or booleans with "
+        "--label-column."
+    )
+
+
+def find_id_column(source: str, schema: pa.Schema, name: str | None) -> str | None:
+    """Return the column of ids, if there is one: the named one, or by type and name.
+
+    Raises:
+        DataError: the named one cannot hold ids.
+    """
+    if name is not None:
+        check_column(source, schema, "--id-column", name, _is_id, "strings or integers")
+        return name
+    return next((n for n in ID_NAMES if n in schema.names and _is_id(schema.field(n).type)), None)
+
+
+def check_column(
+    source: str, schema: pa.Schema, option: str, name: str, fits: Callable[[pa.DataType], bool], expected: str
+) -> None:
+    """Raise DataError where the column that an option names is missing or of another type."""
+    if name not in schema.names:
+        raise DataError(f"{source}: column '{name}' not found; {_columns_are(schema)}. Mend {option}.")
+    kind = schema.field(name).type
+    if not fits(kind):
+        raise DataError(f"{source}: column '{name}' holds {kind}; {option} needs {expected}.")
+
+
+def _columns_are(schema: pa.Schema) -> str:
+    return f"columns are {', '.join(schema.names)}"
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """Say whether a type can hold encoded images: a struct with bytes, or binary."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    return _is_binary(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Say whether a type holds text, as it is or in a dictionary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+    return bool(number or is_text(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_integer(kind) or is_text(kind))
+
+
+def is_vector(kind: pa.DataType) -> bool:
+    """Say whether a type can hold embeddings: lists of numbers."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))

@@ -1,0 +1,77 @@
+"""Outputs that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from chgval.errors import OutputError
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
+    with could_not_write(path):
+        if (path.exists() or path.is_symlink()) and not overwrite:
+            raise OutputError(f"{path}: exists already; pass --overwrite, or another name.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise OutputError where a folder cannot be made, or holds something already: none is ever replaced."""
+    with could_not_write(path):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise OutputError(f"{path}: exists already, and folders are never replaced; pass another name.")
+        check_free(path, overwrite=True)
+        check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError where no file can be made beside the path."""
+    with could_not_write(path):
+        _part(path).touch()
+        _part(path).unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its name only when it was written whole and lies on the disk."""
+    part = _part(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that takes its name, which is free or an empty folder's, only when it is complete."""
+    part = _part(path)
+    try:
+        part.mkdir()
+        yield part
+        part.replace(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def could_not_write(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written ({reason}); pass another name.") from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
