@@ -28,9 +28,10 @@ from sklearn.model_selection import StratifiedKFold
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
+from chgval.data.digits import read_digits
 from chgval.data.loader import make_loader
 from chgval.models import InputShape, build_model
-from chgval.runs.value import prepare
+from chgval.runs.value import prepare, read_dataset
 from chgval.training import WeightAverage, observe, train_epochs
 
 ARCH = "resnet8"
@@ -116,7 +117,9 @@ def run_fold(data: str, epochs: int, seed: int, fold: int, output: Path) -> None
     config = ValueConfig(
         data=DataConfig(source=data), train=TrainConfig(arch=ARCH, epochs=epochs, seed=seed), mode="none"
     )
-    run = prepare(config, Console(quiet=True))  # the recipe is that of the whole dataset
+    run = prepare(
+        config, read_dataset(config, Console(quiet=True))
+    )  # the recipe is that of the whole dataset
     labels_N = run.dataset.labels_N
     splits = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed).split(labels_N, labels_N)
     train_rows, held_rows = list(splits)[fold]
@@ -256,9 +259,7 @@ def main() -> None:
         noise, epochs = setting.rsplit("-", 1)
         data, clean_N = write_data(noise, options.data, options.work)
         if noise == "digits":
-            labels_N = prepare(
-                ValueConfig(data=DataConfig(source=data), mode="none"), Console(quiet=True)
-            ).dataset.labels_N
+            labels_N = read_digits().labels_N
         else:
             labels_N = pq.read_table(data, columns=["label"])["label"].to_numpy()
         for seed in options.seeds:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, records
+from chgval.runs.value import prepare, read_dataset, records
 
 SAMPLES, EPOCHS, REPETITIONS = 1000, 5, 5
 
@@ -34,7 +34,7 @@ def main() -> None:
             train=TrainConfig(epochs=EPOCHS),
         )
         for _ in range(REPETITIONS):
-            run = prepare(config, Console(quiet=True))
+            run = prepare(config, read_dataset(config, Console(quiet=True)))
             epochs = [r.seconds for r in records(run, separate_pass=False) if isinstance(r, EpochRecord)]
             seconds.extend(epochs)
     print(

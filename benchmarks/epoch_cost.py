@@ -15,7 +15,7 @@ import torch
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, records
+from chgval.runs.value import prepare, read_dataset, records
 
 MODES = ("none", "online", "exact")
 
@@ -35,7 +35,9 @@ def main() -> None:
             train=TrainConfig(arch=options.arch, epochs=options.epochs + 1),
             mode=mode,
         )
-        runs[mode] = records(prepare(config, Console(quiet=True)), separate_pass=mode == "exact")
+        runs[mode] = records(
+            prepare(config, read_dataset(config, Console(quiet=True))), separate_pass=mode == "exact"
+        )
 
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for turn in range(options.epochs + 1):

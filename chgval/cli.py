@@ -157,7 +157,8 @@ def detect_noise(
         typer.Option(
             metavar="RULE|SCORE",
             help="What to flag: auto; samples from a noise score on; or another rule: confident "
-            "(confident learning), gmm (mixture of losses), chg (two-means of values).",
+            "(confident learning), gmm (mixture of losses), chg (two-means of values), aum (threshold "
+            "samples; trains a dataset twice more).",
             autocompletion=complete_rule,
             rich_help_panel=DETECTION_PANEL,
         ),
@@ -170,6 +171,14 @@ def detect_noise(
         Score,
         typer.Option(help="Rank by all signals, or by the CHG value alone.", rich_help_panel=DETECTION_PANEL),
     ] = Score.ALL,
+    duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates",
+            help="Also list near-duplicates with other labels; needs a dataset of images.",
+            rich_help_panel=DETECTION_PANEL,
+        ),
+    ] = False,
     fail_over: Annotated[
         float | None,
         typer.Option(
@@ -228,6 +237,7 @@ def detect_noise(
         rule=rule_of(threshold),
         expected_noise=expected_noise,
         score=score.value,
+        duplicates=duplicates,
         all_rows=all_rows,
         top=top,
         fail_over=fail_over,

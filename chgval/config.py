@@ -173,8 +173,8 @@ class ValueConfig:
             raise SettingsError("--pred-probs: with --no-values there are none.")
 
 
-Rule = Literal["auto", "chg", "gmm", "confident"]
-RULES: tuple[Rule, ...] = ("auto", "chg", "gmm", "confident")
+Rule = Literal["auto", "chg", "gmm", "confident", "aum"]
+RULES: tuple[Rule, ...] = ("auto", "chg", "gmm", "confident", "aum")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +188,7 @@ class DetectConfig:
         rule: what decides which samples are flagged, or the score from which on they are.
         expected_noise: share of the samples to flag, instead of a rule.
         score: whether samples are ranked by all signals of the run or by the CHG value alone.
+        duplicates: whether near-duplicates with other labels are looked for; needs a dataset.
         all_rows: whether rows that are not flagged are written too.
         top: most rows to write.
         fail_over: estimated noise rate above which the command fails.
@@ -202,6 +203,7 @@ class DetectConfig:
     rule: Rule | float = "auto"
     expected_noise: float | None = None
     score: Literal["all", "chg"] = "all"
+    duplicates: bool = False
     all_rows: bool = False
     top: int | None = None
     fail_over: float | None = None

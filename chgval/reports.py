@@ -82,6 +82,7 @@ SUSPECTS_SCHEMA = pa.schema(
         pa.field("margin", pa.float64()),
         pa.field("rank", pa.int64()),
         pa.field("flagged", pa.bool_(), nullable=False),
+        pa.field("duplicate_of", pa.int64()),
     ]
 )
 

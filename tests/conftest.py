@@ -41,6 +41,13 @@ def make_image(label: int, seed: int, size: int = PIXELS) -> Image.Image:
     return Image.fromarray(array.astype(np.uint8))
 
 
+def make_blobs(seed: int, size: int) -> Image.Image:
+    """A picture of random blobs, smooth as photographs are, that no other resembles."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (9, 9, 3)).astype(np.uint8))
+    return small.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def write_folder(root: Path, per_class: int = 20, size: int = PIXELS) -> Path:
     for label, name in enumerate(CLASS_NAMES):
         (root / name).mkdir(parents=True)

@@ -15,7 +15,7 @@ from chgval.console import Console
 from chgval.data.loader import Batch
 from chgval.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, records
+from chgval.runs.value import prepare, read_dataset, records
 from chgval.shapley import Factors, chg_values, coalition_sums, hardness_values
 from chgval.training import observe
 
@@ -111,7 +111,7 @@ def run_epochs(source, device, **settings):
         train=TrainConfig(arch="resnet8", epochs=2, device=device, augment="none", batch_size=16),
         **settings,
     )
-    run = prepare(config, Console(quiet=True))
+    run = prepare(config, read_dataset(config, Console(quiet=True)))
     signals = [
         record.signals
         for record in records(run, separate_pass=config.mode == "exact")
@@ -140,7 +140,7 @@ def test_no_step_waits_for_the_device(image_folder):
         data=DataConfig(source=str(image_folder)),
         train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
     )
-    run = prepare(config, Console(quiet=True))
+    run = prepare(config, read_dataset(config, Console(quiet=True)))
     steps = records(run, separate_pass=False)
     next(steps)  # up to the first reading
     batch = next(iter(run.loader.training_batches(run.generator)))

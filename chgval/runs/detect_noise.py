@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig, DetectConfig, Rule
 from chgval.console import Console
-from chgval.errors import DataError
+from chgval.errors import DataError, SettingsError
 from chgval.noise import automatic_cut, calibrated_by, estimate_rate, mixture_flags, two_means_flags
 from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, SuspectLine
 from chgval.reports import (
@@ -50,37 +51,85 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     """
     source = config.value.data.source
     check_output(config.output, source)
-    data = config.value.data
-    if is_report(source):
-        report, metadata = read_report(source, COLUMNS)
-        if config.cleaned is not None:
-            data = dataset_of(metadata, source)
-            try:
-                _check_cleaned(config, data)
-            except DataError as error:
-                raise DataError(f"{error} {source} was made from it, under this name.") from error
-    else:
-        _check_cleaned(config, data)
-        from chgval.runs.value import value_dataset  # imports torch, which reports do without
-
-        valued = value_dataset(config.value, config.values, console, command=command)
-        report, metadata = valued.table.select(COLUMNS), valued.metadata
-    assessment = assess(report, config)
+    given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
+    report = given.report
+    assessment = assess(report, config, given.aum_flags_N)
     rate = assessment.rate
     metadata = {
-        **metadata, "command": command, "rule": config.rule, "expected_noise": config.expected_noise,
+        **given.metadata, "command": command, "rule": config.rule, "expected_noise": config.expected_noise,
         "noise_rate": dataclasses.asdict(rate),
     }  # fmt: skip
-    rows = assessment.order if config.all_rows else assessment.flagged_rows
-    suspects = _suspects(report, assessment, rows[: config.top])
+    written_N = np.full(report.num_rows, config.all_rows) | assessment.flagged_N
+    if given.duplicates_N is not None:
+        written_N |= given.duplicates_N >= 0
+    rows = assessment.order[written_N[assessment.order]]
+    suspects = _suspects(report, assessment, given.duplicates_N, rows[: config.top])
     write_table(config.output, with_metadata(suspects, metadata))
     console.noise(summarise(report, assessment))
-    target = "standard output" if config.output.to_stdout else config.output.path
     console.say("")
+    if given.duplicates_N is not None:
+        console.say(f"{(given.duplicates_N >= 0).sum():,} samples have a near-duplicate with another label")
+    target = "standard output" if config.output.to_stdout else config.output.path
     console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
     if config.cleaned is not None:
-        _write_cleaned(data, report, assessment.flagged_N, config.cleaned, config.relabel, console)
+        _write_cleaned(given.data, report, assessment.flagged_N, config.cleaned, config.relabel, console)
     return rate
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """What the user gave, read or valued.
+
+    Attributes:
+        report, metadata: COLUMNS of the values report.
+        data: the dataset that it is about.
+        aum_flags_N: which rows the rule aum flags, if that is the rule.
+        duplicates_N: every row's near-duplicate with another label, -1 for none, if they were looked for.
+    """
+
+    report: pa.Table
+    metadata: dict[str, Any]
+    data: DataConfig
+    aum_flags_N: NDArray[np.bool_] | None = None
+    duplicates_N: IntArray | None = None
+
+
+def _read_report(config: DetectConfig) -> _Input:
+    source = config.value.data.source
+    if config.rule == "aum":
+        raise SettingsError(f"--threshold aum: trains twice more; pass the dataset, not its report {source}.")
+    if config.duplicates:
+        raise SettingsError(f"--duplicates: looks at images; pass the dataset, not its report {source}.")
+    report, metadata = read_report(source, COLUMNS)
+    data = config.value.data
+    if config.cleaned is not None:
+        data = dataset_of(metadata, source)
+        try:
+            _check_cleaned(config, data)
+        except DataError as error:
+            raise DataError(f"{error} {source} was made from it, under this name.") from error
+    return _Input(report, metadata, data)
+
+
+def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Input:
+    # These import torch, which reports do without.
+    from chgval.runs.duplicates import check_images, find_duplicates
+    from chgval.runs.threshold_samples import threshold_flags
+    from chgval.runs.value import check_outputs, read_dataset, value_dataset
+
+    _check_cleaned(config, config.value.data)
+    check_outputs(config.value, config.values)
+    dataset = read_dataset(config.value, console)
+    if config.duplicates:
+        check_images(dataset)
+    valued = value_dataset(config.value, dataset, config.values, console, command=command)
+    return _Input(
+        report=valued.table.select(COLUMNS),
+        metadata=valued.metadata,
+        data=config.value.data,
+        aum_flags_N=threshold_flags(config.value, dataset, console) if config.rule == "aum" else None,
+        duplicates_N=find_duplicates(valued.run) if config.duplicates else None,
+    )
 
 
 def _check_cleaned(config: DetectConfig, data: DataConfig) -> None:
@@ -147,12 +196,15 @@ class Assessment:
         return self.order[self.flagged_N[self.order]]
 
 
-def assess(report: pa.Table, config: DetectConfig) -> Assessment:
+def assess(
+    report: pa.Table, config: DetectConfig, aum_flags_N: NDArray[np.bool_] | None = None
+) -> Assessment:
     """Score the rows of a values report, rank them and cut.
 
     Args:
         report: COLUMNS of a values report.
         config: the score and what decides on flags.
+        aum_flags_N: which rows the rule aum flags, if that is the rule.
     Raises:
         DataError: no row has a score.
     """
@@ -164,9 +216,11 @@ def assess(report: pa.Table, config: DetectConfig) -> Assessment:
         score_N[known] = calibrated_by(value_N[known], score_N[known])
     rate = estimate_rate(score_N[known])
     flagged_N = np.zeros(len(score_N), dtype=bool)
-    if config.expected_noise is None:
+    if aum_flags_N is not None:
+        flagged_N[known] = aum_flags_N[known]
+    elif config.expected_noise is None:
         flagged_N[known] = _flags(report, known, score_N, value_N, config.rule)
-    if config.all_rows or config.expected_noise is not None:
+    if config.all_rows or config.duplicates or config.expected_noise is not None:
         ranked = np.arange(len(score_N))
     else:  # sorting a million rows takes longer than all else that is done with them
         ranked = np.flatnonzero(score_N >= score_N[flagged_N].min(initial=np.inf))
@@ -197,11 +251,14 @@ def _flags(
             return score_N[known] >= float(rule)
 
 
-def _suspects(report: pa.Table, assessment: Assessment, rows: IntArray) -> pa.Table:
+def _suspects(
+    report: pa.Table, assessment: Assessment, duplicates_N: IntArray | None, rows: IntArray
+) -> pa.Table:
     """Return the output: these rows, in this order."""
     score_N, order = assessment.score_N, assessment.order
     rank_N = np.zeros(len(score_N), dtype=np.int64)
     rank_N[order] = np.arange(1, len(order) + 1)
+    duplicate_of = np.full(len(rows), -1) if duplicates_N is None else duplicates_N[rows]
     chosen = report.take(rows)
     columns = {
         **{name: chosen[name] for name in SUSPECTS_SCHEMA.names if name in chosen.column_names},
@@ -209,6 +266,7 @@ def _suspects(report: pa.Table, assessment: Assessment, rows: IntArray) -> pa.Ta
         "margin": chosen["margin_mean"],
         "rank": pa.array(rank_N[rows], mask=np.isnan(score_N[rows])),
         "flagged": assessment.flagged_N[rows],
+        "duplicate_of": pa.array(duplicate_of, mask=duplicate_of < 0),
     }
     return pa.table(columns, schema=SUSPECTS_SCHEMA)
 

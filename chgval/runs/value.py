@@ -63,9 +63,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Valued:
-    """A dataset whose samples were valued: what the run says of them, and their report with its metadata."""
+    """A run that has valued its samples, what it says of them, and their report with its metadata."""
 
-    dataset: Dataset
+    run: Run
     signals: RunSignals
     table: pa.Table
     metadata: dict[str, Any]
@@ -83,44 +83,46 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     """
     started = time.perf_counter()
     if config.mode == "none":
-        with _prepared(config, console) as run:
+        with prepared(config, read_dataset(config, console)) as run:
             console.settings(_settings_shown(run, config))
-            finished = _train(run, config, console, None, {})
+            finished = train_to_end(run, config, console)
         seconds = time.perf_counter() - started
         console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
         return
-    valued = value_dataset(config, config.output, console, command=command)
-    console.summary(summarise(valued.dataset, valued.signals))
-    statuses = valued.dataset.statuses()
+    check_outputs(config, config.output)
+    dataset = read_dataset(config, console)
+    valued = value_dataset(config, dataset, config.output, console, command=command)
+    console.summary(summarise(dataset, valued.signals))
+    statuses = dataset.statuses()
     counts = ", ".join(
         f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])
     )
     target = "standard output" if config.output.to_stdout else config.output.path
     seconds = time.perf_counter() - started
     console.say("")
-    console.say(f"{len(valued.dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
+    console.say(f"{len(dataset):,} rows ({counts}) in {seconds:.1f} s -> {target}")
 
 
 def value_dataset(
-    config: ValueConfig, output: OutputConfig | None, console: Console, *, command: str
+    config: ValueConfig, dataset: Dataset, output: OutputConfig | None, console: Console, *, command: str
 ) -> Valued:
     """Value a dataset, write the report if it is to be kept, and return it.
 
     Args:
         config: the settings; its own output is not looked at.
-        output: where the report goes; None keeps none.
+        dataset: what they read (`read_dataset`).
+        output: where the report goes, which `check_outputs` has checked; None keeps none.
         console: where to tell what happens.
         command: the command line, for the report's metadata.
     Raises:
         ChgvalError: see the modules that this calls.
     """
     started = time.perf_counter()
-    _check_outputs(config, output)
-    with _prepared(config, console) as run:
+    with prepared(config, dataset) as run:
         console.settings(_settings_shown(run, config))
         writer = None if output is None else ReportWriter(output)
         metadata = _metadata(run, config, command)
-        metadata["epochs"] = _train(run, config, console, writer, metadata)
+        metadata["epochs"] = train_to_end(run, config, console, writer, metadata)
         accumulator = run.accumulator
         if accumulator is None or run.average is None:
             raise ValueError("mode 'none' values nothing")
@@ -129,22 +131,22 @@ def value_dataset(
     noise = read_noise(probabilities_NC, run.dataset.labels_N, run.recipe.epochs)
     table = values_table(run.dataset, signals, noise, per_class=config.per_class)
     metadata.update(wall_seconds=round(time.perf_counter() - started, 3), finished=True)
-    if config.pred_probs is not None:
-        write_array(config.pred_probs, probabilities_NC)
     if writer is not None:
         writer.write(table, metadata)
+    if config.pred_probs is not None:
+        write_array(config.pred_probs, probabilities_NC)
     _tell_problems(run.dataset, console)
-    return Valued(run.dataset, signals, table, metadata)
+    return Valued(run, signals, table, metadata)
 
 
 def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
-    _check_outputs(config, None if config.mode == "none" else config.output)
-    with _prepared(config, console) as run:
+    check_outputs(config, None if config.mode == "none" else config.output)
+    with prepared(config, read_dataset(config, console)) as run:
         console.settings([*_settings_shown(run, config), *_costs(run, config)])
 
 
-def _check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
+def check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
     """Raise OutputError, before anything is read, where something cannot be written."""
     if output is not None:
         ReportWriter.check(output, config.data.source)
@@ -153,26 +155,33 @@ def _check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
 
 
 @contextmanager
-def _prepared(config: ValueConfig, console: Console) -> Iterator[Run]:
+def prepared(config: ValueConfig, dataset: Dataset) -> Iterator[Run]:
     """Prepare a run, and put torch's global generator back after it."""
     with torch.random.fork_rng(devices=[]):
-        yield prepare(config, console)
+        yield prepare(config, dataset)
 
 
-def prepare(config: ValueConfig, console: Console) -> Run:
-    """Read the data, build the model and resolve all that the user left open.
-
-    Seeds torch's global generators, which dropout layers draw from; the caller puts the CPU's back.
-    """
+def read_dataset(config: ValueConfig, console: Console) -> Dataset:
+    """Read the data, once all that can be checked without them is checked."""
     train = config.train
     check_names(train.arch, train.weights)
-    torch.manual_seed(train.seed)
-    generator = torch.Generator().manual_seed(train.seed)
     device = pick_device(train.device)
     console.detail(f"reading {config.data.source}")
     dataset = open_dataset(config.data, largest_image_size(train.arch, device.type))
     for note in dataset.notes:
         console.say(f"note: {note}")
+    return dataset
+
+
+def prepare(config: ValueConfig, dataset: Dataset) -> Run:
+    """Build the model and resolve all that the user left open.
+
+    Seeds torch's global generators, which dropout layers draw from; the caller puts the CPU's back.
+    """
+    train = config.train
+    torch.manual_seed(train.seed)
+    generator = torch.Generator().manual_seed(train.seed)
+    device = pick_device(train.device)
     is_embedding = isinstance(dataset.content, Embeddings)
     arch = train.arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
     shape = InputShape(dataset.input_size, is_embedding)
@@ -263,12 +272,12 @@ def summarise(dataset: Dataset, signals: RunSignals) -> RunSummary:
     )
 
 
-def _train(
+def train_to_end(
     run: Run,
     config: ValueConfig,
     console: Console,
-    writer: ReportWriter | None,
-    metadata: dict[str, object],
+    writer: ReportWriter | None = None,
+    metadata: dict[str, object] | None = None,
 ) -> int:
     """Train to the end, showing and writing each epoch as it comes; return how many there were."""
     finished = 0
@@ -278,7 +287,7 @@ def _train(
             if isinstance(record, EpochRecord):
                 finished = record.epoch
                 if writer is not None:
-                    writer.write_epoch(record, metadata)
+                    writer.write_epoch(record, metadata or {})
     return finished
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from chgval.cli import app
 from chgval.reports import SUSPECTS_SCHEMA
-from tests.conftest import imported_by
+from tests.conftest import imported_by, make_blobs
 
 CHGVAL = [sys.executable, "-m", "chgval"]
 
@@ -119,6 +120,31 @@ def test_rules_and_limits_decide_what_is_written(report, tmp_path):
         assert marked.filter(marked["flagged"]).select(["id", "rank"]).equals(flagged.select(["id", "rank"]))
     by_value = rows("--score", "chg", "--top", "50")
     assert (np.diff(by_value["value"].to_numpy()) >= 0).all()
+
+
+def test_threshold_samples_flag_the_flipped_ones(tmp_path):
+    output = tmp_path / "aum.parquet"
+    result = invoke("builtin:digits", "--threshold", "aum", "--epochs", "12", "-q", "-o", output)
+    assert result.exit_code == 0, result.stderr
+    flagged = wrong(pq.read_table(output))
+    assert flagged.sum() > 0.85 * 180 and flagged.mean() > 0.8
+
+
+def test_duplicates_are_listed_whether_flagged_or_not(tmp_path):
+    folder = tmp_path / "images"
+    for seed in range(40):
+        path = folder / ("cat", "dog")[seed % 2] / f"{seed:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_blobs(seed, 20).save(path)
+    shutil.copy(folder / "cat" / "008.png", folder / "dog" / "copy.png")
+    shutil.copy(folder / "dog" / "003.png", folder / "dog" / "003-again.png")
+    arguments = ["--duplicates", "--expected-noise", "0", "--epochs", "2", "-q", "-o", tmp_path / "s.parquet"]
+    result = invoke(folder, *arguments)
+    assert result.exit_code == 0, result.stderr
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "s.parquet").to_pylist()}
+    assert set(rows) == {"cat/008.png", "dog/copy.png"} and not any(r["flagged"] for r in rows.values())
+    assert rows["cat/008.png"]["duplicate_of"] == rows["dog/copy.png"]["index"]
+    assert rows["dog/copy.png"]["duplicate_of"] == rows["cat/008.png"]["index"]
 
 
 def test_flags_of_confident_learning_are_those_of_cleanlab(report):
@@ -250,6 +276,9 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
     [
         (["missing.parquet"], 1, "missing.parquet: no such file or folder"),
         (["{report}", "--threshold", "often"], 2, "--threshold often: expected auto, chg, gmm, confident"),
+        (["{report}", "--threshold", "aum"], 2, "--threshold aum: trains twice more; pass the dataset, not"),
+        (["{report}", "--duplicates"], 2, "--duplicates: looks at images; pass the dataset, not its report"),
+        (["builtin:digits", "--epochs", "1", "-q", "--duplicates"], 2, "needs images of at least 16 pixels"),
         (["{report}", "--threshold", "1.5"], 2, "--threshold 1.5: scores lie between 0 and 1"),
         (["{report}", "--expected-noise", "10"], 2, "--expected-noise 10: must be a share from 0 to 1"),
         (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),

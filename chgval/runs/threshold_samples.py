@@ -1,0 +1,77 @@
+"""Flags by threshold samples: labels that are wrong on purpose show what a wrong label looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chgval.config import ValueConfig
+from chgval.console import Console
+from chgval.data.dataset import Dataset
+from chgval.errors import DataError
+from chgval.records import FloatArray, IntArray
+from chgval.runs.value import prepared, train_to_end
+
+# A label is flagged if its margin is no higher than that of most threshold samples (the paper's percentile).
+PERCENTILE = 99
+
+
+def threshold_flags(config: ValueConfig, dataset: Dataset, console: Console) -> NDArray[np.bool_]:
+    """Train twice, each time with some samples put into an additional class, and flag by their margins.
+
+    Nothing connects the samples of the additional class, so that their margins are those of wrong labels. A
+    sample is flagged if its margin, averaged over the run, lies below the 99th percentile of theirs. The
+    second run tells about the samples that were put there in the first (Pleiss et al. 2020, arXiv:2001.10528,
+    section 3.2).
+
+    Args:
+        config: the settings of both runs.
+        dataset: the samples.
+        console: where to tell what happens.
+    Returns:
+        Which rows are flagged, shape (N,).
+    Raises:
+        DataError: there are too few samples to put some into another class.
+    """
+    first_rows, second_rows = threshold_sets(dataset.usable_rows(), dataset.num_classes, config.train.seed)
+    if not len(second_rows):
+        raise DataError(
+            f"{dataset.source}: {len(dataset.usable_rows()):,} samples of {dataset.num_classes:,} classes "
+            "are too few for --threshold aum; use another rule."
+        )
+    console.say("training with threshold samples, the first of two times")
+    flagged_N = below_threshold(_margins(config, dataset, first_rows, console), first_rows)
+    console.say("training with threshold samples, the second time")
+    flagged_N[first_rows] = below_threshold(_margins(config, dataset, second_rows, console), second_rows)[
+        first_rows
+    ]
+    return flagged_N
+
+
+def threshold_sets(rows: IntArray, num_classes: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Draw two disjoint sets of rows, each as large as a class is on average with one class more."""
+    size = len(rows) // (num_classes + 1)
+    drawn = np.random.default_rng(seed).permutation(rows)
+    return drawn[:size], drawn[size : 2 * size]
+
+
+def below_threshold(margin_N: FloatArray, threshold_rows: IntArray) -> NDArray[np.bool_]:
+    """Say which margins lie below the percentile of those of the threshold samples; NaN never does."""
+    known_T = margin_N[threshold_rows]
+    flagged_N: NDArray[np.bool_] = margin_N < np.percentile(known_T[np.isfinite(known_T)], PERCENTILE)
+    return flagged_N
+
+
+def _margins(config: ValueConfig, dataset: Dataset, threshold_rows: IntArray, console: Console) -> FloatArray:
+    """Return the averaged margins of a run in which these rows have a class of their own."""
+    labels_N = dataset.labels_N.copy()
+    labels_N[threshold_rows] = dataset.num_classes
+    class_names = [*dataset.class_names, "threshold samples"]
+    marked = dataclasses.replace(dataset, labels_N=labels_N, class_names=class_names)
+    with prepared(config, marked) as run:
+        train_to_end(run, config, console)
+        if run.accumulator is None:
+            raise ValueError("margins need a run that observes its samples")
+        return run.accumulator.run_signals().margin_N

@@ -1,0 +1,74 @@
+"""Near-duplicates with other labels: planted copies, as people make them, among images of their own."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from chgval.config import DataConfig, TrainConfig, ValueConfig
+from chgval.console import Console
+from chgval.errors import SettingsError
+from chgval.runs.duplicates import check_images, find_duplicates
+from chgval.runs.value import prepare, read_dataset, records
+from tests.conftest import make_blobs
+
+SIZE = 32
+NUM_ORIGINALS = 60
+
+
+def encoded(image, kind="png", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+COPIES = {
+    "same file": encoded,
+    "mirrored": lambda image: encoded(ImageOps.mirror(image)),
+    "re-encoded": lambda image: encoded(image, "jpeg", quality=50),
+    "darker": lambda image: encoded(ImageEnhance.Brightness(image).enhance(0.7)),
+    "gray": lambda image: encoded(image.convert("L")),
+    "larger": lambda image: encoded(image.resize((64, 64), Image.Resampling.BICUBIC)),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What is found in originals of even rows' class 0 and odd rows' class 1, and two copies of some each."""
+    path = tmp_path_factory.mktemp("duplicates") / "data.parquet"
+    originals = [make_blobs(seed, SIZE) for seed in range(NUM_ORIGINALS)]
+    images, labels = [encoded(image) for image in originals], [row % 2 for row in range(NUM_ORIGINALS)]
+    for row, copy in enumerate(COPIES.values()):
+        images += [copy(originals[row]), copy(originals[row + 20])]
+        labels += [1 - row % 2, row % 2]  # the first copy has the other label, the second the same
+    images.append(b"no image")
+    labels.append(0)
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    config = ValueConfig(data=DataConfig(source=str(path)), train=TrainConfig(epochs=2))
+    run = prepare(config, read_dataset(config, Console(quiet=True)))
+    for _ in records(run, separate_pass=False):
+        pass
+    return find_duplicates(run)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_with_another_label_is_found_from_both_sides(found, name):
+    row = list(COPIES).index(name)
+    copy = NUM_ORIGINALS + 2 * row
+    assert (found[copy], found[row]) == (row, copy)
+
+
+def test_nothing_else_is_found(found):
+    """Neither copies with the same label, nor other images, nor what cannot be read."""
+    planted = {*range(len(COPIES)), *range(NUM_ORIGINALS, NUM_ORIGINALS + 2 * len(COPIES), 2)}
+    assert len(found) == NUM_ORIGINALS + 2 * len(COPIES) + 1
+    assert set(np.flatnonzero(found >= 0)) == planted
+
+
+def test_what_has_no_details_is_refused():
+    config = ValueConfig(data=DataConfig(source="builtin:digits"))
+    with pytest.raises(SettingsError, match="images of at least 16 pixels, which builtin:digits has not"):
+        check_images(read_dataset(config, Console(quiet=True)))
