@@ -19,9 +19,12 @@ Probabilities = NDArray[np.float32]
 # Averaged probabilities are less sure of the true class than the images deserve: they are means over changing
 # weights and augmentations, of a model that was trained on the noise too. Raising them to 1 / softness mends
 # that. The more often a model has seen a label, the more of it is in the probabilities, and the sharper they
-# must become before the label is weighed against them.
+# must become before the label is weighed against them; and the fewer samples there are, the more a model
+# learns each by heart.
 SOFTNESS_OF_15_EPOCHS = 0.5
 SOFTNESS_POWER = 0.25
+MANY_SAMPLES = 10_000
+FEW_SAMPLES_POWER = 0.1
 # Where hardly any sample is ambiguous, nothing can be mistaken for noise, and sharper is better: below this
 # mean ambiguity (1 - highest probability, sharpened) the softness falls with its square root.
 AMBIGUITY = 0.1
@@ -68,8 +71,12 @@ def read_noise(probabilities_NC: Probabilities, labels_N: IntArray, num_epochs: 
     if known_N.any():
         order = np.flatnonzero(known_N)[np.argsort(labels_N[known_N], kind="stable")]
         groups = _Groups(probabilities_NC[order], labels_N[order])
-        posterior_NC = groups.posterior(SOFTNESS_OF_15_EPOCHS * (15 / num_epochs) ** SOFTNESS_POWER)
-        score_N[order] = 1 - _of_label(posterior_NC, groups.labels_N)
+        posterior_NC = groups.posterior(expected_softness(len(order), num_epochs))
+        own_N = _of_label(posterior_NC, groups.labels_N)
+        # As 1 - own, the smallest scores would be rounded to 0, and samples of them could not be ranked.
+        np.put_along_axis(posterior_NC, groups.labels_N[:, None], 0.0, axis=1)
+        others_N = posterior_NC.sum(1, dtype=np.float64)
+        score_N[order] = others_N / (others_N + own_N)
         np.put_along_axis(posterior_NC, groups.labels_N[:, None], -1.0, axis=1)
         suggested_N[order] = posterior_NC.argmax(1)
         suggested_probability_N[order] = posterior_NC.max(1)
@@ -80,6 +87,13 @@ def read_noise(probabilities_NC: Probabilities, labels_N: IntArray, num_epochs: 
         suggested_probability_N=suggested_probability_N,
         confident_label_N=confident_N,
     )
+
+
+def expected_softness(num_samples: int, num_epochs: int) -> float:
+    """Return the power by which averaged probabilities are flatter than those that the images deserve."""
+    by_epochs: float = (15 / num_epochs) ** SOFTNESS_POWER
+    by_samples: float = min(1.0, num_samples / MANY_SAMPLES) ** FEW_SAMPLES_POWER
+    return SOFTNESS_OF_15_EPOCHS * by_epochs * by_samples
 
 
 class _Groups:
@@ -111,13 +125,15 @@ class _Groups:
         """Return the probabilities of the true class once the label is known, shape (N, C).
 
         The softness is the one given, unless the samples that are not sure would then be noisier than the
-        sure ones by more than LARGEST_EXCESS: what is that uneven is ambiguity, not noise.
+        sure ones by more than LARGEST_EXCESS: what is that uneven is ambiguity, not noise. Where hardly any
+        sample is ambiguous it is noise nevertheless: a wrong label that a model half learned by heart is one
+        that it is not sure of.
         """
         prior_NC = sharpened(self.probabilities_NC, softness)
         ambiguity = 1 - float(prior_NC.max(1).mean())
         if ambiguity < AMBIGUITY:
             softness *= (max(ambiguity, SMALLEST_AMBIGUITY) / AMBIGUITY) ** 0.5
-            prior_NC = sharpened(self.probabilities_NC, softness)
+            return self._fit(sharpened(self.probabilities_NC, softness))[0]
         posterior_NC, excess = self._fit(prior_NC)
         if excess <= 0:
             return posterior_NC

@@ -9,6 +9,7 @@ from chgval.noise import (
     calibrated_by,
     confident_labels,
     estimate_rate,
+    expected_softness,
     log_evidence,
     mixture_flags,
     pooled_confusions,
@@ -73,7 +74,7 @@ def test_scores_equal_a_plain_expectation_maximisation(pairs):
     probabilities_NC, labels_N, _ = world(0.2, n=300, c=4, pairs=pairs)
     signals = read_noise(probabilities_NC, labels_N, 15)
     expected_NC = oracles.posterior_by_expectation_maximisation(
-        np.asarray(sharpened(probabilities_NC, noise.SOFTNESS_OF_15_EPOCHS), np.float64),
+        np.asarray(sharpened(probabilities_NC, expected_softness(300, 15)), np.float64),
         probabilities_NC,
         labels_N,
         steps=noise.STEPS,
