@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import chgval
-from chgval.config import DataConfig, DetectConfig, OutputConfig, TrainConfig, ValueConfig
+from chgval.config import DataConfig, DetectConfig, OutputConfig, SelectConfig, TrainConfig, ValueConfig
 from chgval.options import (
     EXIT_TOO_NOISY,
+    KeptValues,
+    LinkName,
+    ManifestFormat,
     Mode,
     PanelCommand,
+    ReportOrDataset,
     Score,
     UtilityName,
+    complete_figure,
     complete_rule,
     data_options,
     output_options,
@@ -145,13 +150,7 @@ def detect_noise(
     output: OutputConfig,
     data: DataConfig,
     train: TrainConfig,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="Values report, - for one on standard input, or a dataset, which is valued first.",
-        ),
-    ],
+    source: ReportOrDataset,
     threshold: Annotated[
         str,
         typer.Option(
@@ -193,12 +192,7 @@ def detect_noise(
     top: Annotated[
         int | None, typer.Option(help="Write at most so many rows.", min=1, rich_help_panel=ROWS_PANEL)
     ] = None,
-    values: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Keep the values report of a dataset here.", rich_help_panel=ROWS_PANEL
-        ),
-    ] = None,
+    values: KeptValues = None,
     cleaned: Annotated[
         Path | None,
         typer.Option(
@@ -252,6 +246,133 @@ def detect_noise(
             f"{rate.rate:.1%} of the labels are estimated to be wrong, over --fail-over {fail_over:g}"
         )
         raise typer.Exit(EXIT_TOO_NOISY)
+
+
+SELECTION_PANEL, DATASET_PANEL = "Selection", "Selected dataset"
+
+
+@app.command(cls=PanelCommand)
+@with_options(output=output_options("subset", ManifestFormat), data=data_options, train=train_options)
+def select(
+    console: "Console",
+    output: OutputConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    source: ReportOrDataset,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of ALL rows to keep.", rich_help_panel=SELECTION_PANEL)
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Rows to keep.", min=1, rich_help_panel=SELECTION_PANEL)
+    ] = None,
+    min_value: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep rows of at least this value (with --lowest, at most).", rich_help_panel=SELECTION_PANEL
+        ),
+    ] = None,
+    per_class: Annotated[
+        bool,
+        typer.Option(
+            "--per-class/--global",
+            help="Keep the same share of every class, or rank all rows against each other.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = True,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the report to rank by, or random.",
+            autocompletion=complete_figure,
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = "value",
+    lowest: Annotated[
+        bool,
+        typer.Option("--lowest", help="Keep the lowest, not the highest.", rich_help_panel=SELECTION_PANEL),
+    ] = False,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUSPECTS",
+            help="Leave out what detect-noise flagged in this table, or - for standard input.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = None,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            help="Weigh kept rows from 0 (lowest) to 1 (highest), not all by 1.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = False,
+    with_random: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a random manifest with as many rows of each class.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = None,
+    values: KeptValues = None,
+    materialize: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR|FILE",
+            help="Write the kept rows as a dataset: to a new folder, or one .parquet file.",
+            rich_help_panel=DATASET_PANEL,
+        ),
+    ] = None,
+    link: Annotated[
+        LinkName | None,
+        typer.Option(help="How images of a folder get there. Default: copy.", rich_help_panel=DATASET_PANEL),
+    ] = None,
+    end_with_null: Annotated[
+        bool,
+        typer.Option(
+            "-0",
+            help="End paths or indices with NUL, as xargs -0 takes them.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = False,
+) -> None:
+    """Keep the part of a dataset that is worth most, and write down which it is.
+
+    The manifest has one row per input row: whether it is kept, its rank and its weight. Other tools take the
+    kept paths or indices, or the pruned dataset itself.
+
+    \b
+    Examples:
+      chgval select values.parquet --fraction 0.3
+      chgval select values.parquet --fraction 0.5 --drop suspects.parquet
+      chgval select values.parquet --count 5000 --with-random random.parquet
+      chgval select photos/ --fraction 0.3 --materialize pruned/ --link hard
+      chgval select v.parquet --fraction 0.3 --format paths -0 -o - | xargs -0 du
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.runs.select import run_select
+
+    config = SelectConfig(
+        value=ValueConfig(data=dataclasses.replace(data, source=source), train=train),
+        values=None if values is None else OutputConfig(path=values, overwrite=output.overwrite),
+        output=output,
+        end_with_null=end_with_null,
+        fraction=fraction,
+        count=count,
+        min_value=min_value,
+        per_class=per_class,
+        by=by,
+        lowest=lowest,
+        drop=drop,
+        with_random=None
+        if with_random is None
+        else OutputConfig(path=with_random, overwrite=output.overwrite),
+        weights=weights,
+        materialize=materialize,
+        link=None if link is None else link.value,
+    )
+    run_select(config, console, command=_command_line())
 
 
 def _command_line() -> str:

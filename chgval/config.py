@@ -11,6 +11,9 @@ from chgval.errors import SettingsError
 
 ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
+# What a manifest can also be written as: only the names, or the numbers, of the kept rows.
+Listing = Literal["paths", "indices"]
+LISTINGS: tuple[Listing, ...] = ("paths", "indices")
 STANDARD_STREAM = "-"
 # Key of the schema metadata that a report carries, and by which a report among data is known.
 METADATA_KEY = b"chgval"
@@ -114,18 +117,22 @@ class OutputConfig:
         name: what a file is called if the user did not say.
         report_format: None takes it from the file's ending (parquet for standard output).
         overwrite: whether an output that exists may be replaced.
+        listing: what is written instead of a table, if anything.
     """
 
     path: str = ""
     name: str = "values"
     report_format: ReportFormat | None = None
     overwrite: bool = False
+    listing: Listing | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
-            object.__setattr__(self, "path", f"{self.name}.{self.report_format or 'parquet'}")
+            default = "txt" if self.listing else self.report_format or "parquet"
+            object.__setattr__(self, "path", f"{self.name}.{default}")
         ending = Path(self.path).suffix.removeprefix(".")
-        if self.report_format is None and not self.to_stdout and ending not in REPORT_FORMATS:
+        is_told = self.listing is not None or self.report_format is not None or self.to_stdout
+        if not is_told and ending not in REPORT_FORMATS:
             raise SettingsError(
                 f"--output {self.path}: the ending says no format; end it in one of "
                 f"{', '.join(f'.{name}' for name in REPORT_FORMATS)}, or pass --format."
@@ -172,6 +179,9 @@ class ValueConfig:
         if self.pred_probs is not None and self.mode == "none":
             raise SettingsError("--pred-probs: with --no-values there are none.")
 
+
+# How files of a folder get into a new one.
+Link = Literal["copy", "hard", "sym"]
 
 Rule = Literal["auto", "chg", "gmm", "confident", "aum"]
 RULES: tuple[Rule, ...] = ("auto", "chg", "gmm", "confident", "aum")
@@ -228,6 +238,75 @@ class DetectConfig:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
+
+
+# What samples can be ranked by, besides at random: figures of the values report.
+RANKED_BY = (
+    *("value", "value_std", "loss_mean", "margin_mean", "el2n_mean", "label_probability_mean"),
+    *("forgetting_events", "predicted_probability", "noise_score", "random"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectConfig:
+    """Settings of `chgval select`.
+
+    Attributes:
+        value: how to value the input, if it is a dataset; its data.source is the input in any case, and its
+            train.seed that of random choices.
+        values: where the values report is kept, if it is.
+        output: where the manifest goes.
+        end_with_null: whether names in a listing end with a NUL byte instead of a line's end.
+        fraction: of all rows, which is kept.
+        count: of rows that are kept.
+        min_value: the figure from which on rows are kept.
+        per_class: whether every class is ranked by itself and keeps its share.
+        by: the figure that rows are ranked by.
+        lowest: whether the lowest are kept instead of the highest.
+        drop: suspects whose flagged rows are left out before.
+        with_random: where a random manifest of the same class counts goes.
+        weights: whether kept rows weigh by their figure (else 1).
+        materialize: folder, or Parquet file, that the kept rows of the dataset are written to.
+        link: how files of a folder get there; None copies.
+    """
+
+    value: ValueConfig
+    values: OutputConfig | None = None
+    output: OutputConfig = field(default_factory=lambda: OutputConfig(name="subset"))
+    end_with_null: bool = False
+    fraction: float | None = None
+    count: int | None = None
+    min_value: float | None = None
+    per_class: bool = True
+    by: str = "value"
+    lowest: bool = False
+    drop: str | None = None
+    with_random: OutputConfig | None = None
+    weights: bool = False
+    materialize: Path | None = None
+    link: Link | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("fraction", "count", "min_value") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise SettingsError(
+                "how much to keep: pass --fraction (the share of all rows to keep), --count or --min-value."
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise SettingsError(
+                f"--fraction {self.fraction:g}: is the share of all rows that is kept, above 0 and at most 1."
+            )
+        _check_at_least("--count", self.count, 1)
+        if self.by not in RANKED_BY:
+            raise SettingsError(f"--by {self.by}: expected one of {', '.join(RANKED_BY)}.")
+        if self.by == "random" and self.min_value is not None:
+            raise SettingsError("--min-value: random ranks have no values; pass --fraction or --count.")
+        if self.drop == STANDARD_STREAM and self.value.data.source == STANDARD_STREAM:
+            raise SettingsError("--drop -: standard input is the values report already; name a file.")
+        if self.end_with_null and self.output.listing is None:
+            raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
+        if self.link is not None and self.materialize is None:
+            raise SettingsError("--link: says how --materialize places files; pass that too.")
 
 
 def _check_at_least(option: str, value: int | None, least: int) -> None:

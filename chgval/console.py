@@ -12,7 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from chgval.records import EpochRecord, FloatArray, NoiseSummary, RunSummary, SampleLine, StepRecord
+from chgval.records import (
+    EpochRecord,
+    FloatArray,
+    NoiseSummary,
+    RunSummary,
+    SampleLine,
+    SelectedClass,
+    StepRecord,
+)
 
 Side = Literal["left", "right"]
 
@@ -129,6 +137,24 @@ class Console:
                 for line in summary.suspects
             ],
         )
+
+    def selection(self, classes: Sequence[SelectedClass], hidden_classes: int) -> None:
+        """Print what is kept of every class."""
+        if not self._quiet:
+            self._classes(
+                {"rows": "right", "dropped": "right", "kept": "right", "share": "right"},
+                [
+                    (
+                        line.name,
+                        f"{line.num_rows:,}",
+                        f"{line.num_dropped:,}",
+                        f"{line.num_kept:,}",
+                        f"{line.num_kept / line.num_rows:.1%}",
+                    )
+                    for line in classes
+                ],
+                hidden_classes,
+            )
 
     def _classes(
         self, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], hidden_classes: int

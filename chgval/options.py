@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from chgval.config import RULES, DataConfig, OutputConfig, Rule, TrainConfig
+from chgval.config import (
+    LISTINGS,
+    RANKED_BY,
+    REPORT_FORMATS,
+    RULES,
+    DataConfig,
+    OutputConfig,
+    Rule,
+    TrainConfig,
+)
 from chgval.errors import ChgvalError, SettingsError
 
 if TYPE_CHECKING:
@@ -25,6 +34,22 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY, EXIT_INTERRUPTED = 1, 2, 3, 130
 DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
+
+
+# What commands that start from values take: a report, or a dataset and where its report goes.
+ReportOrDataset = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="Values report, - for one on standard input, or a dataset, which is valued first.",
+    ),
+]
+KeptValues = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Keep the values report of a dataset here.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
 
 
 class PanelCommand(TyperCommand):
@@ -72,6 +97,25 @@ class Format(StrEnum):
     ARROW = "arrow"
 
 
+class ManifestFormat(StrEnum):
+    """File formats of a manifest: those of a report, or only names or numbers of the kept rows."""
+
+    PARQUET = "parquet"
+    CSV = "csv"
+    JSONL = "jsonl"
+    ARROW = "arrow"
+    PATHS = "paths"
+    INDICES = "indices"
+
+
+class LinkName(StrEnum):
+    """How files of a folder get into a new one."""
+
+    COPY = "copy"
+    HARD = "hard"
+    SYM = "sym"
+
+
 class Schedule(StrEnum):
     """How the learning rate changes over a run."""
 
@@ -105,7 +149,8 @@ def with_options(**groups: Callable[..., object]) -> Callable[[Callable[..., Non
     """Give a command the options of whole groups.
 
     The command's function is called with a `console`, with what each group makes of its options under the
-    group's name, and with its own options. Errors that a user can cause become one line and an exit code.
+    group's name, and with its own options; where both have an option, it is the command's. Errors that a user
+    can cause become one line and an exit code.
 
     Args:
         groups: functions whose parameters are options, and which turn them into settings.
@@ -114,10 +159,11 @@ def with_options(**groups: Callable[..., object]) -> Callable[[Callable[..., Non
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         made = {"console", *groups}
-        own = inspect.signature(command).parameters
-        parameters = [parameter for name, parameter in own.items() if name not in made]
+        signature_of_command = inspect.signature(command).parameters
+        own = {name: given for name, given in signature_of_command.items() if name not in made}
+        parameters = list(own.values())
         for signature in (*signatures.values(), inspect.signature(_console_options)):
-            parameters.extend(signature.parameters.values())
+            parameters.extend(given for name, given in signature.parameters.items() if name not in own)
 
         @functools.wraps(command)
         def run(*, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
@@ -126,7 +172,13 @@ def with_options(**groups: Callable[..., object]) -> Callable[[Callable[..., Non
             console = Console(quiet=quiet, verbose=verbose)
             with reporting_errors(console, debug=debug):
                 settings = {
-                    name: groups[name](**{option: options.pop(option) for option in signature.parameters})
+                    name: groups[name](
+                        **{
+                            option: options.pop(option)
+                            for option in signature.parameters
+                            if option not in own
+                        }
+                    )
                     for name, signature in signatures.items()
                 }
                 command(console=console, **settings, **options)
@@ -151,7 +203,7 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         console.fail(str(error))
         raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
     except KeyboardInterrupt as error:
-        console.fail("interrupted; values of finished epochs are kept beside the report, if it is a file")
+        console.fail("interrupted; a report that was to be a file has its finished epochs beside it")
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except BrokenPipeError as error:
         # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
@@ -159,7 +211,7 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         raise typer.Exit(0) from error
 
 
-def output_options(name: str) -> Callable[..., OutputConfig]:
+def output_options(name: str, formats: type[StrEnum] = Format) -> Callable[..., OutputConfig]:
     """Options of where a command's table goes, which is called `name` if the user does not say."""
 
     def options(
@@ -173,7 +225,7 @@ def output_options(name: str) -> Callable[..., OutputConfig]:
             ),
         ] = "",
         output_format: Annotated[
-            Format | None,
+            formats | None,  # type: ignore[valid-type]
             typer.Option(
                 "--format", help="Default: by the ending, or parquet.", rich_help_panel=OUTPUT_PANEL
             ),
@@ -182,11 +234,13 @@ def output_options(name: str) -> Callable[..., OutputConfig]:
             bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT_PANEL)
         ] = False,
     ) -> OutputConfig:
+        wanted = None if output_format is None else output_format.value
         return OutputConfig(
             path=output,
             name=name,
-            report_format=None if output_format is None else output_format.value,
+            report_format=next((known for known in REPORT_FORMATS if known == wanted), None),
             overwrite=overwrite,
+            listing=next((known for known in LISTINGS if known == wanted), None),
         )
 
     return options
@@ -358,6 +412,11 @@ def rule_of(threshold: str) -> Rule | float:
 def complete_rule(incomplete: str) -> list[str]:
     """Return the rules that begin so."""
     return [rule for rule in RULES if rule.startswith(incomplete)]
+
+
+def complete_figure(incomplete: str) -> list[str]:
+    """Return the figures to rank by that begin so."""
+    return [name for name in RANKED_BY if name.startswith(incomplete)]
 
 
 def _three_numbers(option: str, text: str | None) -> tuple[float, float, float] | None:

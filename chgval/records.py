@@ -204,3 +204,13 @@ class NoiseSummary:
     hidden_classes: int
     pairs: list[tuple[str, str, int]]
     suspects: list[SuspectLine]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectedClass:
+    """What is kept of a class."""
+
+    name: str
+    num_rows: int
+    num_dropped: int
+    num_kept: int

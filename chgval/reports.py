@@ -6,9 +6,11 @@ docs/reports.md describes every column.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -85,6 +87,35 @@ SUSPECTS_SCHEMA = pa.schema(
         pa.field("duplicate_of", pa.int64()),
     ]
 )
+
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        *(VALUES_SCHEMA.field(name) for name in ("index", "id", "label", "value", "rank")),
+        pa.field("weight", pa.float64()),
+        pa.field("kept", pa.bool_(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TableKind:
+    """A table that a command writes, and others may read.
+
+    Attributes:
+        schema: its columns.
+        what: it is called in messages.
+        command: that writes it.
+    """
+
+    schema: pa.Schema
+    what: str
+    command: str
+
+
+VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
+SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
+MANIFEST = TableKind(MANIFEST_SCHEMA, "a manifest", "select")
 
 
 def values_table(
@@ -205,7 +236,7 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
     """
     path, report_format = Path(config.path), config.resolved_format
     if config.to_stdout:
-        if sys.stdout.isatty() and report_format in ("parquet", "arrow"):
+        if config.listing is None and sys.stdout.isatty() and report_format in ("parquet", "arrow"):
             raise OutputError(
                 f"--output -: standard output is a terminal, and {report_format} is not text; "
                 "redirect it, or pass --format csv."
@@ -235,6 +266,18 @@ def write_table(config: OutputConfig, table: pa.Table) -> None:
         _write(table, file, config.resolved_format)
 
 
+def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
+    """Write one name after the other, each with its end; bytes that are no text come out as they were."""
+    encoded = b"".join(os.fsencode(name + end) for name in names)
+    if config.to_stdout:
+        sys.stdout.buffer.write(encoded)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(config.path)
+    with could_not_write(path), replacing(path) as file:
+        file.write(encoded)
+
+
 def write_array(path: Path, array: NDArray[np.float32]) -> None:
     """Write a NumPy file. It appears under its name only when it is complete."""
     with could_not_write(path), replacing(path) as file:
@@ -255,34 +298,37 @@ def is_report(source: str) -> bool:
     return METADATA_KEY in (schema.metadata or {}) or {"index", "value", "status"} <= set(schema.names)
 
 
-def read_report(source: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """Read columns of a values report in any of its formats.
+def read_report(
+    source: str, columns: Sequence[str], kind: TableKind = VALUES
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Read columns of a table of chgval in any of its formats.
 
     Args:
         source: a file, or "-" for standard input.
-        columns: of VALUES_SCHEMA.
+        columns: of its schema.
+        kind: which table it is.
     Returns:
-        The columns, typed as in VALUES_SCHEMA, and the report's metadata (empty for CSV and JSON lines).
+        The columns, typed as in the schema, and the table's metadata (empty for CSV and JSON lines).
     Raises:
         DataError: it cannot be read, or lacks a column.
     """
     name = "standard input" if source == STANDARD_STREAM else source
-    wanted = pa.schema([VALUES_SCHEMA.field(column) for column in columns])
+    wanted = pa.schema([kind.schema.field(column) for column in columns])
     try:
         buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
         table = _parse(pa.BufferReader(buffer) if source == STANDARD_STREAM else buffer, wanted)
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise DataError(
-                f"{name}: no column '{missing[0]}'; expected a values report of this version of chgval. "
-                "Value the dataset anew with chgval value."
+                f"{name}: no column '{missing[0]}'; expected {kind.what} of this version of chgval. Make "
+                f"it anew with chgval {kind.command}."
             )
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         return table.select(columns).cast(wanted), metadata
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{name}: cannot be read as a values report ({first_line(error)}); expected the output of chgval "
-            "value, as Parquet, CSV, JSON lines or Arrow."
+            f"{name}: cannot be read as {kind.what} ({first_line(error)}); expected the output of chgval "
+            f"{kind.command}, as Parquet, CSV, JSON lines or Arrow."
         ) from error
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(chgval.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "records", "files"},
-    {"shapley", "recipe", "noise"},
+    {"shapley", "recipe", "noise", "selection"},
     {"accumulate"},
     {"data", "models", "reports", "console"},
     {"training"},

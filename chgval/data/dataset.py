@@ -64,6 +64,7 @@ class Dataset:
         fingerprint: changes when rows, labels, class names or (the sizes of) their contents change.
         flips: whether the mirror image of a sample still belongs to its class.
         notes: what a person should know about how the source was read.
+        root: folder that the ids are paths below, if they are.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Dataset:
     problems: dict[int, str] = field(default_factory=dict)
     flips: bool = True
     notes: Sequence[str] = ()
+    root: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -160,6 +160,7 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
         problems=loaded.problems,
         fingerprint=fingerprint(rows.ids, rows.labels_N, rows.class_names, loaded.encoded_sizes),
         notes=rows.notes,
+        root=str(rows.root),
     )
 
 

@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import DataConfig
+from chgval.config import DataConfig, Link
 from chgval.data.columns import huggingface_features, is_image, is_text
 from chgval.data.dataset import class_indices
 from chgval.data.image_folder import FolderRows, as_text, list_image_folder
@@ -98,28 +98,29 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None
         check_new_folder(target)
 
 
-def rewrite(data: DataConfig, changes: Changes, target: Path) -> Rewritten:
+def rewrite(data: DataConfig, changes: Changes, target: Path, link: Link = "copy") -> Rewritten:
     """Write a dataset anew. It appears under its name only when it is complete.
 
-    A folder of images is copied file by file; a relabelled image goes to the folder of its new class, under a
-    name that says which class it was, and relabelled.csv lists them. Parquet files keep their schema and
-    metadata; where rows are relabelled, a column original_<label> keeps what was there.
+    Of a folder of images, files are copied or linked; a relabelled image goes to the folder of its new class,
+    under a name that says which class it was, and relabelled.csv lists them. Parquet files keep their schema
+    and metadata; where rows are relabelled, a column original_<label> keeps what was there.
 
     Args:
         data: the dataset.
         changes: what becomes of its rows.
         target: as for check_rewritable, which the caller has asked.
+        link: how the files of a folder get there; Parquet files are always written.
     Raises:
         DataError: the dataset cannot be read, or is not the one that the changes are for.
         OutputError: it cannot be written.
     """
     with could_not_write(target):
         if kind_of(data) == "folder":
-            return _rewrite_folder(data, changes, target)
+            return _rewrite_folder(data, changes, target, link)
         return _rewrite_parquet(data, changes, target)
 
 
-def _rewrite_folder(data: DataConfig, changes: Changes, target: Path) -> Rewritten:
+def _rewrite_folder(data: DataConfig, changes: Changes, target: Path, link: Link) -> Rewritten:
     rows = list_image_folder(Path(data.source))
     _check_same(data.source, changes, rows.ids, rows.labels_N)
     readable_N = np.array([os.access(path, os.R_OK) for path in rows.paths])
@@ -135,11 +136,21 @@ def _rewrite_folder(data: DataConfig, changes: Changes, target: Path) -> Rewritt
                     place = _new_place(folder, place, rows.folders[changes.new_labels_N[row]])
                     relabelled.append((row, place))
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, folder / place)
+                _place(path, folder / place, link)
         if relabelled:
             _list_relabelled(rows, relabelled, folder / RELABELLED_FILE)
     unreadable = [rows.ids[row] for row in np.flatnonzero(changes.kept_N & ~readable_N).tolist()]
     return _rewritten(changes, changes.kept_N & readable_N, rows.class_names, unreadable)
+
+
+def _place(path: Path, place: Path, link: Link) -> None:
+    match link:
+        case "copy":
+            shutil.copy2(path, place)
+        case "hard":
+            place.hardlink_to(path.resolve())
+        case "sym":
+            place.symlink_to(path.resolve())
 
 
 def _new_place(folder: Path, place: Path, class_folder: str) -> Path:

@@ -20,7 +20,6 @@ from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, Suspec
 from chgval.reports import (
     SUSPECTS_SCHEMA,
     check_output,
-    dataset_of,
     is_report,
     read_report,
     with_metadata,
@@ -103,21 +102,21 @@ def _read_report(config: DetectConfig) -> _Input:
     report, metadata = read_report(source, COLUMNS)
     data = config.value.data
     if config.cleaned is not None:
-        data = dataset_of(metadata, source)
-        try:
-            _check_cleaned(config, data)
-        except DataError as error:
-            raise DataError(f"{error} {source} was made from it, under this name.") from error
+        from chgval.runs.rewriting import dataset_behind  # imports torch
+
+        data = dataset_behind(source, metadata, config.cleaned, overwrite=config.output.overwrite)
     return _Input(report, metadata, data)
 
 
 def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Input:
     # These import torch, which reports do without.
+    from chgval.data.rewrite import check_rewritable
     from chgval.runs.duplicates import check_images, find_duplicates
     from chgval.runs.threshold_samples import threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
-    _check_cleaned(config, config.value.data)
+    if config.cleaned is not None:
+        check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)
     check_outputs(config.value, config.values)
     dataset = read_dataset(config.value, console)
     if config.duplicates:
@@ -132,14 +131,6 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     )
 
 
-def _check_cleaned(config: DetectConfig, data: DataConfig) -> None:
-    """Raise an error, before anything is written, where the cleaned dataset cannot be."""
-    if config.cleaned is not None:
-        from chgval.data.rewrite import check_rewritable  # imports torch
-
-        check_rewritable(data, config.cleaned, overwrite=config.output.overwrite)
-
-
 def _write_cleaned(
     data: DataConfig,
     report: pa.Table,
@@ -149,28 +140,16 @@ def _write_cleaned(
     console: Console,
 ) -> None:
     """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
-    from chgval.data.rewrite import Changes, rewrite  # imports torch
+    from chgval.runs.rewriting import rewrite_rows  # imports torch
 
     sure_N = np.zeros(len(flagged_N), dtype=bool)
     if relabel is not None:
         sure_N = flagged_N & (_figures(report, "suggested_probability") >= relabel)
     suggested_N = report["suggested_label"].fill_null(-1).to_numpy()
-    changes = Changes(
-        ids=report["id"].to_pylist(),
-        labels_N=report["label"].to_numpy(),
-        kept_N=~flagged_N | sure_N,
-        new_labels_N=np.where(sure_N, suggested_N, -1),
-    )
-    written = rewrite(data, changes, target)
-    for name in written.vanished:
-        console.warn(f"class '{name}' has no rows any more")
-    if written.unreadable:
-        console.warn(
-            f"{len(written.unreadable):,} files could not be read, and are left out (the first, "
-            f"{written.unreadable[0]})"
-        )
+    new_labels_N = np.where(sure_N, suggested_N, -1)
+    written = rewrite_rows(data, report, ~flagged_N | sure_N, target, console, new_labels_N=new_labels_N)
     relabelled = "" if relabel is None else f", {sure_N.sum():,} of them relabelled"
-    console.say(f"{written.num_written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
+    console.say(f"{written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -441,6 +441,7 @@ def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
         "settings": _as_json(settings),
         "class_names": list(run.dataset.class_names),
         "fingerprint": run.dataset.fingerprint,
+        "root": run.dataset.root,
         "seed": config.train.seed,
         "device": str(run.device),
         "libraries": {

@@ -14,7 +14,7 @@ from chgval.cli import app
 from tests.conftest import imported_by
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = [[], ["value"], ["detect-noise"]]
+COMMANDS = [[], ["value"], ["detect-noise"], ["select"]]
 
 
 def help_of(command):
