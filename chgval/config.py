@@ -231,13 +231,15 @@ class DetectConfig:
                 raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
         if self.relabel is not None and self.cleaned is None:
             raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
-        outputs = [self.output, *([self.values] if self.values else [])]
-        if self.cleaned is not None and self.cleaned in [Path(output.path) for output in outputs]:
-            raise SettingsError(f"--cleaned {self.cleaned}: another output goes there; pass another name.")
         if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that the command reads or writes, besides the cleaned dataset."""
+        return _files(self.value.data.source, self.output, self.values)
 
 
 # What samples can be ranked by, besides at random: figures of the values report.
@@ -307,6 +309,16 @@ class SelectConfig:
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
         if self.link is not None and self.materialize is None:
             raise SettingsError("--link: says how --materialize places files; pass that too.")
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that the command reads or writes, besides the pruned dataset."""
+        return _files(self.value.data.source, self.output, self.values, self.with_random, self.drop)
+
+
+def _files(*named: str | OutputConfig | None) -> list[Path]:
+    names = [item.path if isinstance(item, OutputConfig) else item for item in named]
+    return [Path(name) for name in names if name and name != STANDARD_STREAM and "://" not in name]
 
 
 def _check_at_least(option: str, value: int | None, least: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from chgval.errors import OutputError
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
     with could_not_write(path):
+        if not path.name:
+            raise OutputError(f"'{path}': is no name of its own; name a file or folder.")
         if (path.exists() or path.is_symlink()) and not overwrite:
             raise OutputError(f"{path}: exists already; pass --overwrite, or another name.")
         if not path.parent.is_dir():
@@ -23,18 +26,24 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 def check_new_folder(path: Path) -> None:
     """Raise OutputError where a folder cannot be made, or holds something already: none is ever replaced."""
+    check_free(path, overwrite=True)
     with could_not_write(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise OutputError(f"{path}: exists already, and folders are never replaced; pass another name.")
-        check_free(path, overwrite=True)
         check_writable(path)
 
 
 def check_writable(path: Path) -> None:
     """Raise OutputError where no file can be made beside the path."""
-    with could_not_write(path):
-        _part(path).touch()
-        _part(path).unlink()
+    with could_not_write(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def check_apart(path: Path, others: Iterable[Path]) -> None:
+    """Raise OutputError where a new file or folder would replace others, or hold them."""
+    for other in others:
+        if other.resolve().is_relative_to(path.resolve()):
+            raise OutputError(f"{path}: {other} is or goes there; pass another name.")
 
 
 @contextmanager
@@ -56,6 +65,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that takes its name, which is free or an empty folder's, only when it is complete."""
     part = _part(path)
     try:
+        if part.exists():  # left over by a process of this number that was killed
+            shutil.rmtree(part)
         part.mkdir()
         yield part
         part.replace(path)

@@ -346,9 +346,10 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
         columns = ("image_column", "label_column", "id_column", "features_column")
         return DataConfig(source=data["source"], **{column: data[column] for column in columns})
     except (KeyError, TypeError) as error:
+        name = "standard input" if source == STANDARD_STREAM else source
         raise DataError(
-            f"{source}: does not say which dataset it is about, as CSV and JSON lines cannot; pass the "
-            "report as Parquet or Arrow."
+            f"{name}: does not say which dataset it is about, as CSV and JSON lines cannot; pass the report "
+            "as Parquet or Arrow."
         ) from error
 
 

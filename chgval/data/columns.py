@@ -73,7 +73,11 @@ def find_label_column(source: str, schema: pa.Schema, name: str | None) -> str:
     if "label" in candidates:
         return "label"
     hints = huggingface_features(schema)
-    class_labels = [n for n in candidates if hints.get(n, {}).get("_type") == "ClassLabel"]
+    class_labels = [
+        name
+        for name in candidates
+        if hints.get(name, {}).get("_type") == "ClassLabel" and not _is_original(schema, name)
+    ]
     if len(class_labels) == 1:
         return class_labels[0]
     for preferred in LABEL_NAMES:
@@ -85,6 +89,15 @@ def find_label_column(source: str, schema: pa.Schema, name: str | None) -> str:
         f"{source}: {found}; {_columns_are(schema)}; pass a column of integers, strings or booleans with "
         "--label-column."
     )
+
+
+def original_column(label_column: str) -> str:
+    """Return the name of the column that keeps labels as they were before others were put in their place."""
+    return f"original_{label_column}"
+
+
+def _is_original(schema: pa.Schema, name: str) -> bool:
+    return name.rstrip("_") in map(original_column, schema.names)
 
 
 def find_id_column(source: str, schema: pa.Schema, name: str | None) -> str | None:

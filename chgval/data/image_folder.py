@@ -80,9 +80,6 @@ class FolderRows:
     class_names: Sequence[str]
     notes: Sequence[str]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
 
 def list_image_folder(root: Path) -> FolderRows:
     """List ROOT/<class>/**/<image>.
@@ -147,10 +144,11 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
         size = choose_size(map(images.read_or_error, probed), largest_size)
+    sizes = [file_size(path) for path in rows.paths]
     if size <= LARGEST_KEPT_SIZE:
         loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size)
     else:
-        loaded = keep_encoded(images, [_file_size(path) for path in images.paths], size, {})
+        loaded = keep_encoded(images, sizes, size, {})
     return Dataset(
         source=str(root),
         ids=rows.ids,
@@ -158,7 +156,7 @@ def read_image_folder(root: Path, size: int | None, largest_size: int) -> Datase
         class_names=rows.class_names,
         content=loaded.content,
         problems=loaded.problems,
-        fingerprint=fingerprint(rows.ids, rows.labels_N, rows.class_names, loaded.encoded_sizes),
+        fingerprint=fingerprint(rows.ids, rows.labels_N, rows.class_names, sizes),
         notes=rows.notes,
         root=str(rows.root),
     )
@@ -195,7 +193,8 @@ def as_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _file_size(path: str) -> int:
+def file_size(path: str) -> int:
+    """Return the bytes of a file, 0 where that cannot be told."""
     try:
         return Path(path).stat().st_size
     except OSError:

@@ -141,9 +141,7 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
             spooled = SpooledImages(stream)
             loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems)
         content, problems, contents = loaded.content, loaded.problems, loaded.encoded_sizes
-        names = [path for path in paths if path]
-        # Paths inside the image column are ids if they tell all rows apart.
-        ids = rows.ids or (names if len(set(names)) == len(rows) else rows.row_numbers())
+        ids = rows.ids or ids_from_paths(paths)
 
     labels_N, names_C = class_indices(rows.raw_labels, rows.class_names, source, ids)
     return Dataset(
@@ -156,6 +154,12 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         fingerprint=fingerprint(ids, labels_N, names_C, contents),
         notes=rows.notes,
     )
+
+
+def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
+    """Return the paths inside the image column if they tell all rows apart, else the rows' numbers."""
+    names = [path for path in paths if path]
+    return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
 
 
 def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
@@ -226,6 +230,20 @@ def _local_files(source: str) -> tuple[str, list[str]]:
     return _before_magic(source), sorted(file for file in found if Path(file).is_file())
 
 
+def is_part_of(source: str, target: Path) -> bool:
+    """Say whether a local file or folder is, or would be, among the files that the user named."""
+    if source.startswith("file://"):
+        _, source = pafs.FileSystem.from_uri(source)
+    elif "://" in source:
+        return False
+    if Path(source).exists():
+        return target.resolve().is_relative_to(Path(source).resolve())
+    found = {Path(file).resolve() for file in _local_files(source)[1]}
+    pattern, new = str(Path(source).absolute()), (target.absolute(), target.absolute() / "train.parquet")
+    matches = (fnmatch.fnmatch(str(f), pattern) if "**" in pattern else f.match(pattern) for f in new)
+    return target.resolve() in found or any(matches)
+
+
 def _remote_files(filesystem: pafs.FileSystem, root: str) -> tuple[str, list[str]]:
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.Directory:
@@ -261,9 +279,9 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
 
 
 def read_batches(
-    shards: pads.FileSystemDataset, columns: list[str], rows: int
+    shards: pads.FileSystemDataset, columns: list[str] | None, rows: int
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Read columns in order, a bounded number of rows at a time, each with the path of its file.
+    """Read columns (None: all) in order, a bounded number of rows at a time, each with the path of its file.
 
     Raises DataError where a file is damaged, or lacks a column.
 
@@ -274,11 +292,12 @@ def read_batches(
             with shards.filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
                 for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
-                    yield path, batch.select(columns)
+                    yield path, batch if columns is None else batch.select(columns)
         except (OSError, KeyError, pa.ArrowException) as error:
+            what = "it" if columns is None else ", ".join(columns)
             raise DataError(
-                f"{path}: reading {', '.join(columns)} failed ({first_line(error)}); the file may be "
-                "damaged, or its columns may differ from those of the other files."
+                f"{path}: reading {what} failed ({first_line(error)}); the file may be damaged, or its "
+                "columns may differ from those of the other files."
             ) from error
 
 

@@ -6,31 +6,34 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import DataConfig, Link
-from chgval.data.columns import huggingface_features, is_image, is_text
-from chgval.data.dataset import class_indices
-from chgval.data.image_folder import FolderRows, as_text, list_image_folder
+from chgval.data.columns import find_image_column, huggingface_features, is_image, is_text, original_column
+from chgval.data.dataset import class_indices, fingerprint
+from chgval.data.image_folder import FolderRows, as_text, file_size, list_image_folder
 from chgval.data.open import kind_of
 from chgval.data.parquet import (
     COLUMN_ROWS,
     IMAGE_ROWS,
     ParquetRows,
+    ids_from_paths,
+    is_part_of,
     open_parquet,
     read_batches,
     read_beside,
 )
-from chgval.errors import DataError, OutputError, SettingsError
+from chgval.errors import DataError, OutputError, SettingsError, first_line
 from chgval.files import check_free, check_new_folder, check_writable, could_not_write, new_folder, replacing
 from chgval.records import IntArray
 
@@ -38,6 +41,22 @@ from chgval.records import IntArray
 ROW_GROUP_BYTES = 32 * 2**20
 SHARD_BYTES = 500 * 10**6
 RELABELLED_FILE = "relabelled.csv"
+LONGEST_STEM = 50
+ADVICE = "it changed since, or was another dataset. Value it anew"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a dataset from when it was read, to see whether it is still the same.
+
+    Attributes:
+        ids, labels_N: names and classes (-1: unknown) of all rows.
+        fingerprint: of the dataset, if that is known.
+    """
+
+    ids: Sequence[str]
+    labels_N: IntArray
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +64,10 @@ class Changes:
     """What shall become of every row of a dataset.
 
     Attributes:
-        ids, labels_N: what the rows are, to see whether it is this dataset: names, and classes (-1: unknown).
         kept_N: which rows are written.
         new_labels_N: the class that a row gets; -1 leaves it its own.
     """
 
-    ids: Sequence[str]
-    labels_N: IntArray
     kept_N: NDArray[np.bool_]
     new_labels_N: IntArray
 
@@ -64,11 +80,13 @@ class Rewritten:
         num_written: rows that the new dataset has.
         vanished: classes that have no rows any more.
         unreadable: files that should have been copied, and could not be read.
+        notes: what a person should know about how the dataset was read.
     """
 
     num_written: int
     vanished: Sequence[str]
     unreadable: Sequence[str]
+    notes: Sequence[str]
 
 
 def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None:
@@ -81,7 +99,7 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None
     Raises:
         DataError: the dataset does not exist.
         SettingsError: it is built in, or a folder of images shall become a file.
-        OutputError: something is in the way, or the new dataset would lie within the old one.
+        OutputError: something is in the way, or the new dataset would be part of the old one.
     """
     kind = kind_of(data)
     if kind == "digits":
@@ -89,16 +107,33 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None
     if kind == "folder" and _is_one_file(target):
         raise SettingsError(f"{target}: the images of {data.source} are copied to a folder; name a folder.")
     with could_not_write(target):
-        if target.resolve().is_relative_to(Path(data.source).resolve()):
-            raise OutputError(f"{target}: is, or lies within, the dataset {data.source}; pass another place.")
-    if _is_one_file(target):
-        check_free(target, overwrite=overwrite)
-        check_writable(target)
-    else:
+        if kind == "folder":
+            rows = list_image_folder(Path(data.source))
+            places = [Path(data.source), *{Path(path).parent for path in rows.paths}]
+            taken = any(target.resolve().is_relative_to(place.resolve()) for place in places)
+        else:
+            taken = is_part_of(data.source, target)
+        if taken:
+            raise OutputError(f"{target}: is part of the dataset {data.source}; pass another place.")
+    if not _is_one_file(target):
         check_new_folder(target)
+        return
+    check_free(target, overwrite=overwrite)
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; pass another name.")
+    check_writable(target)
 
 
-def rewrite(data: DataConfig, changes: Changes, target: Path, link: Link = "copy") -> Rewritten:
+def check_same(data: DataConfig, known: Known) -> None:
+    """Raise DataError where the rows, their ids or their labels are not those that are known of."""
+    if kind_of(data) == "folder":
+        rows = list_image_folder(Path(data.source))
+        _check_rows(data.source, known, rows.ids, rows.labels_N)
+    else:
+        _open_same(data, known)
+
+
+def rewrite(data: DataConfig, known: Known, changes: Changes, target: Path, link: Link = "copy") -> Rewritten:
     """Write a dataset anew. It appears under its name only when it is complete.
 
     Of a folder of images, files are copied or linked; a relabelled image goes to the folder of its new class,
@@ -107,26 +142,28 @@ def rewrite(data: DataConfig, changes: Changes, target: Path, link: Link = "copy
 
     Args:
         data: the dataset.
+        known: what it must still be.
         changes: what becomes of its rows.
         target: as for check_rewritable, which the caller has asked.
         link: how the files of a folder get there; Parquet files are always written.
     Raises:
-        DataError: the dataset cannot be read, or is not the one that the changes are for.
+        DataError: the dataset cannot be read, or is another by now.
         OutputError: it cannot be written.
     """
-    with could_not_write(target):
-        if kind_of(data) == "folder":
-            return _rewrite_folder(data, changes, target, link)
-        return _rewrite_parquet(data, changes, target)
+    if kind_of(data) == "folder":
+        return _rewrite_folder(data, known, changes, target, link)
+    return _rewrite_parquet(data, known, changes, target)
 
 
-def _rewrite_folder(data: DataConfig, changes: Changes, target: Path, link: Link) -> Rewritten:
+def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Path, link: Link) -> Rewritten:
     rows = list_image_folder(Path(data.source))
-    _check_same(data.source, changes, rows.ids, rows.labels_N)
+    _check_rows(data.source, known, rows.ids, rows.labels_N)
+    sizes = [file_size(path) for path in rows.paths]
+    _check_fingerprint(data.source, known, fingerprint(rows.ids, rows.labels_N, rows.class_names, sizes))
     readable_N = np.array([os.access(path, os.R_OK) for path in rows.paths])
     is_moved_N = changes.new_labels_N >= 0
     relabelled = []
-    with new_folder(target) as folder:
+    with could_not_write(target), new_folder(target) as folder:
         # Files that keep their place go first, so that no relabelled one takes it.
         for moved in (False, True):
             for row in np.flatnonzero(changes.kept_N & readable_N & (is_moved_N == moved)).tolist():
@@ -135,28 +172,34 @@ def _rewrite_folder(data: DataConfig, changes: Changes, target: Path, link: Link
                 if moved:
                     place = _new_place(folder, place, rows.folders[changes.new_labels_N[row]])
                     relabelled.append((row, place))
-                (folder / place).parent.mkdir(parents=True, exist_ok=True)
                 _place(path, folder / place, link)
         if relabelled:
             _list_relabelled(rows, relabelled, folder / RELABELLED_FILE)
     unreadable = [rows.ids[row] for row in np.flatnonzero(changes.kept_N & ~readable_N).tolist()]
-    return _rewritten(changes, changes.kept_N & readable_N, rows.class_names, unreadable)
+    return _rewritten(known, changes, changes.kept_N & readable_N, rows.class_names, rows.notes, unreadable)
 
 
 def _place(path: Path, place: Path, link: Link) -> None:
-    match link:
-        case "copy":
-            shutil.copy2(path, place)
-        case "hard":
-            place.hardlink_to(path.resolve())
-        case "sym":
-            place.symlink_to(path.resolve())
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        match link:
+            case "copy":
+                shutil.copy2(path, place)
+            case "hard":
+                place.hardlink_to(path.resolve())
+            case "sym":
+                place.symlink_to(path.resolve())
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "pass --link copy" if link == "hard" else "make room, or leave that file out"
+        raise OutputError(f"{path}: cannot be put into a new folder ({reason}); {advice}.") from error
 
 
 def _new_place(folder: Path, place: Path, class_folder: str) -> Path:
     """Return where a relabelled image goes: below its new class, its old one in its name."""
     new_place = Path(class_folder, *place.parts[1:])
-    stem = f"{place.stem}.was-{place.parts[0]}"
+    # Names may have 255 bytes; what they end in tells the class.
+    stem = f"{place.stem[:LONGEST_STEM]}.was-{place.parts[0][:LONGEST_STEM]}"
     while (folder / new_place.with_name(stem + place.suffix)).exists():
         stem += "-too"
     return new_place.with_name(stem + place.suffix)
@@ -174,26 +217,46 @@ def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], p
     pacsv.write_csv(table, path)
 
 
-def _rewrite_parquet(data: DataConfig, changes: Changes, target: Path) -> Rewritten:
+def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: Path) -> Rewritten:
+    rows, labels_N, class_names = _open_same(data, known)
+    schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
+    seen = _Seen()
+    groups = _row_groups(_changed(data, rows, changes, schema, labels_N, class_names, seen))
+    with could_not_write(target):
+        if _is_one_file(target):
+            with replacing(target) as file:
+                _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
+                _check_seen(data, known, rows, labels_N, class_names, seen)
+        else:
+            with new_folder(target) as folder:
+                _write_shards(folder, schema, groups)
+                _check_seen(data, known, rows, labels_N, class_names, seen)
+    return _rewritten(known, changes, changes.kept_N, class_names, rows.notes, [])
+
+
+def _open_same(data: DataConfig, known: Known) -> tuple[ParquetRows, IntArray, list[str]]:
+    """Return the rows, their classes and the class names, if the rows are those that are known of."""
     rows = open_parquet(data.source, data)
     ids = rows.ids or rows.row_numbers()
     labels_N, class_names = class_indices(rows.raw_labels, rows.class_names, data.source, ids)
-    _check_same(data.source, changes, rows.ids, labels_N)
-    schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
-    groups = _row_groups(_changed(rows, changes, schema, _stored_labels(rows, labels_N, class_names)))
-    if _is_one_file(target):
-        with replacing(target) as file:
-            _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
-    else:
-        with new_folder(target) as folder:
-            _write_shards(folder, schema, groups)
-    return _rewritten(changes, changes.kept_N, class_names, [])
+    _check_rows(data.source, known, rows.ids, labels_N)
+    return rows, labels_N, class_names
 
 
 def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
-    """Return the schema of the files, with a column of original labels where there will be other ones."""
-    schema, label = rows.shards.schema, rows.label_column
-    original = _original(label)
+    """Return the schema of all files, with a column of original labels where there will be other ones.
+
+    Raises:
+        DataError: the files disagree about the types of their columns.
+    """
+    shards, label = rows.shards, rows.label_column
+    try:
+        schemas = [pq.read_schema(path, filesystem=shards.filesystem) for path in shards.files]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{rows.source}: the files do not fit each other ({first_line(error)}).") from error
+    schema = schema.with_metadata(shards.schema.metadata)
+    original = _original_column(schema, label)
     if not relabels or original in schema.names:
         return schema
     metadata = dict(schema.metadata or {})
@@ -205,35 +268,77 @@ def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
     return schema.append(schema.field(label).with_name(original)).with_metadata(metadata)
 
 
-def _stored_labels(rows: ParquetRows, labels_N: IntArray, class_names: Sequence[str]) -> dict[int, object]:
+def _original_column(schema: pa.Schema, label: str) -> str:
+    """Return the column of original labels; one of that name and another type is somebody else's."""
+    name = original_column(label)
+    while name in schema.names and schema.field(name).type != schema.field(label).type:
+        name += "_"
+    return name
+
+
+def _stored_labels(
+    kind: pa.DataType, rows: ParquetRows, labels_N: IntArray, class_names: Sequence[str]
+) -> dict[int, object]:
     """Return what the files write for every class; for one without rows, its name or its index."""
-    kind = rows.shards.schema.field(rows.label_column).type
     unseen: Sequence[object] = class_names if is_text(kind) else range(len(class_names))
     return {**dict(enumerate(unseen)), **dict(zip(labels_N.tolist(), rows.raw_labels, strict=True))}
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Paths and sizes of the images that were read: what the fingerprint is made of, besides labels."""
+
+    paths: list[str | None] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+
 def _changed(
-    rows: ParquetRows, changes: Changes, schema: pa.Schema, stored: dict[int, object]
+    data: DataConfig,
+    rows: ParquetRows,
+    changes: Changes,
+    schema: pa.Schema,
+    labels_N: IntArray,
+    class_names: Sequence[str],
+    seen: _Seen,
 ) -> Iterator[pa.Table]:
     """Yield the rows that are kept, a few at a time, with their new labels and all their images embedded."""
-    names, label = rows.shards.schema.names, rows.label_column
-    image_columns = [name for name in names if is_image(schema.field(name).type)]
+    label, original = rows.label_column, _original_column(schema, rows.label_column)
+    adds_original = original in schema.names and original not in rows.shards.schema.names
+    stored = _stored_labels(schema.field(label).type, rows, labels_N, class_names)
+    image_columns = [field.name for field in schema if is_image(field.type)]
+    valued = None
+    if data.features_column is None:
+        valued = find_image_column(data.source, rows.shards.schema, data.image_column)
     is_local = isinstance(rows.shards.filesystem, pafs.LocalFileSystem)
     start = 0
-    for path, batch in read_batches(rows.shards, names, IMAGE_ROWS if image_columns else COLUMN_ROWS):
+    for path, batch in read_batches(rows.shards, None, IMAGE_ROWS if image_columns else COLUMN_ROWS):
         stop = start + len(batch)
         kept_B, new_labels_B = changes.kept_N[start:stop], changes.new_labels_N[start:stop]
         start = stop
-        columns = dict(zip(names, batch.columns, strict=True))
-        if schema.names != names:
-            columns[_original(label)] = columns[label]
-        if (new_labels_B >= 0).any():
-            labels = zip(columns[label].to_pylist(), new_labels_B.tolist(), strict=True)
-            changed = [given if new < 0 else stored[new] for given, new in labels]
-            columns[label] = pa.array(changed, columns[label].type)
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         for name in image_columns if is_local else ():
-            columns[name] = _embedded(columns[name], Path(path).parent)
-        yield pa.table(columns).filter(pa.array(kept_B)).cast(schema)
+            if name in columns:
+                columns[name] = _embedded(columns[name], Path(path).parent)
+        if valued is not None:
+            _note_images(columns[valued], seen)
+        if adds_original:
+            columns[original] = columns[label]
+        try:
+            if (new_labels_B >= 0).any():
+                labels = zip(columns[label].to_pylist(), new_labels_B.tolist(), strict=True)
+                changed = [given if new < 0 else stored[new] for given, new in labels]
+                columns[label] = pa.array(changed, schema.field(label).type)
+            table = pa.table({name: columns.get(name, pa.nulls(len(batch))) for name in schema.names})
+            yield table.cast(schema).filter(pa.array(kept_B))
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: does not fit the other files ({first_line(error)}).") from error
+
+
+def _note_images(images: pa.Array, seen: _Seen) -> None:
+    encoded = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+    seen.sizes.extend(pc.fill_null(pc.binary_length(encoded), 0).to_pylist())
+    has_path = pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0
+    seen.paths.extend(pc.struct_field(images, "path").to_pylist() if has_path else [None] * len(images))
 
 
 def _embedded(images: pa.Array, folder: Path) -> pa.Array:
@@ -253,13 +358,23 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     size = 0
     for table in tables:
-        held.append(table)
-        size += table.nbytes
+        if table.num_rows:
+            held.append(table)
+            size += _num_bytes(table)
         if size >= ROW_GROUP_BYTES:
             yield pa.concat_tables(held)
             held, size = [], 0
     if held:
         yield pa.concat_tables(held)
+
+
+def _num_bytes(table: pa.Table) -> int:
+    """Return about how many bytes a table adds; each part of a dictionary column holds the dictionary."""
+    sizes = (
+        8 * table.num_rows if pa.types.is_dictionary(column.type) else column.nbytes
+        for column in table.columns
+    )
+    return sum(sizes)
 
 
 def _write_shards(folder: Path, schema: pa.Schema, groups: Iterator[pa.Table]) -> None:
@@ -285,7 +400,7 @@ def _write_shard(
     with pq.ParquetWriter(file, schema, **_encodings(schema)) as writer:
         while group is not None and (largest is None or written < largest):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
-            written += group.nbytes
+            written += _num_bytes(group)
             group = next(groups, None)
     return group
 
@@ -301,35 +416,54 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     return {"compression": compression, "use_dictionary": others, "write_page_index": True}
 
 
-def _check_same(source: str, changes: Changes, ids: Sequence[str] | None, labels_N: IntArray) -> None:
-    """Raise DataError where rows are not those that the changes are for."""
-    advice = "it changed since, or was another dataset. Value it anew"
-    if len(labels_N) != len(changes.labels_N):
+def _check_rows(source: str, known: Known, ids: Sequence[str] | None, labels_N: IntArray) -> None:
+    """Raise DataError where rows are not those that are known of; ids are None if rows have none."""
+    if len(labels_N) != len(known.labels_N):
         raise DataError(
-            f"{source}: has {len(labels_N):,} rows where the report has {len(changes.labels_N):,}; {advice}."
+            f"{source}: has {len(labels_N):,} rows where the report has {len(known.labels_N):,}; {ADVICE}."
         )
-    differs_N = labels_N != changes.labels_N
+    differs_N = labels_N != known.labels_N
     if ids is not None:
-        differs_N |= np.array(ids, dtype=object) != np.array(changes.ids, dtype=object)
+        differs_N |= np.array(ids, dtype=object) != np.array(known.ids, dtype=object)
     if differs_N.any():
         row = int(differs_N.argmax())
         raise DataError(
             f"{source}: row {row:,} ({ids[row] if ids else 'without id'}, class {labels_N[row]}) is not that "
-            f"of the report ({changes.ids[row]}, class {changes.labels_N[row]}); {advice}."
+            f"of the report ({known.ids[row]}, class {known.labels_N[row]}); {ADVICE}."
         )
 
 
+def _check_seen(
+    data: DataConfig,
+    known: Known,
+    rows: ParquetRows,
+    labels_N: IntArray,
+    class_names: Sequence[str],
+    seen: _Seen,
+) -> None:
+    """Raise DataError where images were not those of the report, although their labels were."""
+    if data.features_column is None:
+        ids = rows.ids or ids_from_paths(seen.paths)
+        _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, seen.sizes))
+
+
+def _check_fingerprint(source: str, known: Known, found: str) -> None:
+    if known.fingerprint is not None and found != known.fingerprint:
+        raise DataError(f"{source}: its images or class names are not those of the report; {ADVICE}.")
+
+
 def _rewritten(
-    changes: Changes, written_N: NDArray[np.bool_], class_names: Sequence[str], unreadable: Sequence[str]
+    known: Known,
+    changes: Changes,
+    written_N: NDArray[np.bool_],
+    class_names: Sequence[str],
+    notes: Sequence[str],
+    unreadable: Sequence[str],
 ) -> Rewritten:
-    labels_N = np.where(changes.new_labels_N >= 0, changes.new_labels_N, changes.labels_N)
-    before, after = np.unique(changes.labels_N), labels_N[written_N]
+    labels_N = np.where(changes.new_labels_N >= 0, changes.new_labels_N, known.labels_N)
+    before, after = np.unique(known.labels_N), labels_N[written_N]
     vanished = [class_names[label] for label in np.setdiff1d(before, after) if label >= 0]
-    return Rewritten(int(written_N.sum()), vanished, unreadable)
-
-
-def _original(label_column: str) -> str:
-    return f"original_{label_column}"
+    return Rewritten(int(written_N.sum()), vanished, unreadable, notes)
 
 
 def _is_one_file(target: Path) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chgval.config import DataConfig, DetectConfig, Rule
 from chgval.console import Console
 from chgval.errors import DataError, SettingsError
+from chgval.files import check_apart
 from chgval.noise import automatic_cut, calibrated_by, estimate_rate, mixture_flags, two_means_flags
 from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, SuspectLine
 from chgval.reports import (
@@ -50,6 +51,8 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     """
     source = config.value.data.source
     check_output(config.output, source)
+    if config.cleaned is not None:
+        check_apart(config.cleaned, config.files)
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report = given.report
     assessment = assess(report, config, given.aum_flags_N)
@@ -71,7 +74,7 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     target = "standard output" if config.output.to_stdout else config.output.path
     console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
     if config.cleaned is not None:
-        _write_cleaned(given.data, report, assessment.flagged_N, config.cleaned, config.relabel, console)
+        _write_cleaned(given, assessment.flagged_N, config.cleaned, config.relabel, console)
     return rate
 
 
@@ -104,7 +107,7 @@ def _read_report(config: DetectConfig) -> _Input:
     if config.cleaned is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
-        data = dataset_behind(source, metadata, config.cleaned, overwrite=config.output.overwrite)
+        data = dataset_behind(source, report, metadata, config.cleaned, overwrite=config.output.overwrite)
     return _Input(report, metadata, data)
 
 
@@ -112,7 +115,7 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     # These import torch, which reports do without.
     from chgval.data.rewrite import check_rewritable
     from chgval.runs.duplicates import check_images, find_duplicates
-    from chgval.runs.threshold_samples import threshold_flags
+    from chgval.runs.threshold_samples import check_enough, threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     if config.cleaned is not None:
@@ -121,6 +124,8 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     dataset = read_dataset(config.value, console)
     if config.duplicates:
         check_images(dataset)
+    if config.rule == "aum":
+        check_enough(dataset)
     valued = value_dataset(config.value, dataset, config.values, console, command=command)
     return _Input(
         report=valued.table.select(COLUMNS),
@@ -132,22 +137,21 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
 
 
 def _write_cleaned(
-    data: DataConfig,
-    report: pa.Table,
-    flagged_N: NDArray[np.bool_],
-    target: Path,
-    relabel: float | None,
-    console: Console,
+    given: _Input, flagged_N: NDArray[np.bool_], target: Path, relabel: float | None, console: Console
 ) -> None:
     """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
     from chgval.runs.rewriting import rewrite_rows  # imports torch
 
+    report = given.report
     sure_N = np.zeros(len(flagged_N), dtype=bool)
     if relabel is not None:
         sure_N = flagged_N & (_figures(report, "suggested_probability") >= relabel)
     suggested_N = report["suggested_label"].fill_null(-1).to_numpy()
     new_labels_N = np.where(sure_N, suggested_N, -1)
-    written = rewrite_rows(data, report, ~flagged_N | sure_N, target, console, new_labels_N=new_labels_N)
+    kept_N = ~flagged_N | sure_N
+    written = rewrite_rows(
+        given.data, report, given.metadata, kept_N, target, console, new_labels_N=new_labels_N
+    )
     relabelled = "" if relabel is None else f", {sure_N.sum():,} of them relabelled"
     console.say(f"{written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
 

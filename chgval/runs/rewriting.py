@@ -11,29 +11,44 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig, Link
 from chgval.console import Console
-from chgval.data.rewrite import Changes, check_rewritable, rewrite
+from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
 from chgval.errors import DataError
 from chgval.records import IntArray
 from chgval.reports import dataset_of
 
 
-def dataset_behind(report: str, metadata: dict[str, Any], target: Path, *, overwrite: bool) -> DataConfig:
+def dataset_behind(
+    source: str, report: pa.Table, metadata: dict[str, Any], target: Path, *, overwrite: bool
+) -> DataConfig:
     """Return the dataset that a report is about, if it can be written anew at the target.
 
+    Args:
+        source: the report's name.
+        report: `id` and `label` of every row.
+        metadata: of the report.
+        target: where the dataset shall be written.
+        overwrite: whether a file may be replaced.
     Raises:
-        ChgvalError: the report does not say, the dataset is not there, or the target is not free.
+        ChgvalError: the report does not say, the dataset is not there or another by now, or the target is
+            not free.
     """
-    data = dataset_of(metadata, report)
+    data = dataset_of(metadata, source)
     try:
         check_rewritable(data, target, overwrite=overwrite)
+        check_same(data, _known(report, metadata))
     except DataError as error:
-        raise DataError(f"{error} {report} was made from it, under this name.") from error
+        raise DataError(f"{error} {source} was made from it, under this name.") from error
     return data
+
+
+def _known(report: pa.Table, metadata: dict[str, Any]) -> Known:
+    return Known(report["id"].to_pylist(), report["label"].to_numpy(), metadata.get("fingerprint"))
 
 
 def rewrite_rows(
     data: DataConfig,
     report: pa.Table,
+    metadata: dict[str, Any],
     kept_N: NDArray[np.bool_],
     target: Path,
     console: Console,
@@ -46,6 +61,7 @@ def rewrite_rows(
     Args:
         data: the dataset.
         report: `id` and `label` of every row.
+        metadata: of the report.
         kept_N: which rows to write.
         target: where to.
         console: where to tell about vanished classes and unreadable files.
@@ -54,13 +70,10 @@ def rewrite_rows(
     Raises:
         ChgvalError: the dataset is not that of the report any more, or cannot be written.
     """
-    changes = Changes(
-        ids=report["id"].to_pylist(),
-        labels_N=report["label"].to_numpy(),
-        kept_N=kept_N,
-        new_labels_N=np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N,
-    )
-    written = rewrite(data, changes, target, link)
+    changes = Changes(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
+    written = rewrite(data, _known(report, metadata), changes, target, link)
+    for note in written.notes:
+        console.say(f"note: {note}")
     for name in written.vanished:
         console.warn(f"class '{name}' has no rows any more")
     if written.unreadable:

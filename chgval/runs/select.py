@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chgval.config import DataConfig, SelectConfig
 from chgval.console import Console
 from chgval.errors import DataError
+from chgval.files import check_apart
 from chgval.records import FloatArray, IntArray, SelectedClass
 from chgval.reports import (
     MANIFEST_SCHEMA,
@@ -45,6 +46,8 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
     """
     source = config.value.data.source
     check_output(config.output, source)
+    if config.materialize is not None:
+        check_apart(config.materialize, config.files)
     if config.with_random is not None:
         check_output(config.with_random, source)
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
@@ -72,7 +75,9 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
         from chgval.runs.rewriting import rewrite_rows  # imports torch
 
         link = config.link or "copy"
-        written = rewrite_rows(given.data, report, kept_N, config.materialize, console, link=link)
+        written = rewrite_rows(
+            given.data, report, given.metadata, kept_N, config.materialize, console, link=link
+        )
         console.say(f"{written:,} rows -> {config.materialize}")
 
 
@@ -121,7 +126,7 @@ def _read_report(config: SelectConfig) -> _Input:
     if config.materialize is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
-        data = dataset_behind(source, metadata, config.materialize, overwrite=config.output.overwrite)
+        data = dataset_behind(source, report, metadata, config.materialize, overwrite=config.output.overwrite)
     return _Input(report, metadata, data)
 
 

@@ -18,6 +18,16 @@ from chgval.runs.value import prepared, train_to_end
 PERCENTILE = 99
 
 
+def check_enough(dataset: Dataset) -> None:
+    """Raise DataError where there are too few samples to put some into another class."""
+    num_samples = len(dataset.usable_rows())
+    if num_samples <= dataset.num_classes:
+        raise DataError(
+            f"{dataset.source}: {num_samples:,} samples of {dataset.num_classes:,} classes are too few for "
+            "--threshold aum; use another rule."
+        )
+
+
 def threshold_flags(config: ValueConfig, dataset: Dataset, console: Console) -> NDArray[np.bool_]:
     """Train twice, each time with some samples put into an additional class, and flag by their margins.
 
@@ -33,14 +43,9 @@ def threshold_flags(config: ValueConfig, dataset: Dataset, console: Console) -> 
     Returns:
         Which rows are flagged, shape (N,).
     Raises:
-        DataError: there are too few samples to put some into another class.
+        DataError: none of the threshold samples can be read.
     """
     first_rows, second_rows = threshold_sets(dataset.usable_rows(), dataset.num_classes, config.train.seed)
-    if not len(second_rows):
-        raise DataError(
-            f"{dataset.source}: {len(dataset.usable_rows()):,} samples of {dataset.num_classes:,} classes "
-            "are too few for --threshold aum; use another rule."
-        )
     console.say("training with threshold samples, the first of two times")
     flagged_N = below_threshold(_margins(config, dataset, first_rows, console), first_rows)
     console.say("training with threshold samples, the second time")
@@ -60,7 +65,10 @@ def threshold_sets(rows: IntArray, num_classes: int, seed: int) -> tuple[IntArra
 def below_threshold(margin_N: FloatArray, threshold_rows: IntArray) -> NDArray[np.bool_]:
     """Say which margins lie below the percentile of those of the threshold samples; NaN never does."""
     known_T = margin_N[threshold_rows]
-    flagged_N: NDArray[np.bool_] = margin_N < np.percentile(known_T[np.isfinite(known_T)], PERCENTILE)
+    known_T = known_T[np.isfinite(known_T)]
+    if not len(known_T):
+        raise DataError("none of the threshold samples could be read; use another --threshold.")
+    flagged_N: NDArray[np.bool_] = margin_N < np.percentile(known_T, PERCENTILE)
     return flagged_N
 
 

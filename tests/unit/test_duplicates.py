@@ -30,7 +30,6 @@ COPIES = {
     "mirrored": lambda image: encoded(ImageOps.mirror(image)),
     "re-encoded": lambda image: encoded(image, "jpeg", quality=50),
     "darker": lambda image: encoded(ImageEnhance.Brightness(image).enhance(0.7)),
-    "gray": lambda image: encoded(image.convert("L")),
     "larger": lambda image: encoded(image.resize((64, 64), Image.Resampling.BICUBIC)),
 }
 
@@ -44,6 +43,9 @@ def found(tmp_path_factory):
     for row, copy in enumerate(COPIES.values()):
         images += [copy(originals[row]), copy(originals[row + 20])]
         labels += [1 - row % 2, row % 2]  # the first copy has the other label, the second the same
+    # Twelve copies of one picture: more of one label than there are candidates, and one of the other.
+    images += [encoded(originals[NUM_ORIGINALS - 1])] * 12
+    labels += [1] * 11 + [0]
     images.append(b"no image")
     labels.append(0)
     pq.write_table(pa.table({"image": images, "label": labels}), path)
@@ -61,11 +63,18 @@ def test_a_copy_with_another_label_is_found_from_both_sides(found, name):
     assert (found[copy], found[row]) == (row, copy)
 
 
+def test_all_of_many_copies_are_found(found):
+    crowd = NUM_ORIGINALS + 2 * len(COPIES)
+    assert found[NUM_ORIGINALS - 1] == crowd + 11 and (found[crowd : crowd + 11] == crowd + 11).all()
+    assert found[crowd + 11] in {NUM_ORIGINALS - 1, *range(crowd, crowd + 11)}
+
+
 def test_nothing_else_is_found(found):
     """Neither copies with the same label, nor other images, nor what cannot be read."""
     planted = {*range(len(COPIES)), *range(NUM_ORIGINALS, NUM_ORIGINALS + 2 * len(COPIES), 2)}
-    assert len(found) == NUM_ORIGINALS + 2 * len(COPIES) + 1
-    assert set(np.flatnonzero(found >= 0)) == planted
+    crowd = NUM_ORIGINALS + 2 * len(COPIES)
+    assert len(found) == crowd + 13
+    assert set(np.flatnonzero(found >= 0)) == planted | {NUM_ORIGINALS - 1, *range(crowd, crowd + 12)}
 
 
 def test_what_has_no_details_is_refused():

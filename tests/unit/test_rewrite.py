@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from chgval.config import DataConfig
 from chgval.data import rewrite as module
 from chgval.data.open import open_dataset
-from chgval.data.rewrite import Changes, check_rewritable, rewrite
+from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
 from chgval.errors import DataError, OutputError, SettingsError
 from tests.conftest import make_image, write_folder
 
@@ -23,13 +24,14 @@ SIZE = 12
 
 
 def changes_of(data, dropped=(), relabelled=None):
-    """Changes to the dataset as the program itself reads it."""
+    """What is known of the dataset as the program itself reads it, and changes to it."""
     dataset = open_dataset(data, SIZE)
     kept_N = ~np.isin(np.arange(len(dataset)), list(dropped))
     new_labels_N = np.full(len(dataset), -1)
     for row, label in (relabelled or {}).items():
         new_labels_N[row] = label
-    return Changes(ids=dataset.ids, labels_N=dataset.labels_N, kept_N=kept_N, new_labels_N=new_labels_N)
+    known = Known(dataset.ids, dataset.labels_N, dataset.fingerprint)
+    return known, Changes(kept_N, new_labels_N)
 
 
 def png(label, seed):
@@ -70,7 +72,7 @@ def test_a_folder_is_copied_without_the_dropped_and_with_the_relabelled(folder, 
     (folder / "cat" / "deep" / "x.png").write_bytes(png(0, 78))
     ids = open_dataset(data, SIZE).ids
     moved = {ids.index("cat/003.png"): 1, ids.index("cat/deep/x.png"): 1}
-    result = rewrite(data, changes_of(data, [ids.index("dog/000.png")], moved), tmp_path / "new")
+    result = rewrite(data, *changes_of(data, [ids.index("dog/000.png")], moved), tmp_path / "new")
 
     assert (result.num_written, result.vanished, result.unreadable) == (9, [], [])
     theirs = ImageFolder(tmp_path / "new")
@@ -97,14 +99,14 @@ def test_classes_that_vanish_and_files_that_cannot_be_read_are_told(folder, tmp_
     data = DataConfig(source=str(folder))
     (folder / "dog" / "000.png").unlink()
     (folder / "dog" / "000.png").symlink_to("nowhere")
-    result = rewrite(data, changes_of(data, [0, 1, 2, 3]), tmp_path / "new")
+    result = rewrite(data, *changes_of(data, [0, 1, 2, 3]), tmp_path / "new")
     assert (result.num_written, result.vanished, result.unreadable) == (3, ["cat"], ["dog/000.png"])
     assert ImageFolder(tmp_path / "new").classes == ["dog"]
 
 
 def test_parquet_keeps_schema_metadata_and_order_for_hugging_face(hugging_face, tmp_path):
     data = DataConfig(source=str(hugging_face))
-    rewrite(data, changes_of(data, [2, 5], {0: 2, 7: 0}), tmp_path / "new")
+    rewrite(data, *changes_of(data, [2, 5], {0: 2, 7: 0}), tmp_path / "new")
     before = datasets.load_dataset(str(hugging_face), split="train")
     after = datasets.load_dataset(str(tmp_path / "new"), split="train")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["train-00000-of-00001.parquet"]
@@ -119,7 +121,7 @@ def test_parquet_keeps_schema_metadata_and_order_for_hugging_face(hugging_face, 
 
 def test_without_relabelling_one_file_has_the_very_schema(hugging_face, tmp_path):
     data = DataConfig(source=str(hugging_face))
-    rewrite(data, changes_of(data, [0]), tmp_path / "new.parquet")
+    rewrite(data, *changes_of(data, [0]), tmp_path / "new.parquet")
     old, new = (pq.read_schema(path) for path in (hugging_face / "train-0.parquet", tmp_path / "new.parquet"))
     assert new.equals(old, check_metadata=True)
     file = pq.ParquetFile(tmp_path / "new.parquet")
@@ -133,9 +135,9 @@ def test_without_relabelling_one_file_has_the_very_schema(hugging_face, tmp_path
 
 def test_originals_of_an_earlier_cleaning_stay(hugging_face, tmp_path):
     data = DataConfig(source=str(hugging_face))
-    rewrite(data, changes_of(data, [], {0: 1}), tmp_path / "once.parquet")
+    rewrite(data, *changes_of(data, [], {0: 1}), tmp_path / "once.parquet")
     once = DataConfig(source=str(tmp_path / "once.parquet"))
-    rewrite(once, changes_of(once, [], {0: 2, 1: 2}), tmp_path / "twice.parquet")
+    rewrite(once, *changes_of(once, [], {0: 2, 1: 2}), tmp_path / "twice.parquet")
     twice = pq.read_table(tmp_path / "twice.parquet")
     assert twice["original_label"].to_pylist() == [0, 1] * 4
     assert twice["label"].to_pylist()[:3] == [2, 2, 0]
@@ -161,7 +163,7 @@ def test_a_new_label_is_written_as_the_files_write_labels(tmp_path, labels, kind
     )
     pq.write_table(table, tmp_path / "data.parquet", row_group_size=2)
     data = DataConfig(source=str(tmp_path / "data.parquet"))
-    rewrite(data, changes_of(data, [3], {0: 0, 1: 1}), tmp_path / "new.parquet")
+    rewrite(data, *changes_of(data, [3], {0: 0, 1: 1}), tmp_path / "new.parquet")
     new = pq.read_table(tmp_path / "new.parquet")
     assert new.schema.field("y").type == new.schema.field("original_y").type == kind
     expected = pa.array([labels[1], labels[0], labels[2]], kind)
@@ -178,7 +180,7 @@ def test_images_that_lie_beside_the_file_are_embedded(tmp_path):
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(table.set_column(0, "image", pa.array(paths, kind)), tmp_path / "old" / "data.parquet")
     data = DataConfig(source=str(tmp_path / "old" / "data.parquet"))
-    rewrite(data, changes_of(data, [1]), tmp_path / "new.parquet")
+    rewrite(data, *changes_of(data, [1]), tmp_path / "new.parquet")
     images = pq.read_table(tmp_path / "new.parquet")["image"].to_pylist()
     assert images[1] == {"bytes": png(0, 2), "path": "2.png"} and images[3] == {
         "bytes": None,
@@ -191,7 +193,7 @@ def test_large_datasets_get_several_row_groups_and_files(hugging_face, tmp_path,
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", 600)
     monkeypatch.setattr(module, "SHARD_BYTES", 1200)
     data = DataConfig(source=str(hugging_face))
-    rewrite(data, changes_of(data, [3]), tmp_path / "new")
+    rewrite(data, *changes_of(data, [3]), tmp_path / "new")
     files = sorted((tmp_path / "new").iterdir())
     assert len(files) > 1
     assert [file.name for file in files] == [
@@ -204,7 +206,7 @@ def test_large_datasets_get_several_row_groups_and_files(hugging_face, tmp_path,
 
 def test_nothing_kept_is_an_empty_file_of_the_same_schema(hugging_face, tmp_path):
     data = DataConfig(source=str(hugging_face))
-    result = rewrite(data, changes_of(data, range(8)), tmp_path / "new.parquet")
+    result = rewrite(data, *changes_of(data, range(8)), tmp_path / "new.parquet")
     assert result.num_written == 0 and result.vanished == ["cat", "dog"]
     assert pq.read_table(tmp_path / "new.parquet").num_rows == 0
 
@@ -216,24 +218,74 @@ def test_another_dataset_is_refused_and_nothing_is_written(folder, hugging_face,
     with pytest.raises(
         DataError, match=r"row 3 \(cat/004.png, class 0\) is not that of the report \(cat/003"
     ):
-        rewrite(data, changes, tmp_path / "new")
+        rewrite(data, *changes, tmp_path / "new")
     (folder / "cat" / "004.png").unlink()
     with pytest.raises(DataError, match="has 7 rows where the report has 8"):
-        rewrite(data, changes, tmp_path / "new")
-    with pytest.raises(DataError, match=r"row 1 \(without id, class 1\) is not that of the report"):
-        rewrite(DataConfig(source=str(hugging_face)), changes, tmp_path / "new")
+        rewrite(data, *changes, tmp_path / "new")
+    with pytest.raises(DataError, match=r"(its images or class names|row 1 )"):
+        rewrite(DataConfig(source=str(hugging_face)), *changes, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "images"]
 
 
-def test_a_failure_half_way_leaves_nothing(hugging_face, tmp_path):
+def test_images_in_another_order_are_noticed_although_the_labels_agree(hugging_face, tmp_path):
     data = DataConfig(source=str(hugging_face))
-    changes = changes_of(data)
-    other = pq.read_table(hugging_face / "train-1.parquet").drop("caption")
-    pq.write_table(other, hugging_face / "train-1.parquet")
+    known, changes = changes_of(data, [0])
+    table = pq.read_table(hugging_face / "train-0.parquet")
+    pq.write_table(table.take([2, 1, 0, 3]), hugging_face / "train-0.parquet")
+    check_same(data, known)  # labels and row numbers say nothing
     for target in ("new", "new.parquet"):
-        with pytest.raises(DataError, match=r"train-1\.parquet: reading"):
-            rewrite(data, changes, tmp_path / target)
+        with pytest.raises(DataError, match="its images or class names are not those of the report"):
+            rewrite(data, known, changes, tmp_path / target)
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_files_that_do_not_fit_each_other_are_told_and_leave_nothing(hugging_face, tmp_path):
+    data = DataConfig(source=str(hugging_face))
+    known = changes_of(data)
+    other = pq.read_table(hugging_face / "train-1.parquet")
+    position = other.schema.get_field_index("caption")
+    pq.write_table(
+        other.set_column(position, "caption", pa.array([[1]] * 4)), hugging_face / "train-1.parquet"
+    )
+    for target in ("new", "new.parquet"):
+        with pytest.raises(DataError, match="the files do not fit each other"):
+            rewrite(data, *known, tmp_path / target)
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_columns_that_some_files_lack_or_hold_nulls_in_are_kept(hugging_face, tmp_path):
+    data = DataConfig(source=str(hugging_face))
+    first = pq.read_table(hugging_face / "train-0.parquet").drop("caption")
+    first = first.append_column("note", pa.nulls(4))
+    pq.write_table(first, hugging_face / "train-0.parquet")
+    second = pq.read_table(hugging_face / "train-1.parquet").append_column("note", pa.array(list("abcd")))
+    pq.write_table(second, hugging_face / "train-1.parquet")
+    rewrite(data, *changes_of(data, [0, 5]), tmp_path / "new.parquet")
+    new = pq.read_table(tmp_path / "new.parquet")
+    assert new["caption"].to_pylist() == [None, None, None, "number 4", "number 6", "number 7"]
+    assert new["note"].to_pylist() == [None, None, None, "a", "c", "d"]
+
+
+def test_a_relabelled_dataset_is_read_back_with_its_own_labels(tmp_path):
+    features = datasets.Features(
+        image=datasets.Image(),
+        species=datasets.ClassLabel(names=["cat", "dog"]),
+        category=datasets.Value("string"),
+        original_species=datasets.Value("string"),
+    )
+    rows = [
+        {"image": {"bytes": png(i % 2, i), "path": None}, "species": i % 2, "category": f"c{i}",
+         "original_species": "x"}
+        for i in range(4)
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    data = DataConfig(source=str(tmp_path / "data.parquet"))
+    rewrite(data, *changes_of(data, [], {0: 1}), tmp_path / "new.parquet")
+    again = open_dataset(DataConfig(source=str(tmp_path / "new.parquet")), SIZE)
+    assert again.class_names == ["cat", "dog"] and again.labels_N.tolist() == [1, 1, 0, 1]
+    new = pq.read_table(tmp_path / "new.parquet")
+    assert new["original_species"].to_pylist() == ["x"] * 4
+    assert new["original_species_"].to_pylist() == [0, 1, 0, 1]
 
 
 def test_where_nothing_may_be_written_is_told_before(folder, hugging_face, tmp_path):
@@ -242,23 +294,42 @@ def test_where_nothing_may_be_written_is_told_before(folder, hugging_face, tmp_p
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "old.parquet").touch()
+    (tmp_path / "spark.parquet").mkdir()
     for data, target, error, message in [
         (DataConfig(source="builtin:digits"), "new", SettingsError, "is built in"),
         (images, "new.parquet", SettingsError, "name a folder"),
-        (images, "images/new", OutputError, "lies within, the dataset"),
-        (shards, "hub", OutputError, "lies within, the dataset"),
+        (images, "images/new", OutputError, "is part of the dataset"),
+        (shards, "hub", OutputError, "is part of the dataset"),
         (shards, "full", OutputError, "folders are never replaced"),
         (shards, "old.parquet", OutputError, "exists already"),
         (shards, "no/such/new", OutputError, "there is no folder"),
         (DataConfig(source=str(tmp_path / "no")), "new", DataError, "no such file"),
+        (DataConfig(source=f"{hugging_face}/*.parquet"), "hub/train-0.parquet", OutputError, "is part of"),
+        (DataConfig(source=f"{hugging_face}/*.parquet"), "hub/clean.parquet", OutputError, "is part of"),
+        (
+            DataConfig(source=f"file://{hugging_face}/train-0.parquet"),
+            "hub/train-0.parquet",
+            OutputError,
+            "is",
+        ),
+        (shards, "spark.parquet", OutputError, "exists already"),
     ]:
         with pytest.raises(error, match=message):
             check_rewritable(data, tmp_path / target, overwrite=False)
+    with pytest.raises(OutputError, match="is a folder"):
+        check_rewritable(shards, tmp_path / "spark.parquet", overwrite=True)
+    with pytest.raises(OutputError, match="is no name of its own"):
+        check_rewritable(images, Path(), overwrite=False)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cat").symlink_to(folder / "cat")
+    with pytest.raises(OutputError, match="is part of"):
+        check_rewritable(DataConfig(source=str(linked)), folder / "cat" / "new", overwrite=False)
     before = sorted(tmp_path.rglob("*"))
     check_rewritable(images, tmp_path / "empty", overwrite=False)
     check_rewritable(shards, tmp_path / "old.parquet", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
-    rewrite(images, changes_of(images), tmp_path / "empty")
+    rewrite(images, *changes_of(images), tmp_path / "empty")
     assert len(ImageFolder(tmp_path / "empty")) == 8
 
 
@@ -267,7 +338,7 @@ def test_metadata_that_are_not_ours_survive(tmp_path):
     notes = {"huggingface": json.dumps({"info": {"features": {"other": {}}}}), "author": "somebody"}
     pq.write_table(table.replace_schema_metadata(notes), tmp_path / "data.parquet")
     data = DataConfig(source=str(tmp_path / "data.parquet"))
-    rewrite(data, changes_of(data, [], {0: 1}), tmp_path / "new.parquet")
+    rewrite(data, *changes_of(data, [], {0: 1}), tmp_path / "new.parquet")
     metadata = pq.read_schema(tmp_path / "new.parquet").metadata
     assert metadata[b"author"] == b"somebody" and metadata[b"huggingface"] == notes["huggingface"].encode()
 
@@ -275,7 +346,7 @@ def test_metadata_that_are_not_ours_survive(tmp_path):
 def test_images_come_through_untouched(folder, tmp_path):
     (folder / "cat" / "odd.jpg").write_bytes(b"no image at all")
     data = DataConfig(source=str(folder))
-    rewrite(data, changes_of(data), tmp_path / "new")
+    rewrite(data, *changes_of(data), tmp_path / "new")
     for file in (tmp_path / "new").rglob("*.*"):
         assert file.read_bytes() == (folder / file.relative_to(tmp_path / "new")).read_bytes()
     with Image.open(tmp_path / "new" / "cat" / "000.png") as image:

@@ -10,7 +10,7 @@ from chgval.console import Console
 from chgval.data.digits import read_digits
 from chgval.errors import DataError
 from chgval.runs import threshold_samples as module
-from chgval.runs.threshold_samples import below_threshold, threshold_flags, threshold_sets
+from chgval.runs.threshold_samples import below_threshold, check_enough, threshold_flags, threshold_sets
 
 
 @given(st.integers(0, 300), st.integers(2, 20), st.integers(0, 5))
@@ -49,6 +49,7 @@ def test_every_sample_is_judged_by_a_run_that_does_not_use_it(monkeypatch):
 def test_too_few_samples_are_told():
     dataset = read_digits()
     dataset.labels_N[10:] = -1
-    config = ValueConfig(data=DataConfig(source="builtin:digits"))
     with pytest.raises(DataError, match="10 samples of 10 classes are too few for --threshold aum"):
-        threshold_flags(config, dataset, Console(quiet=True))
+        check_enough(dataset)
+    with pytest.raises(DataError, match="none of the threshold samples could be read"):
+        below_threshold(np.array([np.nan, 1.0]), np.array([0]))
