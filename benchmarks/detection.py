@@ -11,7 +11,6 @@ three hours. `--reliability FILE.png` (needs matplotlib) draws how often labels 
 """
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -125,11 +124,8 @@ def run_fold(data: str, epochs: int, seed: int, fold: int, output: Path) -> None
     train_rows, held_rows = list(splits)[fold]
 
     def loader_of(rows):
-        """A loader of these rows only: others lose their label."""
-        some_N = np.full_like(labels_N, -1)
-        some_N[rows] = labels_N[rows]
         return make_loader(
-            dataclasses.replace(run.dataset, labels_N=some_N),
+            run.dataset.only(rows),
             batch_size=run.recipe.batch_size,
             augment=run.recipe.augment,
             device=run.device,
@@ -141,7 +137,7 @@ def run_fold(data: str, epochs: int, seed: int, fold: int, output: Path) -> None
     model = build_model(ARCH, run.dataset.num_classes, shape, generator, None)
     model.to(memory_format=torch.channels_last)
     loader, held = loader_of(train_rows), loader_of(held_rows)
-    average = WeightAverage(model, epochs * loader.num_batches)
+    average = WeightAverage(model, epochs * loader.num_batches())
     for _ in train_epochs(model, loader, run.recipe, device=run.device, generator=generator, average=average):
         pass
     probabilities = {

@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import chgval
-from chgval.config import DataConfig, DetectConfig, OutputConfig, SelectConfig, TrainConfig, ValueConfig
+from chgval.config import (
+    STRATEGIES,
+    DataConfig,
+    DetectConfig,
+    OutputConfig,
+    SelectConfig,
+    TrainConfig,
+    TrainingConfig,
+    ValueConfig,
+)
 from chgval.options import (
     EXIT_TOO_NOISY,
+    OUTPUT_PANEL,
     KeptValues,
+    LabelledDataset,
     LinkName,
     ManifestFormat,
     Mode,
@@ -27,9 +38,11 @@ from chgval.options import (
     UtilityName,
     complete_figure,
     complete_rule,
+    complete_strategy,
     data_options,
     output_options,
     rule_of,
+    strategy_of,
     train_options,
     with_options,
 )
@@ -75,13 +88,7 @@ def value(
     output: OutputConfig,
     data: DataConfig,
     train: TrainConfig,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="Folder of class folders; Parquet file, glob, folder or URI; or builtin:digits.",
-        ),
-    ],
+    source: LabelledDataset,
     pred_probs: Annotated[
         Path | None,
         typer.Option(
@@ -373,6 +380,111 @@ def select(
         link=None if link is None else link.value,
     )
     run_select(config, console, command=_command_line())
+
+
+TEST_PANEL = "Test"
+
+
+@app.command(name="train", cls=PanelCommand)
+@with_options(data=data_options, train=train_options)
+def train_model(
+    console: "Console",
+    data: DataConfig,
+    train: TrainConfig,
+    source: LabelledDataset,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the model, its settings and metrics.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = Path("trained"),
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier training there.", rich_help_panel=OUTPUT_PANEL),
+    ] = False,
+    subset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="Train on what select kept, with its weights.",
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the samples to train on at a time.", rich_help_panel=SELECTION_PANEL),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"What chooses them: {', '.join(STRATEGIES)}. Default: chg with --fraction, else full.",
+            autocompletion=complete_strategy,
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = None,
+    select_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs from one choice to the next. Default: a fifteenth of all.",
+            min=1,
+            rich_help_panel=SELECTION_PANEL,
+        ),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Dataset to test on.", rich_help_panel=TEST_PANEL),
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the samples that is not trained on; it is tested on, unless --test is given.",
+            rich_help_panel=TEST_PANEL,
+        ),
+    ] = None,
+    test_every: Annotated[
+        int, typer.Option(help="Epochs from one test to the next.", min=1, rich_help_panel=TEST_PANEL)
+    ] = 1,
+    target_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Stop when the test reaches it.", rich_help_panel=TEST_PANEL),
+    ] = None,
+) -> None:
+    """Train a model, on everything or on what is worth it, and keep it.
+
+    With --fraction it trains on a part that is chosen anew every few epochs. The folder then holds
+    model.safetensors, training.json (all settings and results), metrics.parquet (a row per epoch), and in
+    subsets/ what was chosen.
+
+    \b
+    Examples:
+      chgval train photos/ --test more-photos/
+      chgval train photos/ --subset subset.parquet --holdout 0.1
+      chgval train photos/ --fraction 0.3 --holdout 0.1
+      chgval train photos/ --strategy chg --fraction 0.1 --select-every 10
+      chgval train photos/ --test more-photos/ --target-accuracy 0.9
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.runs.train import run_train
+
+    config = TrainingConfig(
+        data=dataclasses.replace(data, source=source),
+        train=train,
+        folder=output,
+        overwrite=overwrite,
+        subset=subset,
+        strategy=strategy_of(strategy, fraction),
+        fraction=fraction,
+        select_every=select_every,
+        test=test,
+        holdout=holdout,
+        test_every=test_every,
+        target_accuracy=target_accuracy,
+    )
+    run_train(config, console, command=_command_line())
 
 
 def _command_line() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from chgval.errors import SettingsError
 
@@ -314,6 +314,69 @@ class SelectConfig:
     def files(self) -> list[Path]:
         """Files that the command reads or writes, besides the pruned dataset."""
         return _files(self.value.data.source, self.output, self.values, self.with_random, self.drop)
+
+
+Strategy = Literal[
+    "full", "random", "adaptive-random", "glister", "gradmatch", "chg", "hardness", "gradient", "el2n",
+    "infobatch",
+]  # fmt: skip
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Settings of `chgval train`.
+
+    Attributes:
+        data, train: see there.
+        folder: where the model and what is known of its training go.
+        overwrite: whether files of an earlier training there may be replaced.
+        subset: a manifest of what to train on, with its weights.
+        strategy: what chooses the samples to train on, while training.
+        fraction: of the samples, that is trained on in an epoch.
+        select_every: epochs from one choice to the next; None chooses by their number.
+        test: dataset that the model is tested on.
+        holdout: share of the samples that is not trained on, but tested on (if there is no test dataset).
+        test_every: epochs from one test to the next; the last epoch is tested in any case.
+        target_accuracy: on the test, at which training stops.
+    """
+
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    folder: Path = Path("trained")
+    overwrite: bool = False
+    subset: str | None = None
+    strategy: Strategy = "full"
+    fraction: float | None = None
+    select_every: int | None = None
+    test: str | None = None
+    holdout: float | None = None
+    test_every: int = 1
+    target_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least("--select-every", self.select_every, 1)
+        _check_at_least("--test-every", self.test_every, 1)
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise SettingsError(
+                f"--fraction {self.fraction:g}: is the share that is trained on, above 0 and at most 1."
+            )
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise SettingsError(f"--holdout {self.holdout:g}: is a share between 0 and 1, both excluded.")
+        if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
+            raise SettingsError(f"--target-accuracy {self.target_accuracy:g}: is a share, such as 0.9.")
+        if self.strategy == "full" and (self.fraction, self.select_every) != (None, None):
+            raise SettingsError(
+                "--fraction, --select-every: full training has none; pass another --strategy."
+            )
+        if self.strategy != "full" and self.fraction is None:
+            raise SettingsError(f"--strategy {self.strategy}: pass the --fraction to train on, such as 0.3.")
+        if self.subset is not None and self.strategy != "full":
+            raise SettingsError(f"--subset: says what to train on; leave out --strategy {self.strategy}.")
+        if self.strategy == "glister" and self.holdout is None:
+            raise SettingsError("--strategy glister: compares with held-out samples; pass --holdout 0.1.")
+        if self.target_accuracy is not None and self.test is None and self.holdout is None:
+            raise SettingsError("--target-accuracy: is reached on a test; pass --test or --holdout.")
 
 
 def _files(*named: str | OutputConfig | None) -> list[Path]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from chgval.records import (
     EpochRecord,
+    Evaluation,
     FloatArray,
     NoiseSummary,
     RunSummary,
@@ -27,6 +28,7 @@ Side = Literal["left", "right"]
 HISTOGRAM_BINS = 12
 HISTOGRAM_WIDTH = 40
 LONGEST_NAME = 40
+SHOWN_CLASSES = 20
 
 
 class Console:
@@ -156,6 +158,18 @@ class Console:
                 hidden_classes,
             )
 
+    def accuracies(self, class_names: Sequence[str], evaluation: Evaluation) -> None:
+        """Print the accuracy on every class that has test samples, the lowest first."""
+        if self._quiet:
+            return
+        known = [
+            (accuracy, name)
+            for name, accuracy in zip(class_names, evaluation.class_accuracies, strict=True)
+            if not np.isnan(accuracy)
+        ]
+        lines = [(name, f"{accuracy:.1%}") for accuracy, name in sorted(known)]
+        self._classes({"accuracy": "right"}, lines[:SHOWN_CLASSES], max(0, len(lines) - SHOWN_CLASSES))
+
     def _classes(
         self, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], hidden_classes: int
     ) -> None:
@@ -251,6 +265,14 @@ def epoch_line(record: EpochRecord) -> str:
         f"epoch {record.epoch:>{width}}/{record.num_epochs}  loss {record.loss:7.4f}  "
         f"accuracy {record.accuracy:6.1%}  {record.num_samples / record.seconds:>9,.0f} samples/s  "
         f"{record.seconds:6.1f} s"
+    )
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """Return one line about a test."""
+    return (
+        f"  test  loss {evaluation.loss:7.4f}  accuracy {evaluation.accuracy:6.1%}  calibration error "
+        f"{evaluation.calibration_error:.3f}"
     )
 
 

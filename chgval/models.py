@@ -45,14 +45,23 @@ class SplitModel(nn.Module):
     Attributes:
         backbone: inputs -> last-layer inputs, shape (B, D).
         head: last-layer inputs -> logits, shape (B, C).
+        head_name: of the layer in the network that was split.
         small_stem: whether the first layers were exchanged for those for small images.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear, *, small_stem: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Linear, *, head_name: str = "head", small_stem: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.head_name = head_name
         self.small_stem = small_stem
+
+    def network_state(self) -> dict[str, Tensor]:
+        """Return the weights of the network that was split, in its own names, on the host."""
+        state = {**self.backbone.state_dict(), **self.head.state_dict(prefix=f"{self.head_name}.")}
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (logits of shape (B, C), last-layer inputs of shape (B, D)), both in the head's type.
@@ -283,7 +292,7 @@ def _split(network: nn.Module, arch: str) -> SplitModel:
     assert isinstance(head, nn.Linear)  # noqa: S101 (that is how the name was found)
     parent_name, _, child_name = name.rpartition(".")
     setattr(network.get_submodule(parent_name), child_name, nn.Identity())
-    return SplitModel(network, head)
+    return SplitModel(network, head, head_name=name)
 
 
 def _check_fit(model: SplitModel, arch: str, num_classes: int, input_shape: InputShape) -> None:

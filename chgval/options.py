@@ -22,9 +22,11 @@ from chgval.config import (
     RANKED_BY,
     REPORT_FORMATS,
     RULES,
+    STRATEGIES,
     DataConfig,
     OutputConfig,
     Rule,
+    Strategy,
     TrainConfig,
 )
 from chgval.errors import ChgvalError, SettingsError
@@ -36,6 +38,13 @@ EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY, EXIT_INTERRUPTED = 1, 2, 3, 130
 DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
 
 
+LabelledDataset = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Folder of class folders; Parquet file, glob, folder or URI; or builtin:digits.",
+    ),
+]
 # What commands that start from values take: a report, or a dataset and where its report goes.
 ReportOrDataset = Annotated[
     str,
@@ -412,6 +421,21 @@ def rule_of(threshold: str) -> Rule | float:
 def complete_rule(incomplete: str) -> list[str]:
     """Return the rules that begin so."""
     return [rule for rule in RULES if rule.startswith(incomplete)]
+
+
+def strategy_of(name: str | None, fraction: float | None) -> Strategy:
+    """Return the strategy that the user named, or the default one."""
+    if name is None:
+        return "full" if fraction is None else "chg"
+    for strategy in STRATEGIES:
+        if name == strategy:
+            return strategy
+    raise SettingsError(f"--strategy {name}: expected one of {', '.join(STRATEGIES)}.")
+
+
+def complete_strategy(incomplete: str) -> list[str]:
+    """Return the strategies that begin so."""
+    return [name for name in STRATEGIES if name.startswith(incomplete)]
 
 
 def complete_figure(incomplete: str) -> list[str]:

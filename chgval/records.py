@@ -207,6 +207,25 @@ class NoiseSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How a model does on samples that it was not trained on.
+
+    Attributes:
+        num_samples: how many there were.
+        accuracy: share predicted right, in [0, 1].
+        loss: mean cross entropy, in nats.
+        calibration_error: mean distance of confidence and accuracy over 15 equal bins of the confidence.
+        class_accuracies: of every class, NaN for those without samples.
+    """
+
+    num_samples: int
+    accuracy: float
+    loss: float
+    calibration_error: float
+    class_accuracies: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedClass:
     """What is kept of a class."""
 

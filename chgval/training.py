@@ -52,6 +52,30 @@ class WeightAverage:
         self._move(self._averaged, self._followed, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """What an epoch trains on.
+
+    Attributes:
+        rows: rows of the dataset, int64, shape (K,), on the host.
+        weights_N: how much each row of the dataset counts in the loss, on the device; None counts all alike.
+            The mean over the subset is 1, so that weights do not change the step size.
+    """
+
+    rows: Tensor
+    weights_N: Tensor | None = None
+
+    @classmethod
+    def weighted(cls, rows: Tensor, weights_K: Tensor, num_rows: int, device: torch.device) -> Subset:
+        """Return a subset with these weights, scaled to a mean of 1; all zero they count alike."""
+        total = float(weights_K.sum())
+        if total <= 0:
+            return cls(rows)
+        weights_N = torch.zeros(num_rows)
+        weights_N[rows] = weights_K.float() * (len(rows) / total)
+        return cls(rows, weights_N.to(device))
+
+
 def train_epochs(
     model: nn.Module,
     loader: Loader,
@@ -62,6 +86,7 @@ def train_epochs(
     accumulator: ValueAccumulator | None = None,
     average: WeightAverage | None = None,
     separate_pass: bool = False,
+    choose: Callable[[int], Subset | None] | None = None,
 ) -> Iterator[StepRecord | EpochRecord]:
     """Train, and yield what happens: some records of steps, then the record of each epoch.
 
@@ -75,6 +100,7 @@ def train_epochs(
         average: follows the model's weights, step by step.
         separate_pass: whether the accumulator sees a pass of its own before each epoch (Algorithm 1 to the
             letter: no augmentation, evaluation mode), or the training steps themselves.
+        choose: is called before each epoch, whose number it is given, and says what to train on; None is all.
     Raises:
         NonFiniteError: the loss became NaN or infinite.
         DataError: no sample is left that can be read.
@@ -87,27 +113,28 @@ def train_epochs(
         nesterov=True,
         foreach=True,
     )
-    total_steps = recipe.epochs * loader.num_batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor(recipe.schedule, step, total_steps)
-    )
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         if accumulator is not None and separate_pass:
             observe(model, loader, accumulator.update)
+        subset = None if choose is None else choose(epoch)
+        rows, weights_N = (None, None) if subset is None else (subset.rows, subset.weights_N)
         training_started = time.perf_counter()
         model.train()
-        num_steps = loader.num_batches
+        num_steps = loader.num_batches(rows)
         losses_S = torch.zeros(num_steps, device=device)
         totals = _Totals(torch.zeros((), device=device), torch.zeros((), device=device))
-        for step, batch in enumerate(loader.training_batches(generator), start=1):
+        for step, batch in enumerate(loader.training_batches(generator, rows), start=1):
+            progress = (epoch - 1 + (step - 0.5) / num_steps) / recipe.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * schedule_factor(recipe.schedule, progress)
             logits_BC, features_BD = model(batch.inputs_B)
             losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
-            loss = losses_B.mean()
+            weighted_B = losses_B if weights_N is None else losses_B * weights_N[batch.indices_B]
+            loss = weighted_B.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            schedule.step()
             if average is not None:
                 average.update()
             if accumulator is not None and not separate_pass:
@@ -156,9 +183,8 @@ def observe(
             take(batch.indices_B, *model(inputs_B))
 
 
-def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
-    """Return the share of the highest learning rate at a step (from 0)."""
-    progress = (step + 0.5) / total_steps
+def schedule_factor(schedule: str, progress: float) -> float:
+    """Return the share of the highest learning rate after that share of the run."""
     if schedule == "one-cycle":
         if progress < WARM_UP_SHARE:
             return progress / WARM_UP_SHARE

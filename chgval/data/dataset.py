@@ -5,6 +5,7 @@ Shape legend: N input rows, S side of a square image, D numbers of an embedding.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,12 @@ class Dataset:
         usable = self.labels_N >= 0
         usable[list(self.problems)] = False
         return usable.nonzero()[0]
+
+    def only(self, rows: IntArray) -> Dataset:
+        """Return the same dataset in which only these rows have a label, so that others are not used."""
+        labels_N = np.full_like(self.labels_N, -1)
+        labels_N[rows] = self.labels_N[rows]
+        return dataclasses.replace(self, labels_N=labels_N)
 
     def statuses(self) -> list[str]:
         """Return what became of every row: valued, unlabelled or unreadable."""

@@ -56,13 +56,15 @@ class Loader(Protocol):
 
     statistics: Statistics
 
-    @property
-    def num_batches(self) -> int:
-        """Optimizer steps in one epoch."""
+    def num_batches(self, rows: Tensor | None = None) -> int:
+        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
         ...
 
-    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield all usable samples once, in random order, augmented; all randomness is from `generator`."""
+    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
+        """Yield all usable samples, or some of them, once, in random order, augmented.
+
+        All randomness is from `generator`.
+        """
         ...
 
     def plain_batches(self) -> Iterator[Batch]:
@@ -89,7 +91,7 @@ def make_loader(
             at least two.
         augment: how images are varied; embeddings never are.
         device: where the batches go.
-        mean: of the pixels, in [0, 1], per channel; None takes it from the images.
+        mean: of the pixels, in [0, 1], per channel, or of an embedding's numbers; None takes it from them.
         std: likewise.
         workers: processes that decode large images; None takes one per core, at most 8.
         fail_on_error: whether an image that turns out unreadable stops the run.
@@ -122,7 +124,11 @@ class MemoryLoader:
         self._is_embedding = isinstance(dataset.content, Embeddings)
         if isinstance(dataset.content, Embeddings):
             contents = torch.from_numpy(dataset.content.vectors_ND)
-            self.statistics = _vector_statistics(contents[rows_N])
+            self.statistics = (
+                _vector_statistics(contents[rows_N])
+                if mean is None or std is None
+                else Statistics(torch.tensor(mean), torch.tensor(std))
+            )
         elif isinstance(dataset.content, PixelImages):
             contents = torch.from_numpy(dataset.content.pixels_N3SS)
             self.statistics = _statistics(contents[_spread(rows_N, STATISTICS_IMAGES)], mean, std)
@@ -137,20 +143,20 @@ class MemoryLoader:
         self._device = device
         self._normaliser = _Normaliser(self.statistics, device)
 
-    @property
-    def num_batches(self) -> int:
-        """Optimizer steps in one epoch."""
-        return _num_batches(len(self._rows_N), self._batch_size)
+    def num_batches(self, rows: Tensor | None = None) -> int:
+        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
+        return _num_batches(len(self._rows_N if rows is None else rows), self._batch_size)
 
-    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield all usable samples once, in random order, augmented."""
-        num_rows = len(self._rows_N)
-        order_N = self._rows_N[torch.randperm(num_rows, generator=generator)].to(self._device)
+    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
+        """Yield all usable samples, or some of them, once, in random order, augmented."""
+        rows = self._rows_N if rows is None else rows
+        num_rows = len(rows)
+        order_N = rows[torch.randperm(num_rows, generator=generator)].to(self._device)
         shift = max(1, round(SHIFT_SHARE * self._contents.shape[-1]))
         shifts_N2 = torch.randint(2 * shift + 1, (num_rows, 2), generator=generator).to(self._device)
         flips_N = (torch.rand(num_rows, generator=generator) < 0.5).to(self._device)
         start = 0
-        for indices_B in order_N.tensor_split(self.num_batches):
+        for indices_B in order_N.tensor_split(self.num_batches(rows)):
             part = slice(start, start + len(indices_B))
             start += len(indices_B)
             contents_B = self._take(indices_B)
@@ -210,18 +216,17 @@ class DecodingLoader:
         self.statistics = _statistics(samples, mean, std)
         self._normaliser = _Normaliser(self.statistics, device)
 
-    @property
-    def num_batches(self) -> int:
-        """Optimizer steps in one epoch."""
-        return _num_batches(len(self._dataset.usable_rows()), self._batch_size)
+    def num_batches(self, rows: Tensor | None = None) -> int:
+        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
+        return _num_batches(len(self._dataset.usable_rows() if rows is None else rows), self._batch_size)
 
-    def training_batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield all usable samples once, in random order, each in a random crop."""
-        rows_N = torch.from_numpy(self._dataset.usable_rows())
+    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
+        """Yield all usable samples, or some of them, once, in random order, each in a random crop."""
+        rows_N = torch.from_numpy(self._dataset.usable_rows()) if rows is None else rows
         order_N = rows_N[torch.randperm(len(rows_N), generator=generator)]
         seed = int(torch.randint(2**62, (), generator=generator)) if self._augment != "none" else None
         flips_N = (torch.rand(len(self._dataset), generator=generator) < 0.5).to(self._device)
-        batches = [part.tolist() for part in order_N.tensor_split(self.num_batches)]
+        batches = [part.tolist() for part in order_N.tensor_split(self.num_batches(rows_N))]
         for indices_B, pixels_B in self._decoded(batches, seed):
             batch = self._batch(indices_B, pixels_B)
             if self._augment == "crop-flip":

@@ -84,7 +84,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     started = time.perf_counter()
     if config.mode == "none":
         with prepared(config, read_dataset(config, console)) as run:
-            console.settings(_settings_shown(run, config))
+            console.settings(settings_shown(run, config))
             finished = train_to_end(run, config, console)
         seconds = time.perf_counter() - started
         console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
@@ -119,9 +119,9 @@ def value_dataset(
     """
     started = time.perf_counter()
     with prepared(config, dataset) as run:
-        console.settings(_settings_shown(run, config))
+        console.settings(settings_shown(run, config))
         writer = None if output is None else ReportWriter(output)
-        metadata = _metadata(run, config, command)
+        metadata = metadata_of(run, config, command)
         metadata["epochs"] = train_to_end(run, config, console, writer, metadata)
         accumulator = run.accumulator
         if accumulator is None or run.average is None:
@@ -143,7 +143,7 @@ def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
     check_outputs(config, None if config.mode == "none" else config.output)
     with prepared(config, read_dataset(config, console)) as run:
-        console.settings([*_settings_shown(run, config), *_costs(run, config)])
+        console.settings([*settings_shown(run, config), *_costs(run, config)])
 
 
 def check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
@@ -207,7 +207,7 @@ def prepare(config: ValueConfig, dataset: Dataset) -> Run:
     accumulator = average = None
     if config.mode != "none":
         accumulator = _make_accumulator(config, dataset, model, device, recipe.epochs)
-        average = WeightAverage(model, recipe.epochs * loader.num_batches)
+        average = WeightAverage(model, recipe.epochs * loader.num_batches())
     if train.compile_model:
         model.backbone.compile()
     return Run(dataset, arch, model, loader, recipe, device, generator, accumulator, average)
@@ -281,7 +281,7 @@ def train_to_end(
 ) -> int:
     """Train to the end, showing and writing each epoch as it comes; return how many there were."""
     finished = 0
-    with console.progress(run.recipe.epochs * run.loader.num_batches) as shown:
+    with console.progress(run.recipe.epochs * run.loader.num_batches()) as shown:
         for record in records(run, separate_pass=config.mode == "exact"):
             shown.show(record)
             if isinstance(record, EpochRecord):
@@ -337,7 +337,8 @@ def _make_accumulator(
     )
 
 
-def _settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
+def settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
+    """Return what a person wants to know of a run before it starts, as names and values."""
     dataset, recipe = run.dataset, run.recipe
     kind = "numbers" if isinstance(dataset.content, Embeddings) else "px"
     decoded = ", decoded at each use" if isinstance(dataset.content, LargeImages) else ""
@@ -426,7 +427,8 @@ def _tell_problems(dataset: Dataset, console: Console) -> None:
         console.warn(f"  ... and {len(rows) - SHOWN_PROBLEMS:,} more (status 'unreadable' in the report)")
 
 
-def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
+def metadata_of(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
+    """Return what is kept of a run beside its results: all settings as they were resolved, and versions."""
     statistics = run.loader.statistics
     settings = dataclasses.asdict(config)
     settings["train"].update(dataclasses.asdict(run.recipe), arch=run.arch, device=str(run.device))
@@ -438,7 +440,7 @@ def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
     return {
         "version": chgval.__version__,
         "command": command,
-        "settings": _as_json(settings),
+        "settings": as_json(settings),
         "class_names": list(run.dataset.class_names),
         "fingerprint": run.dataset.fingerprint,
         "root": run.dataset.root,
@@ -454,7 +456,8 @@ def _metadata(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
     }
 
 
-def _as_json(value: object) -> object:
+def as_json(value: object) -> object:
+    """Return settings with paths as text."""
     if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
+        return {name: as_json(item) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value

@@ -44,7 +44,7 @@ def test_an_epoch_shows_every_sample_once_in_batches_of_nearly_one_size(image_fo
     dataset, loader = loader_for(image_folder if size == 12 else large_folder, size)
     batches = list(loader.training_batches(generator()))
     sizes = [len(b.indices_B) for b in batches]
-    assert len(sizes) == loader.num_batches and max(sizes) - min(sizes) <= 1 and max(sizes) <= 16
+    assert len(sizes) == loader.num_batches() and max(sizes) - min(sizes) <= 1 and max(sizes) <= 16
     order, _, labels = collect(batches)
     assert sorted(order.tolist()) == list(range(len(dataset))) and order.tolist() != sorted(order.tolist())
     np.testing.assert_array_equal(labels, dataset.labels_N)

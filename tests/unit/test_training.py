@@ -62,12 +62,12 @@ def test_it_trains_exactly_like_a_plain_loop(setup):
     optimizer = torch.optim.SGD(
         plain.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    generator, step, total = torch.Generator().manual_seed(1), 0, 3 * loader.num_batches
+    generator, step, total = torch.Generator().manual_seed(1), 0, 3 * loader.num_batches()
     plain.train()
     for _ in range(3):
         for batch in loader.training_batches(generator):
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * schedule_factor("one-cycle", step, total)
+                group["lr"] = settings.lr * schedule_factor("one-cycle", (step + 0.5) / total)
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(plain(batch.inputs_B)[0], batch.labels_B).backward()
             optimizer.step()
@@ -161,10 +161,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(setup):
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
 def test_schedules_stay_in_range_and_end_low(schedule):
-    factors = [schedule_factor(schedule, step, 1000) for step in range(1000)]
+    factors = [schedule_factor(schedule, (step + 0.5) / 1000) for step in range(1000)]
     assert max(factors) == pytest.approx(1, abs=0.01) and min(factors) > 0
     assert factors[-1] < 1e-4
-    assert schedule_factor(schedule, 0, 1) > 0
+    assert schedule_factor(schedule, 0.5) > 0
     peak = int(np.argmax(factors))
     assert peak == (0 if schedule == "cosine" else pytest.approx(250, abs=2))
 

@@ -1,0 +1,144 @@
+"""Selection while training: every strategy, with and without noise, tested on clean labels.
+
+    python benchmarks/selection.py digits --work FOLDER
+    python benchmarks/selection.py cifar --work FOLDER --train CIFAR10.parquet --test TEST.parquet
+
+The digits are scikit-learn's, 1,497 to train and 300 to test; CIFAR-10 is read from Parquet files of `image`
+and `clean_label` (or `label`). With noise, 30 % of the training labels are replaced by another at random; the
+test labels are clean. Glister holds out a tenth of the training samples, the others train on all. Every finished
+run stays in FOLDER as JSON, so that a benchmark that was stopped goes on where it was. The table of all runs
+there are is printed at the end.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from chgval.config import STRATEGIES, DataConfig, TrainConfig, TrainingConfig, ValueConfig
+from chgval.console import Console
+from chgval.data.dataset import Dataset, PixelImages
+from chgval.data.open import open_dataset
+from chgval.runs.train import Chooser, hold_out, select_every, test_on, train
+from chgval.runs.value import prepare
+
+NOISE = 0.3
+NUM_CLASSES = 10
+DIGITS_TESTED = 300
+HELD_OUT = 0.1
+
+
+def read_digits(part: slice) -> Dataset:
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))[part]
+    gray = (bunch.images[order] * (255 / 16)).round().astype(np.uint8)
+    return Dataset(
+        source="digits",
+        ids=[str(row) for row in order],
+        labels_N=bunch.target[order].astype(np.int64),
+        class_names=[str(digit) for digit in range(NUM_CLASSES)],
+        content=PixelImages(np.ascontiguousarray(np.repeat(gray[:, None], 3, axis=1))),
+        fingerprint="",
+        flips=False,
+    )
+
+
+def read_cifar(path: str, column: str, count: int | None) -> Dataset:
+    dataset = open_dataset(DataConfig(source=path, label_column=column), 32)
+    return dataset if count is None else dataset.only(np.arange(count))
+
+
+def with_noise(dataset: Dataset, seed: int) -> Dataset:
+    rng = np.random.default_rng([seed, 30])
+    rows = dataset.usable_rows()
+    flipped = rows[rng.random(len(rows)) < NOISE]
+    labels_N = dataset.labels_N.copy()
+    labels_N[flipped] = (labels_N[flipped] + rng.integers(1, NUM_CLASSES, len(flipped))) % NUM_CLASSES
+    return dataclasses.replace(dataset, labels_N=labels_N)
+
+
+def run_one(clean: Dataset, tested: Dataset, options, strategy: str, noisy: bool, fraction: float, seed: int):
+    """Train once; return what came out."""
+    dataset = with_noise(clean, seed) if noisy else clean
+    config = TrainingConfig(
+        data=DataConfig(source=dataset.source),
+        train=TrainConfig(arch="resnet8", epochs=options.epochs, seed=seed),
+        strategy=strategy,
+        fraction=None if strategy == "full" else fraction,
+        select_every=None if strategy == "full" else options.every,
+        holdout=HELD_OUT if strategy == "glister" else None,
+        test_every=options.epochs,
+    )
+    values = ValueConfig(data=config.data, train=config.train, mode="none")
+    held_out = None
+    if strategy == "glister":
+        dataset, held_out = hold_out(dataset, HELD_OUT, torch.Generator().manual_seed(seed))
+    run = prepare(values, dataset)
+    chooser = Chooser(run, config, None if held_out is None else test_on(run, held_out))
+    training = train(run, config, Console(quiet=True), chooser, test=test_on(run, tested))
+    rows = dataset.usable_rows() if chooser.subset is None else chooser.subset.rows.numpy()
+    return {
+        "accuracy": training.evaluation.accuracy,
+        "wrong": float((dataset.labels_N[rows] != clean.labels_N[rows]).mean()),
+        "kept": len(rows),
+        "seconds": training.seconds,
+        "every": select_every(config, options.epochs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", choices=["digits", "cifar"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--train", help="CIFAR-10 training images as Parquet")
+    parser.add_argument("--test", help="CIFAR-10 test images as Parquet")
+    parser.add_argument("--count", type=int, help="use only the first so many training images")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--every", type=int, help="epochs from one choice to the next")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.1, 0.3, 0.5, 0.7])
+    parser.add_argument("--noise", nargs="+", choices=["noise", "none"], default=["noise", "none"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.data == "digits":
+        clean, tested = read_digits(slice(DIGITS_TESTED, None)), read_digits(slice(DIGITS_TESTED))
+    else:
+        clean = read_cifar(options.train, "clean_label", options.count)
+        tested = read_cifar(options.test, "label", None)
+
+    lines: dict[tuple, list[dict]] = {}
+    for noise, fraction, strategy, seed in itertools.product(
+        options.noise, options.fractions, options.strategies, options.seeds
+    ):
+        part = "" if strategy == "full" else f"-{fraction}"
+        name = (
+            f"{options.data}-{options.count or 'all'}-{options.epochs}-{noise}-{strategy}{part}-{seed}.json"
+        )
+        path = options.work / name
+        if not path.exists():
+            result = run_one(clean, tested, options, strategy, noise == "noise", fraction, seed)
+            path.write_text(json.dumps(result))
+        lines.setdefault((noise, fraction, strategy), []).append(json.loads(path.read_text()))
+        result = lines[noise, fraction, strategy][-1]
+        print(f"{path.stem:<50} accuracy {result['accuracy']:.4f} wrong {result['wrong']:.3f}", flush=True)
+
+    print(f"\n{'noise':<6} {'fraction':>8} {'strategy':<16} accuracy (lowest to highest)  wrong  seconds")
+    for (noise, fraction, strategy), results in lines.items():
+        accuracies = [result["accuracy"] for result in results]
+        print(
+            f"{noise:<6} {fraction:>8} {strategy:<16} {np.mean(accuracies):.3f} ({min(accuracies):.3f} to "
+            f"{max(accuracies):.3f})  {np.mean([r['wrong'] for r in results]):.3f}  "
+            f"{np.median([r['seconds'] for r in results]):.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

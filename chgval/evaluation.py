@@ -1,0 +1,58 @@
+"""How a model does on samples that it was not trained on.
+
+Shape legend: N samples, C classes, B rows of one batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from chgval.data.loader import Loader
+from chgval.records import Evaluation, FloatArray, IntArray
+from chgval.training import observe
+
+CALIBRATION_BINS = 15
+
+
+def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: int) -> Evaluation:
+    """Show a model every sample of a loader once, and compare with the labels.
+
+    Args:
+        model: returns (logits, last-layer inputs).
+        loader: of the samples.
+        labels_N: class of every row of the dataset that the loader is of; -1 for rows that it leaves out.
+        num_classes: C.
+    """
+    rows: list[Tensor] = []
+    logits: list[Tensor] = []
+
+    def take(indices_B: Tensor, logits_BC: Tensor, _: Tensor) -> None:
+        rows.append(indices_B.cpu())
+        logits.append(logits_BC.float().cpu())
+
+    observe(model, loader, take)
+    labels = torch.from_numpy(labels_N)[torch.cat(rows)]
+    logits_NC = torch.cat(logits)
+    confidence_N, predicted_N = logits_NC.softmax(1).max(1)
+    right_N = (predicted_N == labels).double().numpy()
+    counts_C = np.bincount(labels, minlength=num_classes)
+    right_C = np.bincount(labels, weights=right_N, minlength=num_classes)
+    with np.errstate(invalid="ignore"):
+        accuracies_C = right_C / counts_C
+    return Evaluation(
+        num_samples=len(labels),
+        accuracy=float(right_N.mean()),
+        loss=functional.cross_entropy(logits_NC, labels).item(),
+        calibration_error=calibration_error(confidence_N.double().numpy(), right_N),
+        class_accuracies=accuracies_C.tolist(),
+    )
+
+
+def calibration_error(confidence_N: FloatArray, right_N: FloatArray) -> float:
+    """Return the expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3)."""
+    bin_N = (confidence_N * CALIBRATION_BINS).astype(int).clip(0, CALIBRATION_BINS - 1)
+    gaps = np.bincount(bin_N, confidence_N - right_N, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence_N))

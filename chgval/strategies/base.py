@@ -1,0 +1,139 @@
+"""What every strategy is given and returns, and the arithmetic that they share.
+
+Shape legend: N training samples (positions 0 to N - 1, whatever rows of the dataset they are), C classes, D
+last-layer inputs, F = D + 1 with the bias column, K chosen samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chgval.records import FloatArray, IntArray
+from chgval.selection import keep_highest
+from chgval.shapley import Factors
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the present model over samples, without training.
+
+    Attributes:
+        logits_NC: shape (N, C).
+        features_ND: inputs of the last linear layer, shape (N, D).
+        labels_N: shape (N,).
+        has_bias: whether that layer has a bias.
+    """
+
+    logits_NC: Tensor
+    features_ND: Tensor
+    labels_N: Tensor
+    has_bias: bool = True
+
+    @cached_property
+    def residuals_NC(self) -> Tensor:
+        """Softmax minus one-hot: the gradient of each sample's loss with respect to its logits."""
+        residuals_NC = self.logits_NC.softmax(1)
+        residuals_NC[torch.arange(len(self.labels_N)), self.labels_N] -= 1
+        return residuals_NC
+
+    @cached_property
+    def losses_N(self) -> Tensor:
+        """Cross entropy of each sample, in nats."""
+        return torch.nn.functional.cross_entropy(self.logits_NC, self.labels_N, reduction="none")
+
+    def factors(self, *, times_loss: bool) -> Factors:
+        """Return the last-layer gradients of all samples, multiplied by their loss or not."""
+        residuals_NC = self.residuals_NC * self.losses_N[:, None] if times_loss else self.residuals_NC
+        return Factors(residuals_NC, self.features_ND, self.has_bias)
+
+
+@dataclass
+class Question:
+    """What a strategy is asked: which samples to train on until the next question.
+
+    Attributes:
+        labels_N: class of each training sample, int64.
+        num_classes: C.
+        count: how many samples to choose.
+        epoch, num_epochs: which epoch is about to begin (from 1), and how many there are.
+        batch_size: of the training.
+        lr: present learning rate.
+        generator: all randomness comes from it.
+        run_pass: makes a pass over the training samples.
+        run_held_pass: makes a pass over held-out samples, where there are some.
+        memory: what the strategy keeps from one question to the next.
+    """
+
+    labels_N: Tensor
+    num_classes: int
+    count: int
+    epoch: int
+    num_epochs: int
+    batch_size: int
+    lr: float
+    generator: torch.Generator
+    run_pass: Callable[[], Pass]
+    run_held_pass: Callable[[], Pass]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def samples(self) -> Pass:
+        """The pass over the training samples; made when it is first asked for."""
+        return self.run_pass()
+
+    def highest_of_each_class(self, figure_N: Tensor) -> Tensor:
+        """Return the positions of the `count` samples with the highest figures within their class."""
+        figures: FloatArray = figure_N.double().numpy()
+        labels: IntArray = self.labels_N.numpy()
+        return torch.from_numpy(np.flatnonzero(keep_highest(figures, labels, self.count)))
+
+    def at_random(self) -> Tensor:
+        """Return the positions of `count` samples, drawn within each class."""
+        return self.highest_of_each_class(torch.rand(len(self.labels_N), generator=self.generator))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to train on: positions of K samples, ascending, and their weights (None: all alike)."""
+
+    positions_K: Tensor
+    weights_K: Tensor | None = None
+
+
+ChoiceFunction = Callable[[Question], Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A registered strategy.
+
+    Attributes:
+        choose: answers the question.
+        every_epoch: whether it is asked before every epoch, whatever `--select-every` says.
+        needs_holdout: whether it compares with held-out samples.
+    """
+
+    choose: ChoiceFunction
+    every_epoch: bool = False
+    needs_holdout: bool = False
+
+
+REGISTRY: dict[str, Strategy] = {}
+
+
+def strategy(
+    name: str, *, every_epoch: bool = False, needs_holdout: bool = False
+) -> Callable[[ChoiceFunction], ChoiceFunction]:
+    """Register a function as the strategy of that name."""
+
+    def register(choose: ChoiceFunction) -> ChoiceFunction:
+        REGISTRY[name] = Strategy(choose, every_epoch, needs_holdout)
+        return choose
+
+    return register
