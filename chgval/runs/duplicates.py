@@ -23,7 +23,7 @@ LAYOUT_SIZE, DETAIL_SIZE = 8, 16
 # Details are what differs from the mean of so many pixels around: smooth backgrounds are alike everywhere.
 DETAIL_WINDOW = 5
 # Correlation of the details from which on two images are one.
-LEAST_CORRELATION = 0.8
+LEAST_CORRELATION = 0.9
 
 
 def check_images(dataset: Dataset) -> None:
