@@ -3,11 +3,11 @@
     python benchmarks/selection.py digits --work FOLDER
     python benchmarks/selection.py cifar --work FOLDER --train CIFAR10.parquet --test TEST.parquet
 
-The digits are scikit-learn's, 1,497 to train and 300 to test; CIFAR-10 is read from Parquet files of `image`
-and `clean_label` (or `label`). With noise, 30 % of the training labels are replaced by others at random; the test
-labels are clean. Glister holds out a tenth of the training samples, the others train on all. Every
-finished run stays in FOLDER as JSON, so that a benchmark that was stopped goes on where it was. The table of all
-runs is printed at the end.
+The digits are scikit-learn's, 1,497 to train and 300 to test; CIFAR-10 is read from Parquet files of
+`image` and `clean_label` (or `label`). With noise, 30 % of the training labels are replaced by others at
+random; the test labels are clean. Glister holds out a tenth of the training samples, the others train on
+all. Every finished run stays in FOLDER as JSON, so that a benchmark that was stopped goes on where it was.
+In the end the table of all runs is printed.
 """
 
 import argparse
