@@ -1,8 +1,10 @@
 """Greedy choice of what lowers the held-out loss (Killamsetty et al. 2021, arXiv:2012.10630)."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from chgval.selection import keep_highest
 from chgval.strategies.base import Choice, Pass, Question, strategy
 
 # The greedy choice is made in so many parts, with the held-out gradient computed anew after each.
@@ -11,24 +13,26 @@ NUM_PARTS = 15
 
 @strategy("glister", needs_holdout=True)
 def choose(question: Question) -> Choice:
-    """Add, part by part, the samples whose step lowers the held-out loss most.
+    """Add, part by part, the samples of each class whose step lowers the held-out loss most.
 
     A sample's gain is the first-order decrease of the held-out loss after a gradient step on it. After each
-    part the last layer takes that step, with what was chosen, and held-out gradients are computed anew.
+    part the last layer makes the steps of training on it, and held-out gradients are computed anew.
     """
     samples, held = question.samples, question.run_held_pass()
     factors = samples.factors(times_loss=False)
-    open_N = torch.ones(len(question.labels_N), dtype=torch.bool)
+    labels_N = question.labels_N.numpy()
+    open_N = np.ones(len(labels_N), dtype=bool)
     held_logits_HC = held.logits_NC.clone()
-    sizes = torch.full((min(NUM_PARTS, question.count),), question.count // min(NUM_PARTS, question.count))
-    sizes[: question.count - int(sizes.sum())] += 1
-    for size in sizes.tolist():
-        gains_N = factors.inner_products(held_gradient(held, held_logits_HC)).where(open_N, -torch.inf)
-        part = gains_N.topk(size).indices
+    sizes = np.full(min(NUM_PARTS, question.count), question.count // min(NUM_PARTS, question.count))
+    sizes[: question.count - sizes.sum()] += 1
+    for size in sizes:
+        gains_N = factors.inner_products(held_gradient(held, held_logits_HC)).double().numpy()
+        left = np.flatnonzero(open_N)
+        part = left[keep_highest(gains_N[left], labels_N[left], size)]
         open_N[part] = False
-        step_CF = factors.residuals_NC[part].T @ with_bias(samples, part)
-        held_logits_HC -= question.lr / size * with_bias(held) @ step_CF.T
-    return Choice((~open_N).nonzero().squeeze(1))
+        step_CF = factors.residuals_NC[part].T @ with_bias(samples, torch.from_numpy(part))
+        held_logits_HC -= question.lr / question.batch_size * with_bias(held) @ step_CF.T
+    return Choice(torch.from_numpy(np.flatnonzero(~open_N)))
 
 
 def held_gradient(held: Pass, logits_HC: Tensor) -> Tensor:
