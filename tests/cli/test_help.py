@@ -14,7 +14,7 @@ from chgval.cli import app
 from tests.conftest import imported_by
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = [[], ["value"], ["detect-noise"], ["select"]]
+COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"]]
 
 
 def help_of(command):

@@ -1,0 +1,278 @@
+"""`chgval train` as a user sees it: the folder it leaves, tests, choices, subsets and messages."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score, recall_score
+from torch import nn
+from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
+from torchvision.transforms import v2
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from tests.conftest import write_folder
+
+FAST = ("--epochs", 4, "--arch", "resnet8", "--batch-size", 16)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(data, folder, *arguments):
+    result = invoke("train", data, "-o", folder, *arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads((folder / "training.json").read_text()), result.stderr
+
+
+def subsets(folder):
+    """What was chosen, by the epoch before which it was."""
+    return {
+        int(path.parent.name.removeprefix("epoch=")): pq.read_table(path)
+        for path in (folder / "subsets").glob("epoch=*/subset.parquet")
+    }
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("train") / "photos", per_class=20)
+
+
+@pytest.fixture(scope="module")
+def more_photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("test") / "photos", per_class=9)
+
+
+def test_the_model_predicts_the_same_in_plain_torchvision(photos, more_photos, tmp_path):
+    """The example of docs/training.md; the test's figures are scikit-learn's of these predictions."""
+    known, _ = train(
+        photos, tmp_path / "trained", "--arch", "resnet18", "--epochs", 2, "--test", more_photos, "-q"
+    )
+    model = resnet18(num_classes=len(known["class_names"]))
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    model.load_state_dict(load_file(tmp_path / "trained" / "model.safetensors"))
+    model.eval()
+    data = known["settings"]["data"]
+    transform = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data["mean"], data["std"])]
+    )
+    images, labels = zip(*ImageFolder(more_photos, transform), strict=True)
+    with torch.inference_mode():
+        logits_NC = model(torch.stack(images))
+    predicted = logits_NC.argmax(1)
+    test = known["test"]
+    assert test["num_samples"] == len(labels)
+    assert test["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert list(test["class_accuracies"].values()) == pytest.approx(
+        recall_score(labels, predicted, average=None, zero_division=0)
+    )
+    assert test["loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits_NC, torch.tensor(labels)).item(), rel=1e-4
+    )
+
+
+def test_the_weights_start_a_valuation(photos, tmp_path):
+    train(photos, tmp_path / "trained", *FAST, "-q")
+    result = invoke(
+        "value", photos, "--weights", tmp_path / "trained" / "model.safetensors", "-o", tmp_path / "v.parquet",
+        "--arch", "resnet8", "--epochs", 1, "--mode", "exact", "-q",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    fresh = invoke(
+        "value", photos, "-o", tmp_path / "f.parquet", "--arch", "resnet8", "--epochs", 1, "--mode", "exact", "-q"
+    )  # fmt: skip
+    assert fresh.exit_code == 0, fresh.stderr
+    losses = [
+        np.mean(pq.read_table(tmp_path / name, columns=["loss_mean"])["loss_mean"].to_numpy())
+        for name in ("v.parquet", "f.parquet")
+    ]
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_every_epoch_has_its_row_and_every_choice_its_file(photos, more_photos, tmp_path):
+    known, _ = train(
+        photos, tmp_path / "trained", *FAST, "--strategy", "chg", "--fraction", 0.25, "--select-every", 2,
+        "--test", more_photos, "--test-every", 2, "-q",
+    )  # fmt: skip
+    metrics = pq.read_table(tmp_path / "trained" / "metrics.parquet")
+    assert metrics["epoch"].to_pylist() == [1, 2, 3, 4] and set(metrics["num_samples"].to_pylist()) == {15}
+    assert [accuracy is None for accuracy in metrics["test_accuracy"].to_pylist()] == [True, False] * 2
+    assert metrics["test_accuracy"][-1].as_py() == known["test"]["accuracy"]
+    assert known["training"]["strategy"] == "chg" and known["epochs"] == 4
+    chosen = subsets(tmp_path / "trained")
+    assert sorted(chosen) == [1, 3]
+    for table in chosen.values():
+        assert len(table) == 15 and np.bincount(table["label"]).tolist() == [5, 5, 5]
+        assert np.mean(table["weight"].to_numpy()) == pytest.approx(1)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(photos, tmp_path):
+    models = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(photos, tmp_path / name, *FAST, "--fraction", 0.3, "--seed", seed, "-q")
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert models[0] == models[1] != models[2]
+
+
+def test_what_is_held_out_is_tested_on_and_never_trained_on(photos, tmp_path):
+    known, shown = train(photos, tmp_path / "trained", *FAST, "--holdout", 0.2, "--strategy", "random",
+                         "--fraction", 1)  # fmt: skip
+    assert known["test"]["num_samples"] == 12 and "12 samples" in shown
+    trained_on = subsets(tmp_path / "trained")[1]
+    assert len(trained_on) == 48 and np.bincount(trained_on["label"]).tolist() == [16, 16, 16]
+    # Glister compares with them.
+    train(photos, tmp_path / "glister", *FAST, "--holdout", 0.2, "--strategy", "glister", "--fraction", 0.5, "-q")
+    held = set(range(60)) - set(trained_on["index"].to_pylist())
+    assert not held & set(subsets(tmp_path / "glister")[1]["index"].to_pylist())
+
+
+def test_training_stops_at_the_accuracy_asked_for(photos, tmp_path):
+    known, shown = train(photos, tmp_path / "trained", *FAST, "--test", photos, "--target-accuracy", 0.3)
+    reached = known["target"]
+    metrics = pq.read_table(tmp_path / "trained" / "metrics.parquet")
+    accuracies = metrics["test_accuracy"].to_pylist()
+    assert accuracies[-1] >= 0.3 and all(accuracy < 0.3 for accuracy in accuracies[:-1])
+    assert reached["epoch"] == len(accuracies) == known["epochs"] and "accuracy 30.0% reached" in shown
+    assert reached["seconds"] == pytest.approx(sum(metrics["seconds"].to_pylist()), abs=2e-3)
+
+
+def test_a_subset_is_trained_on_with_its_weights(photos, tmp_path):
+    values, manifest = tmp_path / "values.parquet", tmp_path / "subset.parquet"
+    assert invoke("value", photos, *FAST, "-o", values, "-q").exit_code == 0
+    assert invoke("select", values, "--fraction", 0.5, "--weights", "-o", manifest, "-q").exit_code == 0
+    train(photos, tmp_path / "trained", *FAST, "--subset", manifest, "-q")
+    metrics = pq.read_table(tmp_path / "trained" / "metrics.parquet")
+    assert set(metrics["num_samples"].to_pylist()) == {30}
+    kept = pq.read_table(manifest).filter(pa.compute.field("kept"))
+    plain = kept.set_column(kept.schema.get_field_index("weight"), "weight", pa.array([1.0] * len(kept)))
+    models = [(tmp_path / "trained" / "model.safetensors").read_bytes()]
+    for name, table in (("same", kept), ("plain", plain)):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        train(photos, tmp_path / name, *FAST, "--subset", tmp_path / f"{name}.parquet", "-q")
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert models[0] == models[1] != models[2]
+
+
+def test_a_manifest_of_other_data_is_refused(photos, more_photos, tmp_path):
+    values, manifest = tmp_path / "values.parquet", tmp_path / "subset.parquet"
+    assert invoke("value", more_photos, *FAST, "-o", values, "-q").exit_code == 0
+    assert invoke("select", values, "--fraction", 0.5, "-o", manifest, "-q").exit_code == 0
+    result = invoke("train", photos, *FAST, "--subset", manifest, "-o", tmp_path / "trained")
+    assert result.exit_code == 1 and "was made of another dataset" in result.stderr
+    assert not (tmp_path / "trained").exists()
+    # As CSV it does not say what it was made of, but its rows do.
+    csv = tmp_path / "subset.csv"
+    assert invoke("select", values, "--fraction", 0.5, "-o", csv, "-q").exit_code == 0
+    result = invoke("train", photos, *FAST, "--subset", csv, "-o", tmp_path / "trained")
+    assert result.exit_code == 1 and "has another number or label" in result.stderr
+
+
+def test_classes_of_the_test_data_are_found_by_name(photos, more_photos, tmp_path):
+    """A test folder without the first class numbers the others differently."""
+    classes = sorted(path.name for path in more_photos.iterdir())
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in classes[1:]:
+        (part / name).symlink_to(more_photos / name)
+    known, _ = train(photos, tmp_path / "all", *FAST, "--test", more_photos, "-q")
+    partly, _ = train(photos, tmp_path / "some", *FAST, "--test", part, "-q")
+    accuracies = known["test"]["class_accuracies"]
+    assert partly["test"]["class_accuracies"] == {**accuracies, classes[0]: None}
+    (part / "unheard-of").symlink_to(more_photos / classes[0])
+    result = invoke("train", photos, *FAST, "--test", part, "-o", tmp_path / "none")
+    assert result.exit_code == 1 and "'unheard-of' is none of the training data's" in result.stderr
+
+
+def test_an_earlier_training_is_replaced_only_when_asked(photos, tmp_path):
+    folder = tmp_path / "trained"
+    train(photos, folder, *FAST, "--strategy", "random", "--fraction", 0.5, "-q")
+    refused = invoke("train", photos, *FAST, "-o", folder)
+    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    train(photos, folder, *FAST, "--overwrite", "-q")
+    assert not (folder / "subsets").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    refused = invoke("train", photos, *FAST, "-o", other, "--overwrite")
+    assert refused.exit_code == 1 and "no earlier training" in refused.stderr
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--strategy", "best"), 2, "--strategy best: expected one of full, random"),
+        (("--strategy", "chg"), 2, "--strategy chg: pass the --fraction"),
+        (("--strategy", "full", "--fraction", 0.3), 2, "full training has none"),
+        (("--fraction", 1.5), 2, "--fraction 1.5: is the share"),
+        (("--strategy", "glister", "--fraction", 0.3), 2, "pass --holdout 0.1"),
+        (("--holdout", 1), 2, "--holdout 1: is a share between 0 and 1"),
+        (("--holdout", 0.001), 2, "leaves nothing on one side"),
+        (("--target-accuracy", 0.9), 2, "pass --test or --holdout"),
+        (("--target-accuracy", 90, "--test", "x"), 2, "is a share, such as 0.9"),
+        (("--subset", "nowhere.parquet"), 1, "nowhere.parquet: no such file"),
+        (("--subset", "x.parquet", "--strategy", "chg", "--fraction", 0.3), 2, "leave out --strategy chg"),
+        (("--test", "nowhere"), 1, "nowhere: no such file or folder"),
+        (("-o", "no/where"), 1, "no/where"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(photos, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", photos, *FAST, "-q", *arguments)
+    assert result.exit_code == code, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and message in re.sub(r"\s+", " ", result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_digits(path, images, labels):
+    """Write digits as Parquet of 8 by 8 gray images."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    encoded = []
+    for image in images:
+        file = BytesIO()
+        Image.fromarray((image * (255 / 16)).round().astype(np.uint8)).convert("RGB").save(file, "PNG")
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": encoded, "label": labels}), path)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_without_the_labels_that_are_found_wrong_beats_training_on_all(seed, tmp_path):
+    """Value, detect, select, train: on real digits of which 30 % have another label."""
+    bunch = load_digits()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(bunch.target))
+    images, labels = bunch.images[order], bunch.target[order]
+    given = labels.copy()
+    wrong = rng.random(len(labels)) < 0.3
+    given[wrong] = (labels[wrong] + rng.integers(1, 10, wrong.sum())) % 10
+    data, test = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    write_digits(data, images[300:], given[300:])
+    write_digits(test, images[:300], labels[:300])
+    settings = ("--epochs", 15, "--arch", "resnet8", "--seed", seed, "-q")
+
+    steps = [
+        ("value", data, *settings, "-o", tmp_path / "values.parquet"),
+        ("detect-noise", tmp_path / "values.parquet", "-o", tmp_path / "suspects.parquet", "-q"),
+        ("select", tmp_path / "values.parquet", "--fraction", 0.6, "--drop", tmp_path / "suspects.parquet", "-o",
+         tmp_path / "subset.parquet", "-q"),
+    ]  # fmt: skip
+    for step in steps:
+        result = invoke(*step)
+        assert result.exit_code == 0, result.stderr
+    cleaned, _ = train(
+        data, tmp_path / "cleaned", *settings, "--subset", tmp_path / "subset.parquet", "--test", test
+    )
+    on_all, _ = train(data, tmp_path / "all", *settings, "--test", test)
+    assert cleaned["test"]["accuracy"] > on_all["test"]["accuracy"]
