@@ -325,6 +325,8 @@ def read_report(
             )
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         return table.select(columns).cast(wanted), metadata
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file; expected the output of chgval {kind.command}.") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"{name}: cannot be read as {kind.what} ({first_line(error)}); expected the output of chgval "

@@ -117,8 +117,8 @@ class Dataset:
             statuses[row] = "unreadable"
         return statuses
 
-    def check(self) -> None:
-        """Raise DataError where there is nothing to learn from."""
+    def check(self, least_classes: int = 2) -> None:
+        """Raise DataError where there is nothing to learn from; for tests one class is enough."""
         if not len(self):
             raise DataError(f"{self.source}: no samples found.")
         if len(self.problems) == len(self):
@@ -131,7 +131,7 @@ class Dataset:
         if not len(usable):
             raise DataError(f"{self.source}: no readable sample has a label; valuing needs labels.")
         present = np.unique(self.labels_N[usable])
-        if len(present) < 2:
+        if len(present) < least_classes:
             raise DataError(
                 f"{self.source}: all {len(usable):,} usable samples have the label "
                 f"'{self.class_names[present[0]]}'; valuing needs at least two classes."

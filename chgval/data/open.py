@@ -16,18 +16,19 @@ from chgval.errors import DataError, SettingsError
 Kind = Literal["digits", "parquet", "folder"]
 
 
-def open_dataset(config: DataConfig, largest_size: int) -> Dataset:
+def open_dataset(config: DataConfig, largest_size: int, *, least_classes: int = 2) -> Dataset:
     """Read what the user named, whatever kind of dataset it is.
 
     Args:
         config: the source and how to read it.
         largest_size: the largest image size to choose where the user gave none.
+        least_classes: that must have samples.
     Raises:
         DataError: it does not exist, is of no known kind, or holds nothing to learn from; with
             on_error "fail" also if any row cannot be read.
     """
     dataset = _read(config, largest_size)
-    dataset.check()
+    dataset.check(least_classes)
     if dataset.problems and config.on_error == "fail":
         row, reason = next(iter(dataset.problems.items()))
         raise DataError(

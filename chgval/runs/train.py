@@ -218,7 +218,9 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
     """
     is_embedding = isinstance(dataset.content, Embeddings)
     size = None if is_embedding else dataset.input_size
-    test = open_dataset(dataclasses.replace(data, source=source, image_size=size), dataset.input_size)
+    test = open_dataset(
+        dataclasses.replace(data, source=source, image_size=size), dataset.input_size, least_classes=1
+    )
     if test.input_size != dataset.input_size:
         raise DataError(
             f"{source}: has embeddings of {test.input_size} numbers, the training data of "
@@ -393,7 +395,7 @@ class TrainingFolder:
         """Write the model, and everything that is known of its training."""
         path = self._folder / MODEL_FILE
         with could_not_write(path), replacing(path) as file:
-            file.write(save(run.model.network_state(), {"arch": run.arch, "format": "pt"}))
+            file.write(save(run.model.network_state(), {"format": "pt"}))
         evaluation = training.evaluation
         known = {
             **self._metadata,
