@@ -12,7 +12,7 @@ from chgval.errors import NonFiniteError
 from chgval.models import InputShape, build_model
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import EpochRecord, StepRecord
-from chgval.training import schedule_factor, train_epochs
+from chgval.training import Subset, schedule_factor, train_epochs
 from tests import oracles
 
 CPU = torch.device("cpu")
@@ -74,6 +74,49 @@ def test_it_trains_exactly_like_a_plain_loop(setup):
             step += 1
     for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_each_epoch_trains_on_its_subset_with_its_weights(setup):
+    """The textbook loop over other rows in each epoch; the weights of a subset have a mean of 1."""
+    dataset, loader, model = setup
+    plain = copy.deepcopy(model)
+    rows = [torch.arange(0, 40, 2), torch.arange(7, 37)]
+    weights = [torch.linspace(0, 3, 20), torch.full((30,), 0.2)]
+    subsets = [Subset.weighted(r, w, len(dataset), CPU) for r, w in zip(rows, weights, strict=True)]
+    records = train_epochs(
+        model,
+        loader,
+        recipe(epochs=2),
+        device=CPU,
+        generator=torch.Generator().manual_seed(1),
+        choose=lambda epoch: subsets[epoch - 1],
+    )
+    assert [r.num_samples for r in records if isinstance(r, EpochRecord)] == [20, 30]
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    generator = torch.Generator().manual_seed(1)
+    plain.train()
+    for epoch in range(2):
+        scale = weights[epoch] / weights[epoch].mean()
+        batches = list(loader.training_batches(generator, rows[epoch]))
+        for step, batch in enumerate(batches):
+            progress = (epoch + (step + 0.5) / len(batches)) / 2
+            optimizer.param_groups[0]["lr"] = 0.05 * schedule_factor("one-cycle", progress)
+            optimizer.zero_grad()
+            losses = torch.nn.functional.cross_entropy(
+                plain(batch.inputs_B)[0], batch.labels_B, reduction="none"
+            )
+            of_row = {int(row): w for row, w in zip(rows[epoch], scale, strict=True)}
+            sum(of_row[int(i)] * loss for i, loss in zip(batch.indices_B, losses, strict=True)).div(
+                len(losses)
+            ).backward()
+            optimizer.step()
+    for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_are_all_zero_count_alike():
+    assert Subset.weighted(torch.arange(3), torch.zeros(3), 5, CPU).weights_N is None
 
 
 @pytest.mark.parametrize("separate_pass", [False, True])
