@@ -422,7 +422,7 @@ def train_model(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"What chooses them: {', '.join(STRATEGIES)}. Default: chg with --fraction, else full.",
+            help=f"What chooses them: {', '.join(STRATEGIES)}. Default: auto with --fraction, else full.",
             autocompletion=complete_strategy,
             rich_help_panel=SELECTION_PANEL,
         ),

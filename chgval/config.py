@@ -318,7 +318,7 @@ class SelectConfig:
 
 Strategy = Literal[
     "full", "random", "adaptive-random", "glister", "gradmatch", "chg", "hardness", "gradient", "el2n",
-    "infobatch",
+    "infobatch", "auto",
 ]  # fmt: skip
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 

@@ -426,7 +426,7 @@ def complete_rule(incomplete: str) -> list[str]:
 def strategy_of(name: str | None, fraction: float | None) -> Strategy:
     """Return the strategy that the user named, or the default one."""
     if name is None:
-        return "full" if fraction is None else "chg"
+        return "full" if fraction is None else "auto"
     for strategy in STRATEGIES:
         if name == strategy:
             return strategy

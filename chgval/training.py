@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from chgval.accumulate import ValueAccumulator
 from chgval.data.loader import Loader
 from chgval.errors import DataError, NonFiniteError
+from chgval.models import SplitModel
 from chgval.recipe import Recipe
 from chgval.records import EpochRecord, StepRecord
 
@@ -39,12 +40,13 @@ class WeightAverage:
     Args:
         model: the one to follow, on its device.
         total_steps: optimizer steps of the whole run.
+        share: of these steps, over which it forgets.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int) -> None:
+    def __init__(self, model: SplitModel, total_steps: int, *, share: float = AVERAGED_SHARE) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self._averaged, self._followed = _floating_tensors(self.model), _floating_tensors(model)
-        decay = max(0.0, 1 - 1 / (AVERAGED_SHARE * total_steps))
+        decay = max(0.0, 1 - 1 / (share * total_steps))
         self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(self) -> None:

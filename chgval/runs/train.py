@@ -25,15 +25,18 @@ from chgval.data.open import open_dataset
 from chgval.errors import DataError, OutputError, SettingsError
 from chgval.evaluation import evaluate
 from chgval.files import check_new_folder, could_not_write, replacing
+from chgval.models import SplitModel
 from chgval.records import EpochRecord, Evaluation, IntArray
 from chgval.reports import MANIFEST, read_report, with_metadata, write_table
 from chgval.runs.value import Run, as_json, metadata_of, prepared, read_dataset, settings_shown
 from chgval.selection import keep_highest
 from chgval.strategies import REGISTRY, Pass, Question, Strategy
-from chgval.training import Subset, observe, schedule_factor, train_epochs
+from chgval.training import Subset, WeightAverage, observe, schedule_factor, train_epochs
 
 # Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
 NUM_CHOICES = 15
+# The moving average of the weights forgets over this share of the steps: the first choices need young ones.
+AVERAGED_SHARE = 1 / 25
 MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
     "model.safetensors", "training.json", "metrics.parquet", "subsets",
 )  # fmt: skip
@@ -127,13 +130,17 @@ class Chooser:
         self._memory: dict[str, Tensor] = {}
         self._strategy = None if config.strategy == "full" else REGISTRY[config.strategy]
         self._every = select_every(config, run.recipe.epochs)
+        self.average = None
+        if self._strategy is not None and self._strategy.averages_weights:
+            steps = run.recipe.epochs * run.loader.num_batches(torch.from_numpy(self._rows[: self._count]))
+            self.average = WeightAverage(run.model, steps, share=AVERAGED_SHARE)
         self.subset = fixed
         self.is_new = False
 
     def __call__(self, epoch: int) -> Subset | None:
         """Return what to train on in this epoch; None is all."""
         if self._strategy is not None:
-            self.is_new = self._strategy.every_epoch or (epoch - 1) % self._every == 0
+            self.is_new = (epoch - 1) % self._every == 0
             if self.is_new:
                 self.subset = self._ask(self._strategy, epoch)
         return self.subset
@@ -144,7 +151,12 @@ class Chooser:
         def held_pass() -> Pass:
             if held is None:
                 raise ValueError("there are no held-out samples")
-            return pass_over(run, held.loader, held.rows, held.labels_N)
+            return pass_over(run.model, held.loader, held.rows, held.labels_N)
+
+        def averaged_pass() -> Pass:
+            if self.average is None:
+                raise ValueError("no moving average of the weights is kept")
+            return pass_over(self.average.model, run.loader, self._rows, run.dataset.labels_N)
 
         choice = strategy.choose(
             Question(
@@ -156,7 +168,8 @@ class Chooser:
                 batch_size=recipe.batch_size,
                 lr=recipe.lr * schedule_factor(recipe.schedule, (epoch - 0.5) / recipe.epochs),
                 generator=run.generator,
-                run_pass=lambda: pass_over(run, run.loader, self._rows, run.dataset.labels_N),
+                run_pass=lambda: pass_over(run.model, run.loader, self._rows, run.dataset.labels_N),
+                run_averaged_pass=averaged_pass,
                 run_held_pass=held_pass,
                 memory=self._memory,
             )
@@ -172,23 +185,23 @@ def select_every(config: TrainingConfig, num_epochs: int) -> int:
     return config.select_every or max(1, round(num_epochs / NUM_CHOICES))
 
 
-def pass_over(run: Run, loader: Loader, rows: IntArray, labels_N: IntArray) -> Pass:
-    """Show rows to the model as it is, without training; what cannot be read is predicted nothing about."""
-    num_rows = len(labels_N)
-    logits_NC = torch.zeros(num_rows, run.model.head.out_features, device=run.device)
-    features_ND = torch.zeros(num_rows, run.model.head.in_features, device=run.device)
+def pass_over(model: SplitModel, loader: Loader, rows: IntArray, labels_N: IntArray) -> Pass:
+    """Show rows to a model as it is, without training; what cannot be read is predicted nothing about."""
+    num_rows, device = len(labels_N), model.head.weight.device
+    logits_NC = torch.zeros(num_rows, model.head.out_features, device=device)
+    features_ND = torch.zeros(num_rows, model.head.in_features, device=device)
 
     def take(indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
         logits_NC[indices_B] = logits_BC.float()
         features_ND[indices_B] = features_BD.float()
 
-    observe(run.model, loader, take)
+    observe(model, loader, take)
     kept = torch.from_numpy(rows)
     return Pass(
         logits_NC.cpu()[kept],
         features_ND.cpu()[kept],
         torch.from_numpy(labels_N)[kept],
-        run.model.head.bias is not None,
+        model.head.bias is not None,
     )
 
 
@@ -339,7 +352,13 @@ def train(
     """
     training = Training()
     records = train_epochs(
-        run.model, run.loader, run.recipe, device=run.device, generator=run.generator, choose=chooser
+        run.model,
+        run.loader,
+        run.recipe,
+        device=run.device,
+        generator=run.generator,
+        average=chooser.average,
+        choose=chooser,
     )
     with console.progress(run.recipe.epochs * run.loader.num_batches()) as shown:
         for record in records:

@@ -66,6 +66,7 @@ class Question:
         lr: present learning rate.
         generator: all randomness comes from it.
         run_pass: makes a pass over the training samples.
+        run_averaged_pass: makes one with the moving average of the weights, where that is kept.
         run_held_pass: makes a pass over held-out samples, where there are some.
         memory: what the strategy keeps from one question to the next.
     """
@@ -79,6 +80,7 @@ class Question:
     lr: float
     generator: torch.Generator
     run_pass: Callable[[], Pass]
+    run_averaged_pass: Callable[[], Pass]
     run_held_pass: Callable[[], Pass]
     memory: dict[str, Tensor] = field(default_factory=dict)
 
@@ -115,25 +117,21 @@ class Strategy:
 
     Attributes:
         choose: answers the question.
-        every_epoch: whether it is asked before every epoch, whatever `--select-every` says.
-        needs_holdout: whether it compares with held-out samples.
+        averages_weights: whether it wants passes with the moving average of the weights.
     """
 
     choose: ChoiceFunction
-    every_epoch: bool = False
-    needs_holdout: bool = False
+    averages_weights: bool = False
 
 
 REGISTRY: dict[str, Strategy] = {}
 
 
-def strategy(
-    name: str, *, every_epoch: bool = False, needs_holdout: bool = False
-) -> Callable[[ChoiceFunction], ChoiceFunction]:
+def strategy(name: str, *, averages_weights: bool = False) -> Callable[[ChoiceFunction], ChoiceFunction]:
     """Register a function as the strategy of that name."""
 
     def register(choose: ChoiceFunction) -> ChoiceFunction:
-        REGISTRY[name] = Strategy(choose, every_epoch, needs_holdout)
+        REGISTRY[name] = Strategy(choose, averages_weights)
         return choose
 
     return register

@@ -11,7 +11,7 @@ from chgval.strategies.base import Choice, Pass, Question, strategy
 NUM_PARTS = 15
 
 
-@strategy("glister", needs_holdout=True)
+@strategy("glister")
 def choose(question: Question) -> Choice:
     """Add, part by part, the samples of each class whose step lowers the held-out loss most.
 

@@ -13,6 +13,7 @@ from sklearn.linear_model import orthogonal_mp
 from torch.nn import functional
 
 from chgval.config import STRATEGIES
+from chgval.noise import read_noise
 from chgval.strategies import REGISTRY, Pass, Question
 from chgval.strategies.glister import NUM_PARTS
 from chgval.strategies.gradmatch import REGULARISATION, matching_pursuit
@@ -42,6 +43,7 @@ def ask(name, samples, count, held=None, memory=None, **changed):
         "lr": 0.5,
         "generator": torch.Generator().manual_seed(1),
         "run_pass": lambda: samples,
+        "run_averaged_pass": lambda: samples,
         "run_held_pass": lambda: held,
         "memory": {} if memory is None else memory,
     }
@@ -160,6 +162,33 @@ def test_infobatch_has_the_loss_of_all_samples_on_average():
         sums.append((losses_N[choice.positions_K] * choice.weights_K).sum().item())
     error = np.std(sums) / np.sqrt(len(sums))
     assert abs(np.mean(sums) - losses_N.sum().item()) < 4 * error
+
+
+def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
+    """Two passes averaged by hand; the noise scores are those of `chgval detect-noise`."""
+    g = torch.Generator().manual_seed(2)
+    labels_N = torch.arange(80) % 3
+    clear_NC = 4.0 * functional.one_hot(labels_N, 3)
+    labels_N[::5] = (labels_N[::5] + 1) % 3
+    first, second = (
+        Pass(clear_NC + torch.randn(80, 3, generator=g), torch.ones(80, 1), labels_N) for _ in range(2)
+    )
+    averaged_NC = (0.8 * first.logits_NC.softmax(1) + second.logits_NC.softmax(1)) / 1.8
+    score_N = read_noise(averaged_NC.numpy(), labels_N.numpy(), round(7 * 12 / 80)).noise_score_N
+    # In the end all of the estimated noise is left out: as many samples as the scores add up to.
+    left = set(np.argsort(score_N)[: 80 - int(score_N.sum())].tolist())
+    assert 40 < len(left) < 78
+    assert (np.bincount(labels_N[sorted(left)], minlength=3) >= quotas(labels_N, 12)).all()
+
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(80):
+        memory: dict[str, torch.Tensor] = {}
+        at_first = ask("auto", first, 12, memory=memory, epoch=1, generator=generator)
+        assert not memory and at_first.weights_K is None
+        ask("auto", first, 12, memory=memory, epoch=5, generator=generator)
+        drawn.append((at_first, ask("auto", second, 12, memory=memory, epoch=8, generator=generator)))
+    assert {int(p) for first_choice, _ in drawn for p in first_choice.positions_K} == set(range(80))
+    assert {int(p) for _, last_choice in drawn for p in last_choice.positions_K} == left
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
