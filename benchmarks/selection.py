@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.1, 0.3, 0.5, 0.7])
     parser.add_argument("--noise", nargs="+", choices=["noise", "none"], default=["noise", "none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--plot", type=Path, help="draw accuracies there (needs matplotlib)")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.data == "digits":
@@ -130,14 +131,48 @@ def main() -> None:
         result = lines[noise, fraction, strategy][-1]
         print(f"{path.stem:<50} accuracy {result['accuracy']:.4f} wrong {result['wrong']:.3f}", flush=True)
 
-    print(f"\n{'noise':<6} {'fraction':>8} {'strategy':<16} accuracy (lowest to highest)  wrong  seconds")
-    for (noise, fraction, strategy), results in lines.items():
-        accuracies = [result["accuracy"] for result in results]
-        print(
-            f"{noise:<6} {fraction:>8} {strategy:<16} {np.mean(accuracies):.3f} ({min(accuracies):.3f} to "
-            f"{max(accuracies):.3f})  {np.mean([r['wrong'] for r in results]):.3f}  "
-            f"{np.median([r['seconds'] for r in results]):.1f}"
-        )
+    for noise in options.noise:
+        print_table(noise, options.fractions, options.strategies, lines)
+    if options.plot:
+        draw(options.plot, options.noise, options.fractions, options.strategies, lines)
+
+
+def print_table(noise: str, fractions, strategies, lines) -> None:
+    """Print a Markdown table: per cent right (lowest to highest), and per cent of the last choice wrong."""
+    print(f"\n| {noise} | " + " | ".join(f"{fraction:g}" for fraction in fractions) + " |")
+    print("|---" * (len(fractions) + 1) + "|")
+    for strategy in strategies:
+        cells = [strategy]
+        for fraction in fractions:
+            results = lines[noise, fraction, strategy]
+            accuracies = [100 * result["accuracy"] for result in results]
+            wrong = 100 * np.mean([result["wrong"] for result in results])
+            spread = f" ({min(accuracies):.1f} to {max(accuracies):.1f})"
+            cells.append(
+                f"{np.mean(accuracies):.1f}{spread}" + (f"; {wrong:.0f}" if noise == "noise" else "")
+            )
+        print("| " + " | ".join(cells) + " |")
+
+
+def draw(path: Path, noises: list[str], fractions: list[float], strategies, lines) -> None:
+    """Draw accuracy over the fraction: a panel without and with noise, mean and spread of the seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(noises), figsize=(5 * len(noises), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, noise in zip(panels[0], noises, strict=True):
+        for k, strategy in enumerate(strategies):
+            accuracies = [[100 * r["accuracy"] for r in lines[noise, f, strategy]] for f in fractions]
+            mean = [np.mean(values) for values in accuracies]
+            panel.plot(fractions, mean, marker="o", markersize=3, label=strategy, color=f"C{k}")
+            low, high = [min(values) for values in accuracies], [max(values) for values in accuracies]
+            panel.fill_between(fractions, low, high, color=f"C{k}", alpha=0.12, linewidth=0)
+        title = "30 % of the labels wrong" if noise == "noise" else "no label wrong"
+        panel.set(xlabel="fraction trained on", title=title)
+    panels[0][0].set(ylabel="test accuracy, %")
+    panels[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
