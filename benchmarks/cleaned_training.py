@@ -2,16 +2,17 @@
 
     python benchmarks/cleaned_training.py CIFAR10N.parquet --test TEST.parquet --work FOLDER
 
-For every seed: chgval value, detect-noise, select --drop, train on the selected; and chgval train on all. Both
-train for the same epochs. What is finished stays in FOLDER, so that a benchmark that was stopped goes on.
+For every seed: chgval value, detect-noise, select --drop, train on the selected; and chgval train on all.
+Both train for the same epochs. What is finished stays in FOLDER; a benchmark that was stopped goes on.
 """
 
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 
-from chgval.runs.train import TRAINING_FILE
+from chgval.runs.train import MODEL_FILE, TRAINING_FILE
 
 
 def main() -> None:
@@ -37,12 +38,15 @@ def main() -> None:
             (suspects, ["detect-noise", values, "-q", "-o", suspects]),
             # All that is not flagged: more than there is of it is asked for.
             (subset, ["select", values, "--fraction", "1", "--drop", suspects, "-q", "-o", subset]),
-            (cleaned, ["train", options.data, *recipe, *test, "--subset", subset, "-o", cleaned, "--overwrite"]),
+            (
+                cleaned,
+                ["train", options.data, *recipe, *test, "--subset", subset, "-o", cleaned, "--overwrite"],
+            ),
             (on_all, ["train", options.data, *recipe, *test, "-o", on_all, "--overwrite"]),
-        ]  # fmt: skip
+        ]
         for result, arguments in steps:
-            if not (result / TRAINING_FILE if result.suffix == "" else result).exists():
-                subprocess.run(["chgval", *map(str, arguments)], check=True)
+            if not (result / MODEL_FILE if result.suffix == "" else result).exists():
+                subprocess.run([sys.executable, "-m", "chgval", *map(str, arguments)], check=True)
         tests = [json.loads((folder / TRAINING_FILE).read_text())["test"] for folder in (on_all, cleaned)]
         print(f"seed {seed}: all {tests[0]['accuracy']:.4f}, cleaned {tests[1]['accuracy']:.4f}", flush=True)
 

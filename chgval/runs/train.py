@@ -398,6 +398,7 @@ class TrainingFolder:
                 (folder / name).unlink(missing_ok=True)
             if (folder / SUBSETS_FOLDER).exists():
                 shutil.rmtree(folder / SUBSETS_FOLDER)
+        self._describe({})
 
     def write(self, dataset: Dataset, training: Training, chooser: Chooser) -> None:
         """Keep the epochs so far, and what was chosen before the last one, if anything was."""
@@ -416,16 +417,20 @@ class TrainingFolder:
         with could_not_write(path), replacing(path) as file:
             file.write(save(run.model.network_state(), {"format": "pt"}))
         evaluation = training.evaluation
-        known = {
-            **self._metadata,
+        results = {
             "epochs": len(training.epochs),
             "train_seconds": round(training.seconds, 3),
             "test": None if evaluation is None else test_of(evaluation, run.dataset),
             "target": training.target,
         }
+        self._describe(results)
+
+    def _describe(self, results: dict[str, Any]) -> None:
+        """Write the settings, from the start: an interrupted training can be told from other folders."""
         path = self._folder / TRAINING_FILE
+        text = json.dumps({**self._metadata, **results}, indent=2, ensure_ascii=False)
         with could_not_write(path), replacing(path) as file:
-            file.write(json.dumps(known, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+            file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def check_training_folder(folder: Path, *, overwrite: bool) -> None:

@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -204,12 +208,34 @@ def test_an_earlier_training_is_replaced_only_when_asked(photos, tmp_path):
     assert refused.exit_code == 1 and "exists already" in refused.stderr
     train(photos, folder, *FAST, "--overwrite", "-q")
     assert not (folder / "subsets").exists()
+    # An interrupted training has no model yet.
+    (folder / "model.safetensors").unlink()
+    train(photos, folder, *FAST, "--overwrite", "-q")
+    assert (folder / "model.safetensors").exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
     refused = invoke("train", photos, *FAST, "-o", other, "--overwrite")
     assert refused.exit_code == 1 and "no earlier training" in refused.stderr
     assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_an_interruption_keeps_what_there_is(photos, tmp_path):
+    """Ctrl-C while training: the settings and the epochs so far are there, and can be replaced."""
+    folder = tmp_path / "trained"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chgval", "train", photos, "-o", folder, "-q", "--arch", "resnet8",
+         "--epochs", "5000", "--fraction", "0.5"],
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (folder / "metrics.parquet").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert json.loads((folder / "training.json").read_text())["training"]["fraction"] == 0.5
+    assert pq.read_table(folder / "metrics.parquet")["epoch"][0].as_py() == 1 and 1 in subsets(folder)
+    train(photos, folder, *FAST, "--overwrite", "-q")
 
 
 @pytest.mark.parametrize(
