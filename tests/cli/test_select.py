@@ -259,7 +259,7 @@ def test_a_report_is_read_without_torch(report, tmp_path):
         (["--min-value", "1", "--by", "random"], 2, "random ranks have no values"),
         (["--min-value", "100"], 1, "no row can be kept"),
         (["--count", "3", "--materialize", "new"], 1, "does not say which dataset it is about"),
-        (["--count", "3", "--drop", "missing.csv"], 1, "missing.csv: cannot be read as suspects"),
+        (["--count", "3", "--drop", "missing.csv"], 1, "missing.csv: no such file"),
         (["--count", "3", "--by", "loss_mean"], 1, "no row can be kept"),
     ],
 )
