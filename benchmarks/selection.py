@@ -1,13 +1,13 @@
 """Selection while training: every strategy, with and without noise, tested on clean labels.
 
-    python benchmarks/selection.py digits --work FOLDER
-    python benchmarks/selection.py cifar --work FOLDER --train CIFAR10.parquet --test TEST.parquet
+    python benchmarks/selection.py digits
+    python benchmarks/selection.py cifar --train CIFAR10.parquet --test TEST.parquet
 
 The digits are scikit-learn's, 1,497 to train and 300 to test; CIFAR-10 is read from Parquet files of
 `image` and `clean_label` (or `label`). With noise, 30 % of the training labels are replaced by others at
 random; the test labels are clean. Glister holds out a tenth of the training samples, the others train on
-all. Every finished run stays in FOLDER as JSON, so that a benchmark that was stopped goes on where it was.
-In the end the table of all runs is printed.
+all. Every finished run is a line of the results file, so that a benchmark that was stopped goes on where it
+was, and several can run at once. In the end the table of all runs is printed.
 """
 
 import argparse
@@ -31,6 +31,7 @@ NOISE = 0.3
 NUM_CLASSES = 10
 DIGITS_TESTED = 300
 HELD_OUT = 0.1
+RESULTS = Path(__file__).parent / "results" / "selection.jsonl"
 
 
 def read_digits(part: slice) -> Dataset:
@@ -96,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", choices=["digits", "cifar"])
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, one per finished run")
     parser.add_argument("--train", help="CIFAR-10 training images as Parquet")
     parser.add_argument("--test", help="CIFAR-10 test images as Parquet")
     parser.add_argument("--count", type=int, help="use only the first so many training images")
@@ -108,7 +109,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--plot", type=Path, help="draw accuracies there (needs matplotlib)")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    finished = {}
+    if options.results.exists():
+        for line in options.results.read_text().splitlines():
+            entry = json.loads(line)
+            finished[json.dumps(entry["run"])] = entry["result"]
     if options.data == "digits":
         clean, tested = read_digits(slice(DIGITS_TESTED, None)), read_digits(slice(DIGITS_TESTED))
     else:
@@ -119,17 +125,24 @@ def main() -> None:
     for noise, fraction, strategy, seed in itertools.product(
         options.noise, options.fractions, options.strategies, options.seeds
     ):
-        part = "" if strategy == "full" else f"-{fraction}"
-        name = (
-            f"{options.data}-{options.count or 'all'}-{options.epochs}-{noise}-{strategy}{part}-{seed}.json"
-        )
-        path = options.work / name
-        if not path.exists():
-            result = run_one(clean, tested, options, strategy, noise == "noise", fraction, seed)
-            path.write_text(json.dumps(result))
-        lines.setdefault((noise, fraction, strategy), []).append(json.loads(path.read_text()))
-        result = lines[noise, fraction, strategy][-1]
-        print(f"{path.stem:<50} accuracy {result['accuracy']:.4f} wrong {result['wrong']:.3f}", flush=True)
+        key = {
+            "data": options.data,
+            "count": options.count,
+            "epochs": options.epochs,
+            "every": None if strategy == "full" else options.every,
+            "noise": noise,
+            "strategy": strategy,
+            "fraction": None if strategy == "full" else fraction,
+            "seed": seed,
+        }
+        name = json.dumps(key)
+        if name not in finished:
+            finished[name] = run_one(clean, tested, options, strategy, noise == "noise", fraction, seed)
+            with options.results.open("a") as file:
+                file.write(json.dumps({"run": key, "result": finished[name]}) + "\n")
+        result = finished[name]
+        lines.setdefault((noise, fraction, strategy), []).append(result)
+        print(f"{name} accuracy {result['accuracy']:.4f} wrong {result['wrong']:.3f}", flush=True)
 
     for noise in options.noise:
         print_table(noise, options.fractions, options.strategies, lines)
