@@ -83,6 +83,10 @@ class Factors:
                 self.features_ND[rows].to(self.product_dtype),
             )
 
+    def at(self, positions_K: Tensor) -> Factors:
+        """Return those of some samples, in the order of their positions."""
+        return Factors(self.residuals_NC[positions_K], self.features_ND[positions_K], self.has_bias)
+
     def inner_products(self, matrix_CF: Tensor) -> Tensor:
         """Return <matrix, x_i> for every sample: float64, shape (N,)."""
         width = self.features_ND.shape[1]

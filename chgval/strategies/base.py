@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from chgval.records import FloatArray, IntArray
 from chgval.selection import keep_highest
@@ -45,7 +46,15 @@ class Pass:
     @cached_property
     def losses_N(self) -> Tensor:
         """Cross entropy of each sample, in nats."""
-        return torch.nn.functional.cross_entropy(self.logits_NC, self.labels_N, reduction="none")
+        return functional.cross_entropy(self.logits_NC, self.labels_N, reduction="none")
+
+    def last_layer(self, weight_CF: Tensor) -> Tensor:
+        """Return what a last layer of these weights, its bias last, makes of the samples, shape (N, C)."""
+        width = self.features_ND.shape[1]
+        weight_CF = weight_CF.to(self.features_ND.dtype)
+        return functional.linear(
+            self.features_ND, weight_CF[:, :width], weight_CF[:, width] if self.has_bias else None
+        )
 
     def factors(self, *, times_loss: bool) -> Factors:
         """Return the last-layer gradients of all samples, multiplied by their loss or not."""

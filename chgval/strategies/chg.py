@@ -3,7 +3,7 @@
 import torch
 
 from chgval.selection import min_max_weights
-from chgval.shapley import Factors, chg_values, chg_values_per_class
+from chgval.shapley import chg_values, chg_values_per_class
 from chgval.strategies.base import Choice, Question, strategy
 
 
@@ -18,6 +18,5 @@ def highest_values(question: Question, *, times_loss: bool) -> Choice:
     factors = question.samples.factors(times_loss=times_loss)
     values_N = chg_values_per_class(factors, question.labels_N, question.num_classes)
     kept_K = question.highest_of_each_class(values_N)
-    among_kept = Factors(factors.residuals_NC[kept_K], factors.features_ND[kept_K], factors.has_bias)
-    weights_K = torch.from_numpy(min_max_weights(chg_values(among_kept).numpy()))
+    weights_K = torch.from_numpy(min_max_weights(chg_values(factors.at(kept_K)).numpy()))
     return Choice(kept_K, weights_K)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
+from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
 
 from chgval.records import FloatArray, IntArray
+from chgval.shapley import coalition_sums
 from chgval.strategies.base import Choice, Question, strategy
-from chgval.strategies.glister import with_bias
 
 # Of the squared weights, in the fit of each step.
 REGULARISATION = 0.5
@@ -16,19 +17,24 @@ REGULARISATION = 0.5
 def choose(question: Question) -> Choice:
     """Cut the samples into random batches, and choose among these by orthogonal matching pursuit.
 
-    All samples of a batch get its weight. The last batch is cut where the budget ends.
+    The samples of a batch share its weight. The last batch is cut where the budget ends.
     """
     num_samples = len(question.labels_N)
     order_N = torch.randperm(num_samples, generator=question.generator)
     batches = torch.split(order_N, min(question.batch_size, question.count))
-    samples = question.samples
-    residuals_NC, inputs_NF = samples.residuals_NC, with_bias(samples)
-    atoms_BK = torch.stack([(residuals_NC[b].T @ inputs_NF[b]).flatten() / len(b) for b in batches])
-    target_K = (residuals_NC.T @ inputs_NF).flatten() / num_samples
-    num_wanted = -(-question.count // len(batches[0]))
-    chosen, weights = matching_pursuit(atoms_BK.double().numpy(), target_K.double().numpy(), num_wanted)
+    factors = question.samples.factors(times_loss=False)
+    atoms_BK = torch.stack([coalition_sums(factors.at(batch)).mean_CF.flatten() for batch in batches])
+    target_K = coalition_sums(factors).mean_CF.flatten()
+    size = len(batches[0])
+    chosen, weights = matching_pursuit(atoms_BK.numpy(), target_K.numpy(), -(-question.count // size))
     positions_K = torch.cat([batches[b] for b in chosen])
-    weights_K = torch.cat([torch.full((len(batches[b]),), w) for b, w in zip(chosen, weights, strict=True)])
+    # The gradient of a batch is a mean: in a shorter one each sample stands for more of it.
+    weights_K = torch.cat(
+        [
+            torch.full((len(batches[b]),), weight * size / len(batches[b]))
+            for b, weight in zip(chosen, weights, strict=True)
+        ]
+    )
     # The short last batch may have been chosen: then there is room for what comes next in line.
     missing = question.count - len(positions_K)
     if missing > 0:
@@ -53,16 +59,16 @@ def matching_pursuit(
     Returns:
         The chosen atoms in the order of their choice, and the weight of each.
     """
+    # Everything is said in inner products: a fit is as large as the atoms chosen, not as their length.
+    products_BB, targets_B = atoms_BK @ atoms_BK.T, atoms_BK @ target_K
     chosen: list[int] = []
     weights: FloatArray = np.zeros(0)
-    residual_K = target_K
     for _ in range(min(num_wanted, len(atoms_BK))):
-        gains_B = atoms_BK @ residual_K
+        gains_B = targets_B - products_BB[:, chosen] @ weights
         gains_B[chosen] = -np.inf
         chosen.append(int(gains_B.argmax()))
-        atoms = atoms_BK[chosen]
-        # Ridge regression as least squares: one more equation per weight.
-        rows = np.vstack([atoms.T, np.sqrt(regularisation) * np.eye(len(chosen))])
-        weights = nnls(rows, np.concatenate([target_K, np.zeros(len(chosen))]))[0]
-        residual_K = target_K - weights @ atoms
+        # Ridge regression with weights of 0 or more, as least squares on a square root of its matrix.
+        matrix = products_BB[np.ix_(chosen, chosen)] + regularisation * np.eye(len(chosen))
+        root = np.linalg.cholesky(matrix)
+        weights = nnls(root.T, solve_triangular(root, targets_B[chosen], lower=True))[0]
     return np.array(chosen, dtype=np.int64), weights
