@@ -80,8 +80,8 @@ def run_one(clean: Dataset, tested: Dataset, options, strategy: str, noisy: bool
     if strategy == "glister":
         dataset, held_out = hold_out(dataset, HELD_OUT, torch.Generator().manual_seed(seed))
     run = prepare(values, dataset)
-    chooser = Chooser(run, config, None if held_out is None else test_on(run, held_out))
-    training = train(run, config, Console(quiet=True), chooser, test=test_on(run, tested))
+    chooser = Chooser(run, config, None if held_out is None else test_on(run, config.data, held_out))
+    training = train(run, config, Console(quiet=True), chooser, test=test_on(run, config.data, tested))
     rows = dataset.usable_rows() if chooser.subset is None else chooser.subset.rows.numpy()
     return {
         "accuracy": training.evaluation.accuracy,

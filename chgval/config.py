@@ -372,7 +372,7 @@ class TrainingConfig:
         if self.strategy != "full" and self.fraction is None:
             raise SettingsError(f"--strategy {self.strategy}: pass the --fraction to train on, such as 0.3.")
         if self.subset is not None and self.strategy != "full":
-            raise SettingsError(f"--subset: says what to train on; leave out --strategy {self.strategy}.")
+            raise SettingsError("--subset: says what to train on; leave out --fraction and --strategy.")
         if self.strategy == "glister" and self.holdout is None:
             raise SettingsError("--strategy glister: compares with held-out samples; pass --holdout 0.1.")
         if self.target_accuracy is not None and self.test is None and self.holdout is None:

@@ -253,6 +253,8 @@ class _Bar(_Shown):
         self._progress.update(
             self._task,
             completed=done,
+            # An epoch on a part of the samples has fewer steps.
+            total=record.num_epochs * record.num_steps,
             description=f"epoch {record.epoch}/{record.num_epochs}",
             figures=f"loss {record.loss:.3f}  acc {record.accuracy:.1%}  {speed:,.0f}/s",
         )

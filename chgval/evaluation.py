@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chgval.data.loader import Loader
+from chgval.errors import DataError, NonFiniteError
 from chgval.records import Evaluation, FloatArray, IntArray
 from chgval.training import observe
 
 CALIBRATION_BINS = 15
+# Predictions stay on the device for so many batches: copying each would make every step wait.
+BATCHES_BETWEEN_COPIES = 16
 
 
 def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: int) -> Evaluation:
@@ -25,17 +28,11 @@ def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: 
         loader: of the samples.
         labels_N: class of every row of the dataset that the loader is of; -1 for rows that it leaves out.
         num_classes: C.
+    Raises:
+        DataError, NonFiniteError: see `predict`.
     """
-    rows: list[Tensor] = []
-    logits: list[Tensor] = []
-
-    def take(indices_B: Tensor, logits_BC: Tensor, _: Tensor) -> None:
-        rows.append(indices_B.cpu())
-        logits.append(logits_BC.float().cpu())
-
-    observe(model, loader, take)
-    labels = torch.from_numpy(labels_N)[torch.cat(rows)]
-    logits_NC = torch.cat(logits)
+    rows_N, logits_NC, _ = predict(model, loader)
+    labels = torch.from_numpy(labels_N)[rows_N]
     confidence_N, predicted_N = logits_NC.softmax(1).max(1)
     right_N = (predicted_N == labels).double().numpy()
     counts_C = np.bincount(labels, minlength=num_classes)
@@ -49,6 +46,44 @@ def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: 
         calibration_error=calibration_error(confidence_N.double().numpy(), right_N),
         class_accuracies=accuracies_C.tolist(),
     )
+
+
+def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:
+    """Show a model every sample of a loader once.
+
+    Args:
+        model: returns (logits, last-layer inputs).
+        loader: of the samples.
+    Returns:
+        Rows (N,), logits (N, C) and last-layer inputs (N, D) of what can be read, on the host.
+    Raises:
+        DataError: nothing can be read.
+        NonFiniteError: a prediction is NaN or infinite.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
+        waiting.append((indices_B, logits_BC.float(), features_BD.float()))
+        if len(waiting) == BATCHES_BETWEEN_COPIES:
+            copy()
+
+    def copy() -> None:
+        rows, logits, features = (torch.cat(tensors).cpu() for tensors in zip(*waiting, strict=True))
+        parts.append((rows, logits, features))
+        waiting.clear()
+
+    observe(model, loader, take)
+    if waiting:
+        copy()
+    if not parts:
+        raise DataError("none of the images could be decoded; check the files.")
+    rows_N, logits_NC, features_ND = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if not logits_NC.isfinite().all():
+        raise NonFiniteError(
+            "the model predicts NaN or infinite logits; try a lower --lr, or check --mean and --std."
+        )
+    return rows_N, logits_NC, features_ND
 
 
 def calibration_error(confidence_N: FloatArray, right_N: FloatArray) -> float:

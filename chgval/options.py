@@ -212,7 +212,9 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         console.fail(str(error))
         raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
     except KeyboardInterrupt as error:
-        console.fail("interrupted; a report that was to be a file has its finished epochs beside it")
+        console.fail(
+            "interrupted; finished epochs are kept: beside the report that was to be, in a training's folder"
+        )
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except BrokenPipeError as error:
         # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.

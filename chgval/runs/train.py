@@ -23,20 +23,20 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, OutputError, SettingsError
-from chgval.evaluation import evaluate
+from chgval.evaluation import evaluate, predict
 from chgval.files import check_new_folder, could_not_write, replacing
 from chgval.models import SplitModel
 from chgval.records import EpochRecord, Evaluation, IntArray
 from chgval.reports import MANIFEST, read_report, with_metadata, write_table
-from chgval.runs.value import Run, as_json, metadata_of, prepared, read_dataset, settings_shown
+from chgval.runs.value import Run, metadata_of, prepared, read_dataset, settings_shown, tell_problems
 from chgval.selection import keep_highest
 from chgval.strategies import REGISTRY, Pass, Question, Strategy
-from chgval.training import Subset, WeightAverage, observe, schedule_factor, train_epochs
+from chgval.training import Subset, WeightAverage, schedule_factor, train_epochs
 
 # Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
 NUM_CHOICES = 15
 # The moving average of the weights forgets over this share of the steps: the first choices need young ones.
-AVERAGED_SHARE = 1 / 25
+AVERAGED_WHILE_CHOOSING = 1 / 25
 MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
     "model.safetensors", "training.json", "metrics.parquet", "subsets",
 )  # fmt: skip
@@ -126,14 +126,14 @@ class Chooser:
         self._run = run
         self._held = held
         self._rows = run.dataset.usable_rows()
-        self._count = max(2, round((config.fraction or 1) * len(self._rows)))
+        self._fraction = config.fraction or 1
         self._memory: dict[str, Tensor] = {}
         self._strategy = None if config.strategy == "full" else REGISTRY[config.strategy]
         self._every = select_every(config, run.recipe.epochs)
         self.average = None
         if self._strategy is not None and self._strategy.averages_weights:
             steps = run.recipe.epochs * run.loader.num_batches(torch.from_numpy(self._rows[: self._count]))
-            self.average = WeightAverage(run.model, steps, share=AVERAGED_SHARE)
+            self.average = WeightAverage(run.model, steps, share=AVERAGED_WHILE_CHOOSING)
         self.subset = fixed
         self.is_new = False
 
@@ -145,22 +145,32 @@ class Chooser:
                 self.subset = self._ask(self._strategy, epoch)
         return self.subset
 
+    @property
+    def _count(self) -> int:
+        return max(2, round(self._fraction * len(self._rows)))
+
     def _ask(self, strategy: Strategy, epoch: int) -> Subset:
         run, recipe, held = self._run, self._run.recipe, self._held
+        labels_N = run.dataset.labels_N
+        passes: list[Pass] = []
 
-        def held_pass() -> Pass:
-            if held is None:
-                raise ValueError("there are no held-out samples")
-            return pass_over(run.model, held.loader, held.rows, held.labels_N)
+        def sample_pass(model: SplitModel) -> Pass:
+            passes.append(pass_over(model, run.loader, labels_N, self._rows))
+            return passes[-1]
 
         def averaged_pass() -> Pass:
             if self.average is None:
                 raise ValueError("no moving average of the weights is kept")
-            return pass_over(self.average.model, run.loader, self._rows, run.dataset.labels_N)
+            return sample_pass(self.average.model)
+
+        def held_pass() -> Pass:
+            if held is None:
+                raise ValueError("there are no held-out samples")
+            return pass_over(run.model, held.loader, held.labels_N)
 
         choice = strategy.choose(
             Question(
-                labels_N=torch.from_numpy(run.dataset.labels_N[self._rows]),
+                labels_N=torch.from_numpy(labels_N[self._rows]),
                 num_classes=run.dataset.num_classes,
                 count=self._count,
                 epoch=epoch,
@@ -168,12 +178,18 @@ class Chooser:
                 batch_size=recipe.batch_size,
                 lr=recipe.lr * schedule_factor(recipe.schedule, (epoch - 0.5) / recipe.epochs),
                 generator=run.generator,
-                run_pass=lambda: pass_over(run.model, run.loader, self._rows, run.dataset.labels_N),
+                run_pass=lambda: sample_pass(run.model),
                 run_averaged_pass=averaged_pass,
                 run_held_pass=held_pass,
                 memory=self._memory,
             )
         )
+        readable = np.setdiff1d(self._rows, list(run.dataset.problems))
+        if passes and len(readable) < len(self._rows):
+            # Images that the pass could not read are nothing to choose from. It has tried them all, so that
+            # this happens once, and what was remembered of them is not much.
+            self._rows, self._memory = readable, {}
+            return self._ask(strategy, epoch)
         rows = torch.from_numpy(self._rows)[choice.positions_K]
         if choice.weights_K is None:
             return Subset(rows)
@@ -185,24 +201,27 @@ def select_every(config: TrainingConfig, num_epochs: int) -> int:
     return config.select_every or max(1, round(num_epochs / NUM_CHOICES))
 
 
-def pass_over(model: SplitModel, loader: Loader, rows: IntArray, labels_N: IntArray) -> Pass:
-    """Show rows to a model as it is, without training; what cannot be read is predicted nothing about."""
-    num_rows, device = len(labels_N), model.head.weight.device
-    logits_NC = torch.zeros(num_rows, model.head.out_features, device=device)
-    features_ND = torch.zeros(num_rows, model.head.in_features, device=device)
+def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntArray | None = None) -> Pass:
+    """Show samples to a model as it is, without training.
 
-    def take(indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
-        logits_NC[indices_B] = logits_BC.float()
-        features_ND[indices_B] = features_BD.float()
-
-    observe(model, loader, take)
-    kept = torch.from_numpy(rows)
-    return Pass(
-        logits_NC.cpu()[kept],
-        features_ND.cpu()[kept],
-        torch.from_numpy(labels_N)[kept],
-        model.head.bias is not None,
-    )
+    Args:
+        model: the model.
+        loader: of the samples.
+        labels_N: class of every row of their dataset.
+        rows: which samples to return, in this order; of those that cannot be read zeros. None returns all
+            that can be read, in any order.
+    Raises:
+        DataError, NonFiniteError: see `predict`.
+    """
+    seen_N, logits_NC, features_ND = predict(model, loader)
+    if rows is not None:
+        position_N = np.full(len(labels_N), -1)
+        position_N[seen_N.numpy()] = np.arange(len(seen_N))
+        found_N = torch.from_numpy(position_N[rows])
+        logits_NC = logits_NC[found_N].where(found_N[:, None] >= 0, 0)
+        features_ND = features_ND[found_N].where(found_N[:, None] >= 0, 0)
+        seen_N = torch.from_numpy(rows)
+    return Pass(logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None)
 
 
 def hold_out(
@@ -219,25 +238,33 @@ def hold_out(
     return dataset.only(rows[~held_N]), dataset.only(rows[held_N])
 
 
-def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
+def read_test(data: DataConfig, source: str, dataset: Dataset, console: Console) -> Dataset:
     """Read a test dataset as the training data were read, with labels in the classes of these.
 
     Args:
         data: how the training data were read.
         source: the test dataset.
         dataset: the training data.
+        console: where to tell how it was read.
     Raises:
-        DataError: it cannot be read, or has a class that the training data have not.
+        DataError: it cannot be read, has samples of another kind, or a class that these have not.
     """
-    is_embedding = isinstance(dataset.content, Embeddings)
-    size = None if is_embedding else dataset.input_size
-    test = open_dataset(
-        dataclasses.replace(data, source=source, image_size=size), dataset.input_size, least_classes=1
-    )
+    read = dataclasses.replace(data, source=source, image_size=None)
+    if source.startswith("builtin:"):
+        read = DataConfig(source=source, on_error=data.on_error)
+    elif not isinstance(dataset.content, Embeddings):
+        read = dataclasses.replace(read, image_size=dataset.input_size)
+    test = open_dataset(read, dataset.input_size, least_classes=1)
+    for note in test.notes:
+        console.say(f"note: {note}")
+    if test.fingerprint == dataset.fingerprint:
+        console.warn(f"--test {source}: holds exactly the training samples; what is tested on was trained on")
+    if isinstance(test.content, Embeddings) != isinstance(dataset.content, Embeddings):
+        raise DataError(f"{source}: one of test and training data are images, the other embeddings.")
     if test.input_size != dataset.input_size:
+        kind = "numbers" if isinstance(dataset.content, Embeddings) else "pixels"
         raise DataError(
-            f"{source}: has embeddings of {test.input_size} numbers, the training data of "
-            f"{dataset.input_size}."
+            f"{source}: has samples of {test.input_size} {kind}, the training data of {dataset.input_size}."
         )
     index = {name: label for label, name in enumerate(dataset.class_names)}
     unknown = [name for name in test.class_names if name not in index]
@@ -250,8 +277,8 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
     return dataclasses.replace(test, labels_N=labels_C[test.labels_N], class_names=dataset.class_names)
 
 
-def test_on(run: Run, dataset: Dataset) -> Test:
-    """Make samples ready for the model of a run, normalised as its training samples are."""
+def test_on(run: Run, data: DataConfig, dataset: Dataset) -> Test:
+    """Make samples ready for the model of a run, read and normalised as its training samples are."""
     statistics = run.loader.statistics
     loader = make_loader(
         dataset,
@@ -260,17 +287,19 @@ def test_on(run: Run, dataset: Dataset) -> Test:
         device=run.device,
         mean=tuple(statistics.mean.flatten().tolist()),
         std=tuple(statistics.std.flatten().tolist()),
+        workers=data.workers,
+        fail_on_error=data.on_error == "fail",
     )
     labels_N = np.full(len(dataset), -1)
     labels_N[dataset.usable_rows()] = dataset.labels_N[dataset.usable_rows()]
     return Test(loader, labels_N)
 
 
-def read_manifest(source: str, dataset: Dataset) -> tuple[Dataset, Tensor]:
-    """Return the dataset of which only a manifest's kept rows are used, and the weight of every row.
+def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
+    """Return the rows that a manifest of a dataset keeps, and the weight of every row.
 
     Raises:
-        DataError: it cannot be read, is of another dataset, or keeps nothing that can be used.
+        DataError: it cannot be read, or is of another dataset.
     """
     manifest, metadata = read_report(source, ("index", "id", "label", "weight", "kept"), MANIFEST)
     if metadata.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
@@ -280,21 +309,34 @@ def read_manifest(source: str, dataset: Dataset) -> tuple[Dataset, Tensor]:
         )
     index = manifest["index"].to_numpy()
     if len(index) and not 0 <= index.min() <= index.max() < len(dataset):
-        raise DataError(
-            f"{source}: row {index.max():,} is none of the {len(dataset):,} rows of {dataset.source}."
-        )
+        row = index[(index < 0) | (index >= len(dataset))][0]
+        raise DataError(f"{source}: row {row:,} is none of the {len(dataset):,} rows of {dataset.source}.")
     differs = np.array(manifest["id"].to_pylist(), dtype=object) != np.array(dataset.ids, dtype=object)[index]
     differs |= manifest["label"].to_numpy() != dataset.labels_N[index]
     if differs.any():
         row = manifest["id"][int(differs.argmax())]
         raise DataError(f"{source}: '{row}' has another number or label in {dataset.source}; select anew.")
     kept = manifest.filter(manifest["kept"])
-    rows = np.intersect1d(kept["index"].to_numpy(), dataset.usable_rows())
+    rows: IntArray = kept["index"].to_numpy()
     weights_N = np.zeros(len(dataset))
-    weights_N[kept["index"].to_numpy()] = pc.fill_null(kept["weight"], 1.0).to_numpy()
-    chosen = dataset.only(rows)
-    chosen.check()
-    return chosen, torch.from_numpy(weights_N)
+    weights_N[rows] = pc.fill_null(kept["weight"], 1.0).to_numpy()
+    return rows, torch.from_numpy(weights_N)
+
+
+def only_kept(dataset: Dataset, rows: IntArray, source: str) -> Dataset:
+    """Return the dataset of which only the rows that a manifest keeps are used.
+
+    Raises:
+        DataError: fewer than two classes are left to train on.
+    """
+    rows = np.intersect1d(rows, dataset.usable_rows())
+    classes = np.unique(dataset.labels_N[rows])
+    if len(classes) < 2:
+        raise DataError(
+            f"{source}: keeps {len(rows):,} samples that can be trained on, of {len(classes)} classes; "
+            "training needs at least two."
+        )
+    return dataset.only(rows)
 
 
 def run_train(config: TrainingConfig, console: Console, *, command: str) -> None:
@@ -310,24 +352,29 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
     check_training_folder(config.folder, overwrite=config.overwrite)
     values = ValueConfig(data=config.data, train=config.train, mode="none")
     dataset = read_dataset(values, console)
-    tested = None if config.test is None else read_test(config.data, config.test, dataset)
-    weights_N = None
-    if config.subset is not None:
-        dataset, weights_N = read_manifest(config.subset, dataset)
+    tested = None if config.test is None else read_test(config.data, config.test, dataset, console)
+    manifest = None if config.subset is None else read_manifest(config.subset, dataset)
+    # From all samples, whatever the manifest keeps: what it leaves out is as much a part of what will come.
     dataset, held_out = hold_out(dataset, config.holdout, torch.Generator().manual_seed(config.train.seed))
+    if config.subset is not None and manifest is not None:
+        dataset = only_kept(dataset, manifest[0], config.subset)
     with prepared(values, dataset) as run:
-        held = None if held_out is None else test_on(run, held_out)
-        test = held if tested is None else test_on(run, tested)
-        console.settings([*settings_shown(run, values)[:-1], *_choices_shown(config, run, test)])
-        metadata = {**metadata_of(run, values, command), "training": as_json(dataclasses.asdict(config))}
-        folder = TrainingFolder(config.folder, metadata)
+        if config.strategy != "full":
+            config = dataclasses.replace(config, select_every=select_every(config, run.recipe.epochs))
+        held = None if held_out is None else test_on(run, config.data, held_out)
+        test = held if tested is None else test_on(run, config.data, tested)
+        console.settings([*settings_shown(run, values), *_choices_shown(config, test)])
+        folder = TrainingFolder(config.folder, metadata_of(run, config, command))
         fixed = None
-        if weights_N is not None:
+        if manifest is not None:
             rows = torch.from_numpy(dataset.usable_rows())
-            fixed = Subset.weighted(rows, weights_N[rows], len(dataset), run.device)
+            fixed = Subset.weighted(rows, manifest[1][rows], len(dataset), run.device)
         chooser = Chooser(run, config, held, fixed)
         training = train(run, config, console, chooser, folder=folder, test=test)
         folder.finish(run, training)
+    tell_problems(dataset, console, "they were not trained on")
+    if tested is not None:
+        tell_problems(tested, console, "they were not tested on")
     _tell(run, training, config, console)
 
 
@@ -446,7 +493,7 @@ def check_training_folder(folder: Path, *, overwrite: bool) -> None:
 
 def subset_table(dataset: Dataset, subset: Subset) -> pa.Table:
     """Return what is trained on: one row per sample."""
-    rows = subset.rows.sort().values
+    rows = torch.from_numpy(np.setdiff1d(subset.rows.numpy(), list(dataset.problems)))
     weights = torch.ones(len(rows)) if subset.weights_N is None else subset.weights_N.cpu()[rows]
     columns = {
         "index": rows.numpy(),
@@ -470,15 +517,13 @@ def _write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     write_table(OutputConfig(path=str(path)), with_metadata(table, metadata))
 
 
-def _choices_shown(config: TrainingConfig, run: Run, test: Test | None) -> list[tuple[str, str]]:
+def _choices_shown(config: TrainingConfig, test: Test | None) -> list[tuple[str, str]]:
     shown = []
     if config.subset is not None:
         shown.append(("subset", config.subset))
     if config.strategy != "full":
-        every = select_every(config, run.recipe.epochs)
-        shown.append(
-            ("choice", f"{config.strategy}, {config.fraction:.0%} of the samples, every {every} epochs")
-        )
+        when = f"every {config.select_every} epochs"
+        shown.append(("choice", f"{config.strategy}, {config.fraction:.0%} of the samples, {when}"))
     if test is not None:
         shown.append(
             ("test", f"{len(test.rows):,} samples of {config.test or 'the training data, held out'}")

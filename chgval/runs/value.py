@@ -21,7 +21,7 @@ from torch import nn
 
 import chgval
 from chgval.accumulate import Utility, ValueAccumulator
-from chgval.config import OutputConfig, ValueConfig
+from chgval.config import OutputConfig, TrainingConfig, ValueConfig
 from chgval.console import Console, histogram
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
@@ -135,7 +135,7 @@ def value_dataset(
         writer.write(table, metadata)
     if config.pred_probs is not None:
         write_array(config.pred_probs, probabilities_NC)
-    _tell_problems(run.dataset, console)
+    tell_problems(run.dataset, console, "they have no value (status 'unreadable' in the report)")
     return Valued(run, signals, table, metadata)
 
 
@@ -345,12 +345,7 @@ def settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
     usable = len(dataset.usable_rows())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     stem = ", small-image stem" if run.model.small_stem else ""
-    valuing = {
-        "online": f"{config.utility} values from the training steps",
-        "exact": f"{config.utility} values from a pass before each epoch",
-        "none": "no values",
-    }[config.mode]
-    return [
+    shown = [
         (
             "data",
             f"{dataset.source}: {len(dataset):,} rows, {usable:,} usable, {dataset.num_classes:,} classes, "
@@ -362,8 +357,12 @@ def settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
             f"{recipe.augment}, seed {config.train.seed}",
         ),
-        ("values", f"{valuing}{', within each class' if config.per_class else ''}"),
     ]
+    if config.mode != "none":
+        signals = "the training steps" if config.mode == "online" else "a pass before each epoch"
+        within = ", within each class" if config.per_class else ""
+        shown.append(("values", f"{config.utility} values from {signals}{within}"))
+    return shown
 
 
 def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
@@ -416,18 +415,19 @@ def _gibibytes(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
-def _tell_problems(dataset: Dataset, console: Console) -> None:
+def tell_problems(dataset: Dataset, console: Console, consequence: str) -> None:
+    """Name the first samples that could not be read, and what follows of it."""
     if not dataset.problems:
         return
     rows = sorted(dataset.problems)
-    console.warn(f"{len(rows):,} of {len(dataset):,} samples could not be read; they have no value:")
+    console.warn(f"{len(rows):,} of {len(dataset):,} samples could not be read; {consequence}:")
     for row in rows[:SHOWN_PROBLEMS]:
         console.warn(f"  {dataset.ids[row]}: {dataset.problems[row]}")
     if len(rows) > SHOWN_PROBLEMS:
-        console.warn(f"  ... and {len(rows) - SHOWN_PROBLEMS:,} more (status 'unreadable' in the report)")
+        console.warn(f"  ... and {len(rows) - SHOWN_PROBLEMS:,} more")
 
 
-def metadata_of(run: Run, config: ValueConfig, command: str) -> dict[str, object]:
+def metadata_of(run: Run, config: ValueConfig | TrainingConfig, command: str) -> dict[str, object]:
     """Return what is kept of a run beside its results: all settings as they were resolved, and versions."""
     statistics = run.loader.statistics
     settings = dataclasses.asdict(config)

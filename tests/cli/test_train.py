@@ -105,7 +105,11 @@ def test_every_epoch_has_its_row_and_every_choice_its_file(photos, more_photos, 
     assert metrics["epoch"].to_pylist() == [1, 2, 3, 4] and set(metrics["num_samples"].to_pylist()) == {10}
     assert [accuracy is None for accuracy in metrics["test_accuracy"].to_pylist()] == [True, False] * 2
     assert metrics["test_accuracy"][-1].as_py() == known["test"]["accuracy"]
-    assert known["training"]["strategy"] == "chg" and known["epochs"] == 4
+    assert (
+        known["settings"]["strategy"] == "chg"
+        and known["settings"]["select_every"] == 2
+        and known["epochs"] == 4
+    )
     chosen = subsets(tmp_path / "trained")
     assert sorted(chosen) == [1, 3]
     for table in chosen.values():
@@ -233,7 +237,7 @@ def test_an_interruption_keeps_what_there_is(photos, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert json.loads((folder / "training.json").read_text())["training"]["fraction"] == 0.5
+    assert json.loads((folder / "training.json").read_text())["settings"]["fraction"] == 0.5
     assert pq.read_table(folder / "metrics.parquet")["epoch"][0].as_py() == 1 and 1 in subsets(folder)
     train(photos, folder, *FAST, "--overwrite", "-q")
 
@@ -251,7 +255,11 @@ def test_an_interruption_keeps_what_there_is(photos, tmp_path):
         (("--target-accuracy", 0.9), 2, "pass --test or --holdout"),
         (("--target-accuracy", 90, "--test", "x"), 2, "is a share, such as 0.9"),
         (("--subset", "nowhere.parquet"), 1, "nowhere.parquet: no such file"),
-        (("--subset", "x.parquet", "--strategy", "chg", "--fraction", 0.3), 2, "leave out --strategy chg"),
+        (
+            ("--subset", "x.parquet", "--strategy", "chg", "--fraction", 0.3),
+            2,
+            "leave out --fraction and --strategy",
+        ),
         (("--test", "nowhere"), 1, "nowhere: no such file or folder"),
         (("-o", "no/where"), 1, "no/where"),
     ],
