@@ -45,6 +45,7 @@ STEPS = 60
 # Rounds in which sharpened probabilities are given back the class means that they had.
 MEAN_ROUNDS = 20
 MEAN_TOLERANCE = 1e-4
+LARGEST_FACTOR = 1e30
 BISECTIONS = 6
 # The interval of the noise rate: every score's odds off by this factor, either way.
 ODDS_FACTOR = 2.0
@@ -231,7 +232,8 @@ def sharpened(probabilities_NC: Probabilities, softness: float) -> NDArray[np.fl
         ratios_C = means_C / np.maximum(sharp_NC.mean(0, dtype=np.float64), SMALLEST_PROBABILITY)
         if np.abs(ratios_C - 1).max() < MEAN_TOLERANCE:
             break
-        factors_C *= ratios_C
+        # Within what float32 can hold: a class that nothing resembles would otherwise be raised without end.
+        factors_C = (factors_C * ratios_C).clip(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return sharp_NC
 
 

@@ -131,6 +131,15 @@ def test_sharpening_keeps_the_class_means_and_the_order_within_pairs_of_classes(
     )
 
 
+def test_sharpening_a_model_that_is_sure_of_one_class_throughout_stays_finite():
+    """The powers of the other class are too small for float32; no factor can give back its mean."""
+    unsure_N = np.logspace(-12, -7, 9, dtype=np.float32)
+    plain_NC = np.stack([unsure_N, 1 - unsure_N], axis=1)
+    with np.errstate(over="raise", invalid="raise"):
+        sharp_NC = sharpened(plain_NC, 0.13)
+    np.testing.assert_allclose(sharp_NC, plain_NC, atol=1e-6)
+
+
 def test_the_order_of_samples_and_unknown_ones_make_no_difference():
     probabilities_NC, labels_N, _ = world(0.2, n=500)
     alone = read_noise(probabilities_NC, labels_N, 15)
