@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -148,6 +149,75 @@ def test_what_is_held_out_is_tested_on_and_never_trained_on(photos, tmp_path):
     assert not held & set(subsets(tmp_path / "glister")[1]["index"].to_pylist())
 
 
+def test_what_is_held_out_does_not_depend_on_the_subset(photos, tmp_path):
+    """A manifest that keeps one half of each class: held-out samples are of both halves."""
+    rows = np.array([*range(10), *range(20, 30)])
+    ids = sorted(str(path.relative_to(photos)) for path in photos.glob("*/*"))
+    labels = [0] * 10 + [1] * 10
+    columns = {"index": rows, "id": [ids[row] for row in rows], "label": labels}
+    manifest = tmp_path / "subset.csv"
+    pa.csv.write_csv(pa.table({**columns, "weight": [1.0] * 20, "kept": [True] * 20}), manifest)
+    train(photos, tmp_path / "all", *FAST, "--holdout", 0.4, "--strategy", "random", "--fraction", 1, "-q")
+    trained_on = set(subsets(tmp_path / "all")[1]["index"].to_pylist())
+    assert len(trained_on) == 24 and trained_on & set(rows) and trained_on - set(rows)
+    known, _ = train(photos, tmp_path / "part", *FAST, "--holdout", 0.4, "--subset", manifest, "-q")
+    assert known["test"]["num_samples"] == 16
+    metrics = pq.read_table(tmp_path / "part" / "metrics.parquet")
+    assert set(metrics["num_samples"].to_pylist()) == {len(trained_on & set(rows.tolist()))}
+
+
+@pytest.mark.parametrize(("strategy", "first_pass"), [("chg", 1), ("auto", 4), ("glister", 1)])
+def test_images_that_cannot_be_read_are_not_chosen_after_a_pass(strategy, first_pass, tmp_path):
+    """Of large images only the header is read at first; with given statistics none is decoded before."""
+    root = write_folder(tmp_path / "photos", 8, size=70)
+    for name in ("cat/002.png", "dog/003.png", "dog/004.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:2000])
+    held = ("--holdout", 0.2) if strategy == "glister" else ()
+    known, shown = train(
+        root, tmp_path / "trained", "--arch", "resnet8", "--epochs", 12, "--image-size", 66, "--workers", 0,
+        "--mean", "0.3,0.3,0.3", "--std", "0.2,0.2,0.2", "--strategy", strategy, "--fraction", 0.5,
+        "--select-every", 3, *held,
+    )  # fmt: skip
+    assert "3 of 16 samples could not be read; they were not trained on" in shown
+    tables = subsets(tmp_path / "trained")
+    assert sorted(tables) == [1, 4, 7, 10]
+    for table in tables.values():
+        assert not {2, 11, 12} & set(table["index"].to_pylist())
+    readable = 13 - (known["test"]["num_samples"] if held else 0)
+    used = pq.read_table(tmp_path / "trained" / "metrics.parquet")["num_samples"].to_pylist()
+    assert set(used[first_pass - 1 :]) == {round(0.5 * readable)}
+
+
+@pytest.mark.parametrize("arch", ["linear", "mlp"])
+def test_embeddings_are_trained_and_tested_on(arch, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    vectors = rng.normal(size=(400, 5)) + 4 * np.eye(5)[labels]
+    for name, part in (("train", slice(300)), ("test", slice(300, 400))):
+        table = pa.table({"emb": list(vectors[part]), "label": labels[part]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    known, _ = train(
+        tmp_path / "train.parquet", tmp_path / "trained", "--features-column", "emb", "--arch", arch,
+        "--fraction", 0.5, "--test", tmp_path / "test.parquet", "-q",
+    )  # fmt: skip
+    nearest = np.linalg.norm(vectors[300:, None] - 4 * np.eye(5)[:3], axis=2).argmin(1)
+    best_possible = (nearest == labels[300:]).mean()
+    assert known["test"]["num_samples"] == 100 and known["test"]["accuracy"] > best_possible - 0.05
+
+
+def test_test_data_say_how_they_were_read(photos, tmp_path):
+    known, shown = train("builtin:digits", tmp_path / "digits", "--epochs", 1, "--test", "builtin:digits")
+    assert known["test"]["num_samples"] == 1797 and "holds exactly the training samples" in shown
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    (splits / "train").symlink_to(photos)
+    write_folder(splits / "test", 9)
+    _, shown = train(photos, tmp_path / "trained", *FAST, "--test", splits)
+    assert "note: " in shown and "splits/train" in shown
+    result = invoke("train", photos, *FAST, "--test", "builtin:digits", "-o", tmp_path / "none", "-q")
+    assert result.exit_code == 1 and "has samples of 8 pixels, the training data of 12" in result.stderr
+
+
 def test_training_stops_at_the_accuracy_asked_for(photos, tmp_path):
     known, shown = train(photos, tmp_path / "trained", *FAST, "--test", photos, "--target-accuracy", 0.3)
     reached = known["target"]
@@ -240,6 +310,17 @@ def test_an_interruption_keeps_what_there_is(photos, tmp_path):
     assert json.loads((folder / "training.json").read_text())["settings"]["fraction"] == 0.5
     assert pq.read_table(folder / "metrics.parquet")["epoch"][0].as_py() == 1 and 1 in subsets(folder)
     train(photos, folder, *FAST, "--overwrite", "-q")
+
+
+def test_a_model_that_diverges_is_told_before_it_chooses(photos, tmp_path):
+    """The only step of the first epoch ends in weights that predict nothing finite; its loss was fine."""
+    result = invoke(
+        "train", photos, "--arch", "resnet8", "--batch-size", 64, "--epochs", 2, "--lr", 1e38, "-q",
+        "--strategy", "chg", "--fraction", 0.5, "--select-every", 1, "-o", tmp_path / "trained",
+    )  # fmt: skip
+    assert result.exit_code == 1 and "the model predicts NaN or infinite logits; try a lower --lr" in re.sub(
+        r"\s+", " ", result.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,19 @@ def test_an_epoch_shows_every_sample_once_in_batches_of_nearly_one_size(image_fo
     np.testing.assert_array_equal(labels, dataset.labels_N)
 
 
+@pytest.mark.parametrize("size", [12, 72], ids=["kept in memory", "decoded at each use"])
+def test_an_epoch_on_some_of_the_samples_shows_these_and_no_others(image_folder, large_folder, size):
+    dataset, loader = loader_for(image_folder if size == 12 else large_folder, size)
+    _, all_inputs, _ = collect(loader.plain_batches())
+    rows = torch.tensor([1, 2, 5, 8, 13, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 35])
+    batches = list(loader.training_batches(generator(), rows))
+    assert [len(b.indices_B) for b in batches] == [9, 8] and loader.num_batches(rows) == 2
+    order, inputs, labels = collect(batches)
+    assert sorted(order.tolist()) == rows.tolist() != order.tolist()
+    np.testing.assert_array_equal(labels, dataset.labels_N[rows])
+    assert torch.equal(inputs, all_inputs[rows])
+
+
 def test_no_batch_holds_a_single_sample(tmp_path):
     """Normalisation over a batch of one sample of one pixel is undefined."""
     root = write_folder(tmp_path / "images", 3, size=4)
