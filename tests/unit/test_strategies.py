@@ -3,18 +3,22 @@
 Shape legend: N samples, C classes, D last-layer inputs, K chosen samples.
 """
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from sklearn.linear_model import orthogonal_mp
+from sklearn.linear_model import Ridge, orthogonal_mp
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from chgval.config import STRATEGIES
 from chgval.noise import read_noise
 from chgval.strategies import REGISTRY, Pass, Question
+from chgval.strategies.auto import RIDGE, left_out_probabilities
 from chgval.strategies.glister import NUM_PARTS
 from chgval.strategies.gradmatch import REGULARISATION, matching_pursuit
 from tests.oracles import chg_utility, hardness_utility, last_layer_gradients, shapley_by_subsets
@@ -54,7 +58,8 @@ def ask(name, samples, count, held=None, memory=None, **changed):
 
 def quotas(labels_N, count):
     """Samples of each class: a proportional share rounded down, and one more for the largest remainders."""
-    shares = [count * (labels_N == c).sum().item() / len(labels_N) for c in range(int(labels_N.max()) + 1)]
+    sizes = [int((labels_N == c).sum()) for c in range(int(labels_N.max()) + 1)]
+    shares = [Fraction(count * size, len(labels_N)) for size in sizes]
     whole = [int(share) for share in shares]
     while sum(whole) < count:
         rest = [share - have for share, have in zip(shares, whole, strict=True)]
@@ -169,18 +174,28 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
     g = torch.Generator().manual_seed(2)
     labels_N = torch.arange(80) % 3
     clear_NC = 4.0 * functional.one_hot(labels_N, 3)
+    features_ND = clear_NC + torch.randn(80, 3, generator=g)
     labels_N[::5] = (labels_N[::5] + 1) % 3
     first, second = (
-        Pass(clear_NC + torch.randn(80, 3, generator=g), torch.ones(80, 1), labels_N) for _ in range(2)
+        Pass(clear_NC + torch.randn(80, 3, generator=g), features_ND.clone(), labels_N) for _ in range(2)
     )
     # These are suspicious in the first pass, and open in the second.
     first.logits_NC[6:9] = 3 * first.logits_NC[6:9].roll(1, dims=1)
-    second.logits_NC[6:9] = 0
-    averaged_NC = (0.8 * first.logits_NC.softmax(1) + second.logits_NC.softmax(1)) / 1.8
-    score_N = read_noise(averaged_NC.numpy(), labels_N.numpy(), round(7 * 12 / 80)).noise_score_N
+    first.features_ND[6:9] = 3 * first.features_ND[6:9].roll(1, dims=1)
+    second.logits_NC[6:9] *= 0.2
+    first_NC, second_NC = (
+        (samples.logits_NC.softmax(1) + left_out_probabilities(samples.features_ND, labels_N, 3)) / 2
+        for samples in (first, second)
+    )
     # In the end all of the estimated noise is left out: as many samples as the scores add up to.
-    left = set(np.argsort(score_N)[: 80 - int(score_N.sum())].tolist())
-    assert 40 < len(left) < 78 and not {6, 7, 8} <= left
+    left, left_by_second = (
+        set(np.argsort(score_N)[: 80 - int(score_N.sum())].tolist())
+        for score_N in (
+            read_noise(seen_NC.numpy(), labels_N.numpy(), round(7 * 12 / 80)).noise_score_N
+            for seen_NC in ((0.8 * first_NC + second_NC) / 1.8, second_NC)
+        )
+    )
+    assert 40 < len(left) < 78 and left != left_by_second
     assert (np.bincount(labels_N[sorted(left)], minlength=3) >= quotas(labels_N, 12)).all()
 
     generator, drawn = torch.Generator().manual_seed(0), []
@@ -192,6 +207,25 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
         drawn.append((at_first, ask("auto", second, 12, memory=memory, epoch=8, generator=generator)))
     assert {int(p) for first_choice, _ in drawn for p in first_choice.positions_K} == set(range(80))
     assert {int(p) for _, last_choice in drawn for p in last_choice.positions_K} == left
+
+
+@pytest.mark.parametrize("width", [3, 60])
+def test_left_out_predictions_are_those_of_fits_without_the_sample(width):
+    """scikit-learn fits once for each sample; one feature is constant, and there can be more than samples."""
+    samples, _ = make_pass(40, num_classes=4, width=width, seed=7)
+    features_ND, labels_N = samples.features_ND, samples.labels_N
+    features_ND[:, 1] = 2.0
+    inputs_ND = StandardScaler().fit_transform(features_ND.double())
+    targets_NC = functional.one_hot(labels_N, 4).double().numpy()
+    expected_NC = np.zeros((40, 4))
+    for left_out in range(40):
+        others = np.arange(40) != left_out
+        fitted = Ridge(alpha=RIDGE * 40).fit(inputs_ND[others], targets_NC[others])
+        expected_NC[left_out] = fitted.predict(inputs_ND[left_out : left_out + 1])[0]
+    expected_NC = expected_NC.clip(1e-3, 1)
+    expected_NC /= expected_NC.sum(1, keepdims=True)
+    actual_NC = left_out_probabilities(features_ND, labels_N, 4)
+    np.testing.assert_allclose(actual_NC, expected_NC, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
