@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chgval.runs.train import MODEL_FILE, TRAINING_FILE
+from chgval.runs.training_folder import MODEL_FILE, TRAINING_FILE
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from chgval.config import STRATEGIES, DataConfig, TrainConfig, TrainingConfig, V
 from chgval.console import Console
 from chgval.data.dataset import Dataset, PixelImages
 from chgval.data.open import open_dataset
-from chgval.runs.train import Chooser, hold_out, select_every, test_on, train
+from chgval.runs.choosing import Chooser, select_every
+from chgval.runs.train import hold_out, test_on, train
 from chgval.runs.value import prepare
 
 NOISE = 0.3

@@ -12,7 +12,8 @@ from statistics import median
 from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
 from chgval.console import Console
 from chgval.data.open import open_dataset
-from chgval.runs.train import Chooser, train
+from chgval.runs.choosing import Chooser
+from chgval.runs.train import train
 from chgval.runs.value import prepare
 
 SLACK = 1.15

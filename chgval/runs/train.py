@@ -3,225 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from chgval.config import DataConfig, OutputConfig, TrainingConfig, ValueConfig
+from chgval.config import DataConfig, TrainingConfig, ValueConfig
 from chgval.console import Console, evaluation_line
 from chgval.data.dataset import Dataset, Embeddings
-from chgval.data.loader import Loader, make_loader
+from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
-from chgval.errors import DataError, OutputError, SettingsError
-from chgval.evaluation import evaluate, predict
-from chgval.files import check_new_folder, could_not_write, replacing
-from chgval.models import SplitModel
-from chgval.records import EpochRecord, Evaluation, IntArray
-from chgval.reports import MANIFEST, read_report, with_metadata, write_table
+from chgval.errors import DataError, SettingsError
+from chgval.evaluation import evaluate
+from chgval.records import EpochRecord, IntArray
+from chgval.reports import MANIFEST, read_report
+from chgval.runs.choosing import Chooser, Test, select_every
+from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
 from chgval.runs.value import Run, metadata_of, prepared, read_dataset, settings_shown, tell_problems
 from chgval.selection import keep_highest
-from chgval.strategies import REGISTRY, Pass, Question, Strategy
-from chgval.training import Subset, WeightAverage, schedule_factor, train_epochs
-
-# Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
-NUM_CHOICES = 15
-# The moving average of the weights forgets over this share of the steps: the first choices need young ones.
-AVERAGED_WHILE_CHOOSING = 1 / 25
-MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
-    "model.safetensors", "training.json", "metrics.parquet", "subsets",
-)  # fmt: skip
-
-METRICS_SCHEMA = pa.schema(
-    [
-        pa.field("epoch", pa.int64(), nullable=False),
-        pa.field("num_samples", pa.int64(), nullable=False),
-        pa.field("loss", pa.float64(), nullable=False),
-        pa.field("accuracy", pa.float64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("test_accuracy", pa.float64()),
-        pa.field("test_loss", pa.float64()),
-        pa.field("test_calibration_error", pa.float64()),
-    ]
-)
-SUBSET_SCHEMA = pa.schema(
-    [*(MANIFEST.schema.field(name) for name in ("index", "id", "label")), pa.field("weight", pa.float64())]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Test:
-    """Samples that the model is not trained on.
-
-    Attributes:
-        loader: of them.
-        labels_N: of every row of their dataset, in the model's classes; -1 for rows that are not among them.
-    """
-
-    loader: Loader
-    labels_N: IntArray
-
-    @property
-    def rows(self) -> IntArray:
-        """Rows of the samples in their dataset."""
-        return np.flatnonzero(self.labels_N >= 0)
-
-
-@dataclass(slots=True)
-class Training:
-    """What a training has come to.
-
-    Attributes:
-        epochs: what happened in each, as rows of METRICS_SCHEMA.
-        seconds: time spent on training and choosing, without tests.
-        evaluation: the last test, if there was one.
-        target: epoch and seconds at which the target accuracy was reached, if it was.
-    """
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    evaluation: Evaluation | None = None
-    target: dict[str, float] | None = None
-
-    def add(self, record: EpochRecord, evaluation: Evaluation | None, target_accuracy: float | None) -> None:
-        """Take in an epoch, and its test if there was one."""
-        self.seconds += record.seconds
-        row = {
-            name: getattr(record, name) for name in ("epoch", "num_samples", "loss", "accuracy", "seconds")
-        }
-        if evaluation is not None:
-            self.evaluation = evaluation
-            row.update(
-                test_accuracy=evaluation.accuracy,
-                test_loss=evaluation.loss,
-                test_calibration_error=evaluation.calibration_error,
-            )
-            if target_accuracy is not None and evaluation.accuracy >= target_accuracy:
-                self.target = {"epoch": record.epoch, "seconds": round(self.seconds, 3)}
-        self.epochs.append(row)
-
-
-class Chooser:
-    """Says, before each epoch, what to train on: all, a fixed subset, or what a strategy answers when asked.
-
-    Args:
-        run: the run, whose loader has the training samples.
-        config: the strategy, how much of the samples it may choose, and how often it is asked.
-        held: samples that it may compare with.
-        fixed: a subset that is always trained on, instead.
-    """
-
-    def __init__(
-        self, run: Run, config: TrainingConfig, held: Test | None = None, fixed: Subset | None = None
-    ) -> None:
-        self._run = run
-        self._held = held
-        self._rows = run.dataset.usable_rows()
-        self._fraction = config.fraction or 1
-        self._memory: dict[str, Tensor] = {}
-        self._strategy = None if config.strategy == "full" else REGISTRY[config.strategy]
-        self._every = select_every(config, run.recipe.epochs)
-        self.average = None
-        if self._strategy is not None and self._strategy.averages_weights:
-            steps = run.recipe.epochs * run.loader.num_batches(torch.from_numpy(self._rows[: self._count]))
-            self.average = WeightAverage(run.model, steps, share=AVERAGED_WHILE_CHOOSING)
-        self.subset = fixed
-        self.is_new = False
-
-    def __call__(self, epoch: int) -> Subset | None:
-        """Return what to train on in this epoch; None is all."""
-        if self._strategy is not None:
-            self.is_new = (epoch - 1) % self._every == 0
-            if self.is_new:
-                self.subset = self._ask(self._strategy, epoch)
-        return self.subset
-
-    @property
-    def _count(self) -> int:
-        return max(2, round(self._fraction * len(self._rows)))
-
-    def _ask(self, strategy: Strategy, epoch: int) -> Subset:
-        run, recipe, held = self._run, self._run.recipe, self._held
-        labels_N = run.dataset.labels_N
-        passes: list[Pass] = []
-
-        def sample_pass(model: SplitModel) -> Pass:
-            passes.append(pass_over(model, run.loader, labels_N, self._rows))
-            return passes[-1]
-
-        def averaged_pass() -> Pass:
-            if self.average is None:
-                raise ValueError("no moving average of the weights is kept")
-            return sample_pass(self.average.model)
-
-        def held_pass() -> Pass:
-            if held is None:
-                raise ValueError("there are no held-out samples")
-            return pass_over(run.model, held.loader, held.labels_N)
-
-        choice = strategy.choose(
-            Question(
-                labels_N=torch.from_numpy(labels_N[self._rows]),
-                num_classes=run.dataset.num_classes,
-                count=self._count,
-                epoch=epoch,
-                num_epochs=recipe.epochs,
-                batch_size=recipe.batch_size,
-                lr=recipe.lr * schedule_factor(recipe.schedule, (epoch - 0.5) / recipe.epochs),
-                generator=run.generator,
-                run_pass=lambda: sample_pass(run.model),
-                run_averaged_pass=averaged_pass,
-                run_held_pass=held_pass,
-                memory=self._memory,
-            )
-        )
-        readable = np.setdiff1d(self._rows, list(run.dataset.problems))
-        if passes and len(readable) < len(self._rows):
-            # Images that the pass could not read are nothing to choose from. It has tried them all, so that
-            # this happens once, and what was remembered of them is not much.
-            self._rows, self._memory = readable, {}
-            return self._ask(strategy, epoch)
-        rows = torch.from_numpy(self._rows)[choice.positions_K]
-        if choice.weights_K is None:
-            return Subset(rows)
-        return Subset.weighted(rows, choice.weights_K, len(run.dataset), run.device)
-
-
-def select_every(config: TrainingConfig, num_epochs: int) -> int:
-    """Return the epochs from one choice to the next."""
-    return config.select_every or max(1, round(num_epochs / NUM_CHOICES))
-
-
-def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntArray | None = None) -> Pass:
-    """Show samples to a model as it is, without training.
-
-    Args:
-        model: the model.
-        loader: of the samples.
-        labels_N: class of every row of their dataset.
-        rows: which samples to return, in this order; of those that cannot be read zeros. None returns all
-            that can be read, in any order.
-    Raises:
-        DataError, NonFiniteError: see `predict`.
-    """
-    seen_N, logits_NC, features_ND = predict(model, loader)
-    if rows is not None:
-        position_N = np.full(len(labels_N), -1)
-        position_N[seen_N.numpy()] = np.arange(len(seen_N))
-        found_N = torch.from_numpy(position_N[rows])
-        logits_NC = logits_NC[found_N].where(found_N[:, None] >= 0, 0)
-        features_ND = features_ND[found_N].where(found_N[:, None] >= 0, 0)
-        seen_N = torch.from_numpy(rows)
-    return Pass(logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None)
+from chgval.training import Subset, train_epochs
 
 
 def hold_out(
@@ -424,97 +225,6 @@ def train(
             if training.target is not None:
                 break
     return training
-
-
-class TrainingFolder:
-    """Where a training leaves its files: metrics and choices as they come, the model when it is trained.
-
-    Args:
-        folder: is made, or emptied of the files of an earlier training.
-        metadata: what is known of the training.
-    Raises:
-        OutputError: it cannot be written.
-    """
-
-    def __init__(self, folder: Path, metadata: dict[str, Any]) -> None:
-        self._folder = folder
-        self._metadata = metadata
-        with could_not_write(folder):
-            folder.mkdir(exist_ok=True)
-            for name in (MODEL_FILE, METRICS_FILE, TRAINING_FILE):
-                (folder / name).unlink(missing_ok=True)
-            if (folder / SUBSETS_FOLDER).exists():
-                shutil.rmtree(folder / SUBSETS_FOLDER)
-        self._describe({})
-
-    def write(self, dataset: Dataset, training: Training, chooser: Chooser) -> None:
-        """Keep the epochs so far, and what was chosen before the last one, if anything was."""
-        if chooser.is_new and chooser.subset is not None:
-            part = self._folder / SUBSETS_FOLDER / f"epoch={training.epochs[-1]['epoch']}" / "subset.parquet"
-            with could_not_write(part):
-                part.parent.mkdir(parents=True)
-            _write_table(part, subset_table(dataset, chooser.subset), self._metadata)
-        _write_table(
-            self._folder / METRICS_FILE, pa.Table.from_pylist(training.epochs, METRICS_SCHEMA), self._metadata
-        )
-
-    def finish(self, run: Run, training: Training) -> None:
-        """Write the model, and everything that is known of its training."""
-        path = self._folder / MODEL_FILE
-        with could_not_write(path), replacing(path) as file:
-            file.write(save(run.model.network_state(), {"format": "pt"}))
-        evaluation = training.evaluation
-        results = {
-            "epochs": len(training.epochs),
-            "train_seconds": round(training.seconds, 3),
-            "test": None if evaluation is None else test_of(evaluation, run.dataset),
-            "target": training.target,
-        }
-        self._describe(results)
-
-    def _describe(self, results: dict[str, Any]) -> None:
-        """Write the settings, from the start: an interrupted training can be told from other folders."""
-        path = self._folder / TRAINING_FILE
-        text = json.dumps({**self._metadata, **results}, indent=2, ensure_ascii=False)
-        with could_not_write(path), replacing(path) as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def check_training_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where files of a training would be in the way of what is no training."""
-    if overwrite and (folder / TRAINING_FILE).is_file():
-        return
-    if overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise OutputError(
-            f"{folder}: holds no {TRAINING_FILE}, so it is no earlier training; pass another name."
-        )
-    check_new_folder(folder)
-
-
-def subset_table(dataset: Dataset, subset: Subset) -> pa.Table:
-    """Return what is trained on: one row per sample."""
-    rows = torch.from_numpy(np.setdiff1d(subset.rows.numpy(), list(dataset.problems)))
-    weights = torch.ones(len(rows)) if subset.weights_N is None else subset.weights_N.cpu()[rows]
-    columns = {
-        "index": rows.numpy(),
-        "id": [dataset.ids[row] for row in rows.tolist()],
-        "label": dataset.labels_N[rows.numpy()],
-        "weight": weights.double().numpy(),
-    }
-    return pa.table(columns, schema=SUBSET_SCHEMA)
-
-
-def test_of(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
-    """Return a test as JSON: accuracies of classes by name, null for those without samples."""
-    accuracies = zip(dataset.class_names, evaluation.class_accuracies, strict=True)
-    return {
-        **dataclasses.asdict(evaluation),
-        "class_accuracies": {name: None if math.isnan(value) else value for name, value in accuracies},
-    }
-
-
-def _write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
-    write_table(OutputConfig(path=str(path)), with_metadata(table, metadata))
 
 
 def _choices_shown(config: TrainingConfig, test: Test | None) -> list[tuple[str, str]]:

@@ -1,0 +1,155 @@
+"""What a training trains on: everything, a fixed subset, or what a strategy answers when it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chgval.config import TrainingConfig
+from chgval.data.loader import Loader
+from chgval.evaluation import predict
+from chgval.models import SplitModel
+from chgval.records import IntArray
+from chgval.runs.value import Run
+from chgval.strategies import REGISTRY, Pass, Question, Strategy
+from chgval.training import Subset, WeightAverage, schedule_factor
+
+# Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
+NUM_CHOICES = 15
+# The moving average of the weights forgets over this share of the steps: the first choices need young ones.
+AVERAGED_WHILE_CHOOSING = 1 / 25
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """Samples that the model is not trained on.
+
+    Attributes:
+        loader: of them.
+        labels_N: of every row of their dataset, in the model's classes; -1 for rows that are not among them.
+    """
+
+    loader: Loader
+    labels_N: IntArray
+
+    @property
+    def rows(self) -> IntArray:
+        """Rows of the samples in their dataset."""
+        return np.flatnonzero(self.labels_N >= 0)
+
+
+class Chooser:
+    """Says, before each epoch, what to train on: all, a fixed subset, or what a strategy answers when asked.
+
+    Args:
+        run: the run, whose loader has the training samples.
+        config: the strategy, how much of the samples it may choose, and how often it is asked.
+        held: samples that it may compare with.
+        fixed: a subset that is always trained on, instead.
+    """
+
+    def __init__(
+        self, run: Run, config: TrainingConfig, held: Test | None = None, fixed: Subset | None = None
+    ) -> None:
+        self._run = run
+        self._held = held
+        self._rows = run.dataset.usable_rows()
+        self._fraction = config.fraction or 1
+        self._memory: dict[str, Tensor] = {}
+        self._strategy = None if config.strategy == "full" else REGISTRY[config.strategy]
+        self._every = select_every(config, run.recipe.epochs)
+        self.average = None
+        if self._strategy is not None and self._strategy.averages_weights:
+            steps = run.recipe.epochs * run.loader.num_batches(torch.from_numpy(self._rows[: self._count]))
+            self.average = WeightAverage(run.model, steps, share=AVERAGED_WHILE_CHOOSING)
+        self.subset = fixed
+        self.is_new = False
+
+    def __call__(self, epoch: int) -> Subset | None:
+        """Return what to train on in this epoch; None is all."""
+        if self._strategy is not None:
+            self.is_new = (epoch - 1) % self._every == 0
+            if self.is_new:
+                self.subset = self._ask(self._strategy, epoch)
+        return self.subset
+
+    @property
+    def _count(self) -> int:
+        return max(2, round(self._fraction * len(self._rows)))
+
+    def _ask(self, strategy: Strategy, epoch: int) -> Subset:
+        run, recipe, held = self._run, self._run.recipe, self._held
+        labels_N = run.dataset.labels_N
+        passes: list[Pass] = []
+
+        def sample_pass(model: SplitModel) -> Pass:
+            passes.append(pass_over(model, run.loader, labels_N, self._rows))
+            return passes[-1]
+
+        def averaged_pass() -> Pass:
+            if self.average is None:
+                raise ValueError("no moving average of the weights is kept")
+            return sample_pass(self.average.model)
+
+        def held_pass() -> Pass:
+            if held is None:
+                raise ValueError("there are no held-out samples")
+            return pass_over(run.model, held.loader, held.labels_N)
+
+        choice = strategy.choose(
+            Question(
+                labels_N=torch.from_numpy(labels_N[self._rows]),
+                num_classes=run.dataset.num_classes,
+                count=self._count,
+                epoch=epoch,
+                num_epochs=recipe.epochs,
+                batch_size=recipe.batch_size,
+                lr=recipe.lr * schedule_factor(recipe.schedule, (epoch - 0.5) / recipe.epochs),
+                generator=run.generator,
+                run_pass=lambda: sample_pass(run.model),
+                run_averaged_pass=averaged_pass,
+                run_held_pass=held_pass,
+                memory=self._memory,
+            )
+        )
+        readable = np.setdiff1d(self._rows, list(run.dataset.problems))
+        if passes and len(readable) < len(self._rows):
+            # Images that the pass could not read are nothing to choose from. It has tried them all, so that
+            # this happens once, and what was remembered of them is not much.
+            self._rows, self._memory = readable, {}
+            return self._ask(strategy, epoch)
+        rows = torch.from_numpy(self._rows)[choice.positions_K]
+        if choice.weights_K is None:
+            return Subset(rows)
+        return Subset.weighted(rows, choice.weights_K, len(run.dataset), run.device)
+
+
+def select_every(config: TrainingConfig, num_epochs: int) -> int:
+    """Return the epochs from one choice to the next."""
+    return config.select_every or max(1, round(num_epochs / NUM_CHOICES))
+
+
+def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntArray | None = None) -> Pass:
+    """Show samples to a model as it is, without training.
+
+    Args:
+        model: the model.
+        loader: of the samples.
+        labels_N: class of every row of their dataset.
+        rows: which samples to return, in this order; of those that cannot be read zeros. None returns all
+            that can be read, in any order.
+    Raises:
+        DataError, NonFiniteError: see `predict`.
+    """
+    seen_N, logits_NC, features_ND = predict(model, loader)
+    if rows is not None:
+        position_N = np.full(len(labels_N), -1)
+        position_N[seen_N.numpy()] = np.arange(len(seen_N))
+        found_N = torch.from_numpy(position_N[rows])
+        logits_NC = logits_NC[found_N].where(found_N[:, None] >= 0, 0)
+        features_ND = features_ND[found_N].where(found_N[:, None] >= 0, 0)
+        seen_N = torch.from_numpy(rows)
+    return Pass(logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None)
