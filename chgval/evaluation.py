@@ -1,4 +1,4 @@
-"""How a model does on samples that it was not trained on.
+"""What a model predicts for samples, and how right that is.
 
 Shape legend: N samples, C classes, B rows of one batch.
 """
@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: 
     Raises:
         DataError, NonFiniteError: see `predict`.
     """
-    rows_N, logits_NC, _ = predict(model, loader)
+    rows_N, logits_NC, _ = predict(model, loader, with_features=False)
     labels = torch.from_numpy(labels_N)[rows_N]
     confidence_N, predicted_N = logits_NC.softmax(1).max(1)
     right_N = (predicted_N == labels).double().numpy()
@@ -48,12 +48,13 @@ def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: 
     )
 
 
-def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:
+def predict(model: nn.Module, loader: Loader, *, with_features: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Show a model every sample of a loader once.
 
     Args:
         model: returns (logits, last-layer inputs).
         loader: of the samples.
+        with_features: whether last-layer inputs are kept; without, none of their columns is.
     Returns:
         Rows (N,), logits (N, C) and last-layer inputs (N, D) of what can be read, on the host.
     Raises:
@@ -64,7 +65,8 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor, Tensor]:
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def take(indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
-        waiting.append((indices_B, logits_BC.float(), features_BD.float()))
+        kept_BD = features_BD.float() if with_features else features_BD[:, :0]
+        waiting.append((indices_B, logits_BC.float(), kept_BD))
         if len(waiting) == BATCHES_BETWEEN_COPIES:
             copy()
 

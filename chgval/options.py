@@ -213,7 +213,8 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
     except KeyboardInterrupt as error:
         console.fail(
-            "interrupted; finished epochs are kept: beside the report that was to be, in a training's folder"
+            "interrupted; epochs that were finished are kept beside a report that was to be a file, and in "
+            "the folder of a training"
         )
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except BrokenPipeError as error:

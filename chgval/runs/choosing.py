@@ -82,12 +82,13 @@ class Chooser:
 
     def _ask(self, strategy: Strategy, epoch: int) -> Subset:
         run, recipe, held = self._run, self._run.recipe, self._held
-        labels_N = run.dataset.labels_N
-        passes: list[Pass] = []
+        labels_N, num_problems = run.dataset.labels_N, len(run.dataset.problems)
+        readable = np.setdiff1d(self._rows, list(run.dataset.problems))
+        if len(readable) < len(self._rows):
+            self._rows, self._memory = readable, {}
 
         def sample_pass(model: SplitModel) -> Pass:
-            passes.append(pass_over(model, run.loader, labels_N, self._rows))
-            return passes[-1]
+            return pass_over(model, run.loader, labels_N, self._rows)
 
         def averaged_pass() -> Pass:
             if self.average is None:
@@ -115,11 +116,9 @@ class Chooser:
                 memory=self._memory,
             )
         )
-        readable = np.setdiff1d(self._rows, list(run.dataset.problems))
-        if passes and len(readable) < len(self._rows):
-            # Images that the pass could not read are nothing to choose from. It has tried them all, so that
-            # this happens once, and what was remembered of them is not much.
-            self._rows, self._memory = readable, {}
+        if len(run.dataset.problems) > num_problems:
+            # A pass found images that cannot be read: they are nothing to choose from. It has tried them all,
+            # so that this happens once.
             return self._ask(strategy, epoch)
         rows = torch.from_numpy(self._rows)[choice.positions_K]
         if choice.weights_K is None:
@@ -145,7 +144,7 @@ def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntAr
         DataError, NonFiniteError: see `predict`.
     """
     seen_N, logits_NC, features_ND = predict(model, loader)
-    if rows is not None:
+    if rows is not None and not np.array_equal(seen_N.numpy(), rows):
         position_N = np.full(len(labels_N), -1)
         position_N[seen_N.numpy()] = np.arange(len(seen_N))
         found_N = torch.from_numpy(position_N[rows])

@@ -21,8 +21,11 @@ from chgval.reports import MANIFEST, read_report
 from chgval.runs.choosing import Chooser, Test, select_every
 from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
 from chgval.runs.value import Run, metadata_of, prepared, read_dataset, settings_shown, tell_problems
-from chgval.selection import keep_highest
+from chgval.selection import class_quotas, keep_highest
 from chgval.training import Subset, train_epochs
+
+# Missing classes that are named.
+SHOWN_CLASSES = 5
 
 
 def hold_out(
@@ -140,6 +143,19 @@ def only_kept(dataset: Dataset, rows: IntArray, source: str) -> Dataset:
     return dataset.only(rows)
 
 
+def warn_of_missing_classes(dataset: Dataset, config: TrainingConfig, console: Console) -> None:
+    """Name classes that are not trained on, or have no share in what is chosen."""
+    sizes_C = np.bincount(dataset.labels_N[dataset.usable_rows()], minlength=dataset.num_classes)
+    chosen_C = sizes_C
+    if config.fraction is not None:
+        chosen_C = class_quotas(sizes_C, round(config.fraction * int(sizes_C.sum())))
+    missing = np.flatnonzero(chosen_C == 0)
+    if len(missing):
+        names = [dataset.class_names[label] for label in missing[:SHOWN_CLASSES]]
+        more = f" and {len(missing) - len(names):,} more" if len(missing) > len(names) else ""
+        console.warn(f"no samples to train on: {', '.join(names)}{more}")
+
+
 def run_train(config: TrainingConfig, console: Console, *, command: str) -> None:
     """Train a model, test it, and keep it with all that is known of its training.
 
@@ -159,6 +175,8 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
     dataset, held_out = hold_out(dataset, config.holdout, torch.Generator().manual_seed(config.train.seed))
     if config.subset is not None and manifest is not None:
         dataset = only_kept(dataset, manifest[0], config.subset)
+    dataset.check()
+    warn_of_missing_classes(dataset, config, console)
     with prepared(values, dataset) as run:
         if config.strategy != "full":
             config = dataclasses.replace(config, select_every=select_every(config, run.recipe.epochs))

@@ -1,7 +1,7 @@
 """What to train on next: one file per strategy, found here by its name.
 
 A strategy is a function that is given a Question and returns a Choice (see base.py). To add one, write a file
-with one function that is registered by `@strategy("its-name")`, and add the name to STRATEGIES in config.py.
+with one function that is registered by `@strategy("its-name")`, and add the name to Strategy in config.py.
 """
 
 import importlib

@@ -66,15 +66,21 @@ def left_out_probabilities(features_ND: Tensor, labels_N: Tensor, num_classes: i
     Source: left out, a sample has its residual over 1 minus its leverage (Allen 1974, Technometrics 16:1).
     """
     num_samples, width = features_ND.shape
-    deviation_D, mean_D = torch.std_mean(features_ND, dim=0, correction=0)
-    deviation_D = torch.where(deviation_D > 0, deviation_D, 1.0)
-    share_C = functional.one_hot(labels_N, num_classes).double().mean(0)
+    features = torch.split(features_ND, CHUNK_ROWS)
+    mean_D, deviation_D = features_ND.new_zeros(2, width, dtype=torch.float64)
+    for features_BD in features:
+        mean_D += features_BD.double().sum(0) / num_samples
+    for features_BD in features:
+        deviation_D += (features_BD.double() - mean_D).square().sum(0) / num_samples
+    deviation_D.sqrt_()
+    # What varies less than float32 can say is constant.
+    deviation_D[deviation_D <= 1e-7 * mean_D.abs()] = 1.0
+    share_C = torch.bincount(labels_N, minlength=num_classes).double() / num_samples
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, num_samples, CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            targets_BC = functional.one_hot(labels_N[rows], num_classes) - share_C
-            yield ((features_ND[rows] - mean_D) / deviation_D).double(), targets_BC
+        for features_BD, labels_B in zip(features, torch.split(labels_N, CHUNK_ROWS), strict=True):
+            targets_BC = functional.one_hot(labels_B, num_classes) - share_C
+            yield (features_BD.double() - mean_D) / deviation_D, targets_BC
 
     matrix_DD = RIDGE * num_samples * torch.eye(width, dtype=torch.float64)
     products_DC = torch.zeros(width, num_classes, dtype=torch.float64)
@@ -87,6 +93,7 @@ def left_out_probabilities(features_ND: Tensor, labels_N: Tensor, num_classes: i
     for inputs_BD, targets_BC in chunks():
         leverage_B1 = ((inputs_BD @ inverse_DD) * inputs_BD).sum(1, keepdim=True) + 1 / num_samples
         residuals_BC = targets_BC - inputs_BD @ weights_DC
-        predictions.append(share_C + targets_BC - residuals_BC / (1 - leverage_B1))
-    probabilities_NC = torch.cat(predictions).clamp(SMALLEST_PROBABILITY, 1).float()
+        left_out_BC = share_C + targets_BC - residuals_BC / (1 - leverage_B1)
+        predictions.append(left_out_BC.clamp(SMALLEST_PROBABILITY, 1).float())
+    probabilities_NC = torch.cat(predictions)
     return probabilities_NC / probabilities_NC.sum(1, keepdim=True)

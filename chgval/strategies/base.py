@@ -22,7 +22,7 @@ from chgval.shapley import Factors
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of the present model over samples, without training.
+    """One pass of a model, the present or the averaged one, over samples, without training.
 
     Attributes:
         logits_NC: shape (N, C).
@@ -77,7 +77,8 @@ class Question:
         run_pass: makes a pass over the training samples.
         run_averaged_pass: makes one with the moving average of the weights, where that is kept.
         run_held_pass: makes a pass over held-out samples, where there are some.
-        memory: what the strategy keeps from one question to the next.
+        memory: what the strategy keeps from one question to the next; empty again once samples have turned
+            out to be unreadable, as positions are others then.
     """
 
     labels_N: Tensor

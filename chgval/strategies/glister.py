@@ -15,7 +15,7 @@ NUM_PARTS = 15
 
 @strategy("glister")
 def choose(question: Question) -> Choice:
-    """Add, part by part, the samples of each class whose step lowers the held-out loss most.
+    """Add, in up to 15 parts, the samples of each class whose step lowers the held-out loss most.
 
     A sample's gain is the first-order decrease of the held-out loss after a gradient step on it. After each
     part the last layer makes the steps of training on it, and held-out gradients are computed anew.
@@ -32,6 +32,8 @@ def choose(question: Question) -> Choice:
         taken_C = np.bincount(labels_N[taken_N], minlength=question.num_classes)
         rank_N = ranks_within(gains_N, labels_N)
         chosen_N = (rank_N > 0) & (rank_N <= (part * quotas_C // NUM_PARTS - taken_C)[labels_N])
+        if not chosen_N.any():
+            continue
         taken_N |= chosen_N
         gradients_CF = coalition_sums(factors.at(torch.from_numpy(np.flatnonzero(chosen_N)))).total_CF
         change_HC = held.last_layer(question.lr / question.batch_size * gradients_CF)

@@ -17,7 +17,8 @@ REGULARISATION = 0.5
 def choose(question: Question) -> Choice:
     """Cut the samples into random batches, and choose among these by orthogonal matching pursuit.
 
-    The samples of a batch share its weight. The last batch is cut where the budget ends.
+    The samples of a batch share its weight. The last batch is cut where the budget ends; what is left of it
+    keeps its weights.
     """
     num_samples = len(question.labels_N)
     order_N = torch.randperm(num_samples, generator=question.generator)
@@ -55,7 +56,7 @@ def matching_pursuit(
         atoms_BK: shape (B, K).
         target_K: what their weighted sum shall be, shape (K,).
         num_wanted: how many atoms to choose, at most B.
-        regularisation: of the squared weights.
+        regularisation: of the squared weights, above 0.
     Returns:
         The chosen atoms in the order of their choice, and the weight of each.
     """

@@ -166,26 +166,29 @@ def test_what_is_held_out_does_not_depend_on_the_subset(photos, tmp_path):
     assert set(metrics["num_samples"].to_pylist()) == {len(trained_on & set(rows.tolist()))}
 
 
-@pytest.mark.parametrize(("strategy", "first_pass"), [("chg", 1), ("auto", 4), ("glister", 1)])
-def test_images_that_cannot_be_read_are_not_chosen_after_a_pass(strategy, first_pass, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "epochs", "known_from"),
+    [("chg", 12, 1), ("auto", 12, 4), ("glister", 12, 1), ("adaptive-random", 40, 31)],
+)
+def test_images_that_cannot_be_read_are_not_chosen_once_that_is_known(strategy, epochs, known_from, tmp_path):
     """Of large images only the header is read at first; with given statistics none is decoded before."""
     root = write_folder(tmp_path / "photos", 8, size=70)
     for name in ("cat/002.png", "dog/003.png", "dog/004.png"):
         (root / name).write_bytes((root / name).read_bytes()[:2000])
     held = ("--holdout", 0.2) if strategy == "glister" else ()
     known, shown = train(
-        root, tmp_path / "trained", "--arch", "resnet8", "--epochs", 12, "--image-size", 66, "--workers", 0,
-        "--mean", "0.3,0.3,0.3", "--std", "0.2,0.2,0.2", "--strategy", strategy, "--fraction", 0.5,
+        root, tmp_path / "trained", "--arch", "resnet8", "--epochs", epochs, "--image-size", 66,
+        "--workers", 0, "--mean", "0.3,0.3,0.3", "--std", "0.2,0.2,0.2", "--strategy", strategy, "--fraction", 0.5,
         "--select-every", 3, *held,
     )  # fmt: skip
     assert "3 of 16 samples could not be read; they were not trained on" in shown
     tables = subsets(tmp_path / "trained")
-    assert sorted(tables) == [1, 4, 7, 10]
+    assert sorted(tables) == list(range(1, epochs + 1, 3))
     for table in tables.values():
         assert not {2, 11, 12} & set(table["index"].to_pylist())
     readable = 13 - (known["test"]["num_samples"] if held else 0)
     used = pq.read_table(tmp_path / "trained" / "metrics.parquet")["num_samples"].to_pylist()
-    assert set(used[first_pass - 1 :]) == {round(0.5 * readable)}
+    assert set(used[known_from - 1 :]) == {round(0.5 * readable)}
 
 
 @pytest.mark.parametrize("arch", ["linear", "mlp"])
@@ -216,6 +219,19 @@ def test_test_data_say_how_they_were_read(photos, tmp_path):
     assert "note: " in shown and "splits/train" in shown
     result = invoke("train", photos, *FAST, "--test", "builtin:digits", "-o", tmp_path / "none", "-q")
     assert result.exit_code == 1 and "has samples of 8 pixels, the training data of 12" in result.stderr
+
+
+def test_classes_that_are_not_trained_on_are_named(tmp_path):
+    """A class of one sample can be held out whole, and a small part has no room for small classes."""
+    root = write_folder(tmp_path / "photos", 20)
+    (root / "zebra").mkdir()
+    (root / "zebra" / "only.png").write_bytes((root / "dog" / "000.png").read_bytes())
+    _, shown = train(root, tmp_path / "all", *FAST)
+    assert "no samples to train on" not in shown
+    _, shown = train(root, tmp_path / "part", *FAST, "--fraction", 0.3)
+    assert "warning: no samples to train on: zebra" in shown
+    _, shown = train(root, tmp_path / "held", *FAST, "--holdout", 0.6)
+    assert "warning: no samples to train on: zebra" in shown
 
 
 def test_training_stops_at_the_accuracy_asked_for(photos, tmp_path):
@@ -301,9 +317,12 @@ def test_an_interruption_keeps_what_there_is(photos, tmp_path):
         [sys.executable, "-m", "chgval", "train", photos, "-o", folder, "-q", "--arch", "resnet8",
          "--epochs", "5000", "--fraction", "0.5"],
         stderr=subprocess.PIPE,
+        # A shell's background job has the signal ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.parquet").exists():
-        assert process.poll() is None
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
