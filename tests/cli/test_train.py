@@ -170,15 +170,15 @@ def test_what_is_held_out_does_not_depend_on_the_subset(photos, tmp_path):
     ("strategy", "epochs", "known_from"),
     [("chg", 12, 1), ("auto", 12, 4), ("glister", 12, 1), ("adaptive-random", 40, 31)],
 )
-def test_images_that_cannot_be_read_are_not_chosen_once_that_is_known(strategy, epochs, known_from, tmp_path):
+def test_unreadable_images_are_not_chosen_once_they_are_known(strategy, epochs, known_from, tmp_path):
     """Of large images only the header is read at first; with given statistics none is decoded before."""
     root = write_folder(tmp_path / "photos", 8, size=70)
     for name in ("cat/002.png", "dog/003.png", "dog/004.png"):
         (root / name).write_bytes((root / name).read_bytes()[:2000])
     held = ("--holdout", 0.2) if strategy == "glister" else ()
     known, shown = train(
-        root, tmp_path / "trained", "--arch", "resnet8", "--epochs", epochs, "--image-size", 66,
-        "--workers", 0, "--mean", "0.3,0.3,0.3", "--std", "0.2,0.2,0.2", "--strategy", strategy, "--fraction", 0.5,
+        root, tmp_path / "trained", "--arch", "resnet8", "--epochs", epochs, "--image-size", 66, "--workers",
+        0, "--mean", "0.3,0.3,0.3", "--std", "0.2,0.2,0.2", "--strategy", strategy, "--fraction", 0.5,
         "--select-every", 3, *held,
     )  # fmt: skip
     assert "3 of 16 samples could not be read; they were not trained on" in shown
