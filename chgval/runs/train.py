@@ -22,6 +22,7 @@ from chgval.runs.choosing import Chooser, Test, select_every
 from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
 from chgval.runs.value import Run, metadata_of, prepared, read_dataset, settings_shown, tell_problems
 from chgval.selection import class_quotas, keep_highest
+from chgval.strategies import REGISTRY
 from chgval.training import Subset, train_epochs
 
 # Missing classes that are named.
@@ -147,7 +148,7 @@ def warn_of_missing_classes(dataset: Dataset, config: TrainingConfig, console: C
     """Name classes that are not trained on, or have no share in what is chosen."""
     sizes_C = np.bincount(dataset.labels_N[dataset.usable_rows()], minlength=dataset.num_classes)
     chosen_C = sizes_C
-    if config.fraction is not None:
+    if config.fraction is not None and REGISTRY[config.strategy].keeps_shares:
         chosen_C = class_quotas(sizes_C, round(config.fraction * int(sizes_C.sum())))
     missing = np.flatnonzero(chosen_C == 0)
     if len(missing):

@@ -128,20 +128,24 @@ class Strategy:
     Attributes:
         choose: answers the question.
         averages_weights: whether it wants passes with the moving average of the weights.
+        keeps_shares: whether every class has its share in what is chosen.
     """
 
     choose: ChoiceFunction
     averages_weights: bool = False
+    keeps_shares: bool = True
 
 
 REGISTRY: dict[str, Strategy] = {}
 
 
-def strategy(name: str, *, averages_weights: bool = False) -> Callable[[ChoiceFunction], ChoiceFunction]:
+def strategy(
+    name: str, *, averages_weights: bool = False, keeps_shares: bool = True
+) -> Callable[[ChoiceFunction], ChoiceFunction]:
     """Register a function as the strategy of that name."""
 
     def register(choose: ChoiceFunction) -> ChoiceFunction:
-        REGISTRY[name] = Strategy(choose, averages_weights)
+        REGISTRY[name] = Strategy(choose, averages_weights, keeps_shares)
         return choose
 
     return register

@@ -13,7 +13,7 @@ from chgval.strategies.base import Choice, Question, strategy
 REGULARISATION = 0.5
 
 
-@strategy("gradmatch")
+@strategy("gradmatch", keeps_shares=False)
 def choose(question: Question) -> Choice:
     """Cut the samples into random batches, and choose among these by orthogonal matching pursuit.
 

@@ -5,7 +5,7 @@ import torch
 from chgval.strategies.base import Choice, Question, strategy
 
 
-@strategy("infobatch")
+@strategy("infobatch", keeps_shares=False)
 def choose(question: Question) -> Choice:
     """Keep the losses above the mean, and of the others as many as there is room for, at random.
 
