@@ -31,7 +31,7 @@ from chgval.data.digits import read_digits
 from chgval.data.loader import make_loader
 from chgval.models import InputShape, build_model
 from chgval.runs.value import prepare, read_dataset
-from chgval.training import WeightAverage, observe, train_epochs
+from chgval.training import Trainer, WeightAverage, observe
 
 ARCH = "resnet8"
 NUM_FOLDS = 5
@@ -137,8 +137,9 @@ def run_fold(data: str, epochs: int, seed: int, fold: int, output: Path) -> None
     model = build_model(ARCH, run.dataset.num_classes, shape, generator, None)
     model.to(memory_format=torch.channels_last)
     loader, held = loader_of(train_rows), loader_of(held_rows)
-    average = WeightAverage(model, epochs * loader.num_batches())
-    for _ in train_epochs(model, loader, run.recipe, device=run.device, generator=generator, average=average):
+    average = WeightAverage(model, epochs * loader.num_batches(loader.rows))
+    trainer = Trainer(model, loader, run.recipe, device=run.device, generator=generator, average=average)
+    for _ in trainer.records():
         pass
     probabilities = {
         "last": np.zeros((len(labels_N), NUM_CLASSES)),

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, read_dataset, records
+from chgval.runs.value import make_trainer, prepare, read_dataset
 
 SAMPLES, EPOCHS, REPETITIONS = 1000, 5, 5
 
@@ -35,7 +35,7 @@ def main() -> None:
         )
         for _ in range(REPETITIONS):
             run = prepare(config, read_dataset(config, Console(quiet=True)))
-            epochs = [r.seconds for r in records(run, separate_pass=False) if isinstance(r, EpochRecord)]
+            epochs = [r.seconds for r in make_trainer(run).records() if isinstance(r, EpochRecord)]
             seconds.extend(epochs)
     print(
         f"{SAMPLES} samples, {EPOCHS} epochs, {REPETITIONS} repetitions, torch {torch.__version__}, "

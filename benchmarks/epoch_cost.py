@@ -15,7 +15,7 @@ import torch
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, read_dataset, records
+from chgval.runs.value import make_trainer, prepare, read_dataset
 
 MODES = ("none", "online", "exact")
 
@@ -35,9 +35,8 @@ def main() -> None:
             train=TrainConfig(arch=options.arch, epochs=options.epochs + 1),
             mode=mode,
         )
-        runs[mode] = records(
-            prepare(config, read_dataset(config, Console(quiet=True))), separate_pass=mode == "exact"
-        )
+        run = prepare(config, read_dataset(config, Console(quiet=True)))
+        runs[mode] = make_trainer(run, separate_pass=mode == "exact").records()
 
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for turn in range(options.epochs + 1):

@@ -26,7 +26,8 @@ from chgval.data.dataset import Dataset, PixelImages
 from chgval.data.open import open_dataset
 from chgval.runs.choosing import Chooser, select_every
 from chgval.runs.train import hold_out, test_on, train
-from chgval.runs.value import prepare
+from chgval.runs.training_folder import Training
+from chgval.runs.value import make_trainer, prepare
 
 NOISE = 0.3
 NUM_CLASSES = 10
@@ -82,7 +83,9 @@ def run_one(clean: Dataset, tested: Dataset, options, strategy: str, noisy: bool
         dataset, held_out = hold_out(dataset, HELD_OUT, torch.Generator().manual_seed(seed))
     run = prepare(values, dataset)
     chooser = Chooser(run, config, None if held_out is None else test_on(run, config.data, held_out))
-    training = train(run, config, Console(quiet=True), chooser, test=test_on(run, config.data, tested))
+    trainer, training = make_trainer(run, choose=chooser, average=chooser.average), Training()
+    test = test_on(run, config.data, tested)
+    train(run, trainer.records(), training, config, Console(quiet=True), test=test)
     rows = dataset.usable_rows() if chooser.subset is None else chooser.subset.rows.numpy()
     return {
         "accuracy": training.evaluation.accuracy,

@@ -14,7 +14,8 @@ from chgval.console import Console
 from chgval.data.open import open_dataset
 from chgval.runs.choosing import Chooser
 from chgval.runs.train import train
-from chgval.runs.value import prepare
+from chgval.runs.training_folder import Training
+from chgval.runs.value import make_trainer, prepare
 
 SLACK = 1.15
 
@@ -43,7 +44,9 @@ def main() -> None:
                 select_every=None if fraction is None else options.every,
             )
             run = prepare(ValueConfig(data=config.data, train=config.train, mode="none"), dataset)
-            training = train(run, config, Console(quiet=True), Chooser(run, config))
+            chooser, training = Chooser(run, config), Training()
+            trainer = make_trainer(run, choose=chooser, average=chooser.average)
+            train(run, trainer.records(), training, config, Console(quiet=True))
             seconds[strategy, fraction].append(training.seconds)
             print(f"{strategy} {fraction or 1:g}: {training.seconds:.1f} s", flush=True)
     full = median(seconds["full", None])

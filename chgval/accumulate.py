@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chgval.errors import FactorError
-from chgval.records import EpochSignals, FloatArray, IntArray, RunSignals
+from chgval.records import EpochSignals, FloatArray, IntArray, RunSignals, State
 from chgval.shapley import (
     CHUNK_ROWS,
     CoalitionSums,
@@ -219,6 +219,45 @@ class ValueAccumulator:
             predicted_label_N=_integers(predicted_N.where(averaged_N, -1)),
             predicted_probability_N=_figures(probability_N, averaged_N),
         )
+
+    def state_dict(self) -> State:
+        """Return all that another accumulator of the same run needs to go on; call it between two batches.
+
+        The epoch's buffers are part of it only while an epoch is under way.
+        """
+        epoch = {"logits": self._logits_NC, "features": self._features_ND, "seen": self._seen_N}
+        return {
+            "num_epochs": self._num_epochs,
+            "means": {
+                name: {"mean": mean.mean_N, "squared_deviation": mean.squared_deviation_N}
+                for name, mean in self._means.items()
+            },
+            "sums": self._sums(),
+            "epoch": epoch if self._seen_N.any() else None,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from the state of another accumulator of the same run."""
+        self._num_epochs = state["num_epochs"]
+        for name, mean in self._means.items():
+            mean.mean_N.copy_(state["means"][name]["mean"])
+            mean.squared_deviation_N.copy_(state["means"][name]["squared_deviation"])
+        for name, tensor in self._sums().items():
+            tensor.copy_(state["sums"][name])
+        self._seen_N.zero_()
+        if state["epoch"] is not None:
+            self._logits_NC.copy_(state["epoch"]["logits"])
+            self._features_ND.copy_(state["epoch"]["features"])
+            self._seen_N.copy_(state["epoch"]["seen"])
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {
+            "count": self._count_N,
+            "probability_sums": self._probability_sums_NC,
+            "probability_weights": self._probability_weights_N,
+            "was_right": self._was_right_N,
+            "forgetting_events": self._forgetting_events_N,
+        }
 
     def _factors(self) -> Factors:
         return Factors(self._logits_NC, self._features_ND, self.has_bias)

@@ -19,11 +19,13 @@ from chgval.config import (
     DataConfig,
     DetectConfig,
     OutputConfig,
+    ResumeConfig,
     SelectConfig,
     TrainConfig,
     TrainingConfig,
     ValueConfig,
 )
+from chgval.files import claimed
 from chgval.options import (
     EXIT_TOO_NOISY,
     OUTPUT_PANEL,
@@ -41,6 +43,7 @@ from chgval.options import (
     complete_strategy,
     data_options,
     output_options,
+    resume_options,
     rule_of,
     strategy_of,
     train_options,
@@ -82,12 +85,13 @@ VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL, CLEANED_PANEL = "Values", "Detection"
 
 
 @app.command(cls=PanelCommand)
-@with_options(output=output_options("values"), data=data_options, train=train_options)
+@with_options(output=output_options("values"), data=data_options, train=train_options, resume=resume_options)
 def value(
     console: "Console",
     output: OutputConfig,
     data: DataConfig,
     train: TrainConfig,
+    resume: ResumeConfig,
     source: LabelledDataset,
     pred_probs: Annotated[
         Path | None,
@@ -139,6 +143,7 @@ def value(
         data=dataclasses.replace(data, source=source),
         train=train,
         output=output,
+        resume=resume,
         mode="none" if no_values else mode.value,
         utility=utility.value,
         per_class=per_class,
@@ -147,16 +152,20 @@ def value(
     if plan:
         run_plan(config, console)
     else:
-        run_value(config, console, command=_command_line())
+        with claimed(*config.outputs):
+            run_value(config, console, command=_command_line())
 
 
 @app.command(name="detect-noise", cls=PanelCommand)
-@with_options(output=output_options("suspects"), data=data_options, train=train_options)
+@with_options(
+    output=output_options("suspects"), data=data_options, train=train_options, resume=resume_options
+)
 def detect_noise(
     console: "Console",
     output: OutputConfig,
     data: DataConfig,
     train: TrainConfig,
+    resume: ResumeConfig,
     source: ReportOrDataset,
     threshold: Annotated[
         str,
@@ -232,7 +241,7 @@ def detect_noise(
       chgval detect-noise values.parquet --cleaned clean/ --relabel 0.9
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     config = DetectConfig(
-        value=ValueConfig(data=dataclasses.replace(data, source=source), train=train),
+        value=ValueConfig(data=dataclasses.replace(data, source=source), train=train, resume=resume),
         values=None if values is None else OutputConfig(path=values, overwrite=output.overwrite),
         output=output,
         rule=rule_of(threshold),
@@ -247,7 +256,8 @@ def detect_noise(
     )
     from chgval.runs.detect_noise import run_detect_noise
 
-    rate = run_detect_noise(config, console, command=_command_line())
+    with claimed(*config.outputs):
+        rate = run_detect_noise(config, console, command=_command_line())
     if config.fail_over is not None and rate.rate > config.fail_over:
         console.fail(
             f"{rate.rate:.1%} of the labels are estimated to be wrong, over --fail-over {fail_over:g}"
@@ -259,12 +269,18 @@ SELECTION_PANEL, DATASET_PANEL = "Selection", "Selected dataset"
 
 
 @app.command(cls=PanelCommand)
-@with_options(output=output_options("subset", ManifestFormat), data=data_options, train=train_options)
+@with_options(
+    output=output_options("subset", ManifestFormat),
+    data=data_options,
+    train=train_options,
+    resume=resume_options,
+)
 def select(
     console: "Console",
     output: OutputConfig,
     data: DataConfig,
     train: TrainConfig,
+    resume: ResumeConfig,
     source: ReportOrDataset,
     fraction: Annotated[
         float | None, typer.Option(help="Share of ALL rows to keep.", rich_help_panel=SELECTION_PANEL)
@@ -361,7 +377,7 @@ def select(
     from chgval.runs.select import run_select
 
     config = SelectConfig(
-        value=ValueConfig(data=dataclasses.replace(data, source=source), train=train),
+        value=ValueConfig(data=dataclasses.replace(data, source=source), train=train, resume=resume),
         values=None if values is None else OutputConfig(path=values, overwrite=output.overwrite),
         output=output,
         end_with_null=end_with_null,
@@ -379,18 +395,20 @@ def select(
         materialize=materialize,
         link=None if link is None else link.value,
     )
-    run_select(config, console, command=_command_line())
+    with claimed(*config.outputs):
+        run_select(config, console, command=_command_line())
 
 
 TEST_PANEL = "Test"
 
 
 @app.command(name="train", cls=PanelCommand)
-@with_options(data=data_options, train=train_options)
+@with_options(data=data_options, train=train_options, resume=resume_options)
 def train_model(
     console: "Console",
     data: DataConfig,
     train: TrainConfig,
+    resume: ResumeConfig,
     source: LabelledDataset,
     output: Annotated[
         Path,
@@ -473,6 +491,7 @@ def train_model(
     config = TrainingConfig(
         data=dataclasses.replace(data, source=source),
         train=train,
+        resume=resume,
         folder=output,
         overwrite=overwrite,
         subset=subset,
@@ -484,7 +503,8 @@ def train_model(
         test_every=test_every,
         target_accuracy=target_accuracy,
     )
-    run_train(config, console, command=_command_line())
+    with claimed(config.folder):
+        run_train(config, console, command=_command_line())
 
 
 def _command_line() -> str:

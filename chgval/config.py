@@ -153,11 +153,28 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeConfig:
+    """What becomes of unfinished runs.
+
+    Attributes:
+        resume: whether to go on with one.
+        minutes: how often the state is kept inside an epoch; it is kept after each in any case.
+    """
+
+    resume: bool = False
+    minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise SettingsError(f"--checkpoint-minutes {self.minutes:g}: must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ValueConfig:
     """Settings of `chgval value`.
 
     Attributes:
-        data, train, output: see there.
+        data, train, output, resume: see there.
         mode: online takes the values from the training steps, exact from a pass of its own before each epoch,
             none trains without valuing.
         utility: the game whose Shapley values are computed.
@@ -168,6 +185,7 @@ class ValueConfig:
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     mode: Literal["online", "exact", "none"] = "online"
     utility: Literal["chg", "gradient", "hardness"] = "chg"
     per_class: bool = False
@@ -178,6 +196,13 @@ class ValueConfig:
             raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
         if self.pred_probs is not None and self.mode == "none":
             raise SettingsError("--pred-probs: with --no-values there are none.")
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files that the command writes."""
+        if self.mode == "none":
+            return []
+        return _files(self.output, None if self.pred_probs is None else str(self.pred_probs))
 
 
 # How files of a folder get into a new one.
@@ -235,6 +260,11 @@ class DetectConfig:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files and folders that the command writes."""
+        return _files(self.output, self.values, None if self.cleaned is None else str(self.cleaned))
 
     @property
     def files(self) -> list[Path]:
@@ -311,6 +341,12 @@ class SelectConfig:
             raise SettingsError("--link: says how --materialize places files; pass that too.")
 
     @property
+    def outputs(self) -> list[Path]:
+        """Files and folders that the command writes."""
+        materialized = None if self.materialize is None else str(self.materialize)
+        return _files(self.output, self.values, self.with_random, materialized)
+
+    @property
     def files(self) -> list[Path]:
         """Files that the command reads or writes, besides the pruned dataset."""
         return _files(self.value.data.source, self.output, self.values, self.with_random, self.drop)
@@ -328,7 +364,7 @@ class TrainingConfig:
     """Settings of `chgval train`.
 
     Attributes:
-        data, train: see there.
+        data, train, resume: see there.
         folder: where the model and what is known of its training go.
         overwrite: whether files of an earlier training there may be replaced.
         subset: a manifest of what to train on, with its weights.
@@ -343,6 +379,7 @@ class TrainingConfig:
 
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     folder: Path = Path("trained")
     overwrite: bool = False
     subset: str | None = None

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,13 +47,44 @@ def check_apart(path: Path, others: Iterable[Path]) -> None:
 
 
 @contextmanager
+def claimed(*paths: Path) -> Iterator[None]:
+    """Hold outputs for this process, so that no other run of chgval writes them meanwhile.
+
+    The locks are files beside them, gone with the last of their holders; one that a killed run left behind
+    holds nothing.
+    """
+    from filelock import FileLock, Timeout  # as long as all else that --help imports
+
+    with ExitStack() as held:
+        for path in {path.absolute(): path for path in paths}.values():
+            if not (path.name and path.parent.is_dir()):
+                continue  # nothing can be written there, as will be told
+            lock = path.with_name(f".{path.name}.lock")
+            with could_not_write(path):
+                try:
+                    held.enter_context(FileLock(lock, timeout=0))
+                except Timeout as error:
+                    raise OutputError(
+                        f"{path}: another run is writing it; wait for its end, or pass another name."
+                    ) from error
+            held.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its name only when it was written whole and lies on the disk."""
+    with replacing_by_name(path) as part, part.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def replacing_by_name(path: Path) -> Iterator[Path]:
+    """Name a file to write, which takes the path's name when it was written whole and lies on the disk."""
     part = _part(path)
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
+        yield part
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:

@@ -25,16 +25,18 @@ from chgval.config import (
     STRATEGIES,
     DataConfig,
     OutputConfig,
+    ResumeConfig,
     Rule,
     Strategy,
     TrainConfig,
 )
 from chgval.errors import ChgvalError, SettingsError
+from chgval.interruption import Interrupted, raising_interruptions
 
 if TYPE_CHECKING:
     from chgval.console import Console
 
-EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY = 1, 2, 3
 DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
 
 
@@ -205,18 +207,16 @@ def with_options(**groups: Callable[..., object]) -> Callable[[Callable[..., Non
 def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
     """Turn the errors that a user can cause into one line and an exit code."""
     try:
-        yield
+        with raising_interruptions():
+            yield
     except ChgvalError as error:
         if debug:
             raise
         console.fail(str(error))
         raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
-    except KeyboardInterrupt as error:
-        console.fail(
-            "interrupted; epochs that were finished are kept beside a report that was to be a file, and in "
-            "the folder of a training"
-        )
-        raise typer.Exit(EXIT_INTERRUPTED) from error
+    except Interrupted as error:
+        console.fail(str(error))
+        raise typer.Exit(128 + error.signum) from error
     except BrokenPipeError as error:
         # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -392,6 +392,23 @@ def train_options(
         compile_model=compile_model,
         seed=seed,
     )
+
+
+def resume_options(
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an unfinished run.", rich_help_panel=OUTPUT_PANEL),
+    ] = False,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(
+            help="Keep the state of a run so often inside an epoch; it is kept after each.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = 10.0,
+) -> ResumeConfig:
+    """Options of unfinished runs."""
+    return ResumeConfig(resume=resume, minutes=checkpoint_minutes)
 
 
 def _console_options(

@@ -6,12 +6,15 @@ Shape legend: N samples (one entry per input row, NaN or -1 where the row has no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+# What a part of a run needs to go on: tensors, and what JSON can hold, in dictionaries by name.
+State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

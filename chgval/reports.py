@@ -191,18 +191,19 @@ class ReportWriter:
 
     Args:
         config: where to write.
+        goes_on: whether parts are there already that belong to the run.
     Raises:
         OutputError: the output exists and may not be replaced, or cannot be written.
     """
 
-    def __init__(self, config: OutputConfig) -> None:
+    def __init__(self, config: OutputConfig, *, goes_on: bool = False) -> None:
         self.check(config)
         self._config = config
         self.epochs_folder: Path | None = None
         if not config.to_stdout:
             self.epochs_folder = epochs_folder(config)
             with could_not_write(self.epochs_folder):
-                for part in self.epochs_folder.glob("epoch=*"):
+                for part in [] if goes_on else self.epochs_folder.glob("epoch=*"):
                     shutil.rmtree(part)
 
     @staticmethod
@@ -381,6 +382,14 @@ def epochs_folder(config: OutputConfig) -> Path:
     """Return the folder of the per-epoch parts: values.epochs beside values.parquet."""
     path = Path(config.path)
     return path.with_name(f"{path.stem}.epochs")
+
+
+def checkpoint_file(config: OutputConfig) -> Path | None:
+    """Return where a run keeps its state until all is written: values.checkpoint for values.parquet."""
+    if config.to_stdout:
+        return None
+    path = Path(config.path)
+    return path.with_name(f"{path.stem}.checkpoint")
 
 
 def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None:

@@ -6,6 +6,7 @@ Shape legend: B rows of one batch, C classes, D last-layer inputs, S steps of on
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from chgval.accumulate import ValueAccumulator
-from chgval.data.loader import Loader
+from chgval.data.loader import Batch, Loader
 from chgval.errors import DataError, NonFiniteError
 from chgval.models import SplitModel
 from chgval.recipe import Recipe
-from chgval.records import EpochRecord, StepRecord
+from chgval.records import EpochRecord, State, StepRecord
 
 # The host reads the losses every so many steps, so that on a GPU no step waits for it.
 STEPS_BETWEEN_READINGS = 10
@@ -78,19 +79,8 @@ class Subset:
         return cls(rows, weights_N.to(device))
 
 
-def train_epochs(
-    model: nn.Module,
-    loader: Loader,
-    recipe: Recipe,
-    *,
-    device: torch.device,
-    generator: torch.Generator,
-    accumulator: ValueAccumulator | None = None,
-    average: WeightAverage | None = None,
-    separate_pass: bool = False,
-    choose: Callable[[int], Subset | None] | None = None,
-) -> Iterator[StepRecord | EpochRecord]:
-    """Train, and yield what happens: some records of steps, then the record of each epoch.
+class Trainer:
+    """The training loop. Between two steps its state can be kept, and another one goes on from there.
 
     Args:
         model: returns (logits, last-layer inputs); lies on the device.
@@ -102,65 +92,158 @@ def train_epochs(
         average: follows the model's weights, step by step.
         separate_pass: whether the accumulator sees a pass of its own before each epoch (Algorithm 1 to the
             letter: no augmentation, evaluation mode), or the training steps themselves.
-        choose: is called before each epoch, whose number it is given, and says what to train on; None is all.
-    Raises:
-        NonFiniteError: the loss became NaN or infinite.
-        DataError: no sample is left that can be read.
+        choose: is called at the start of each epoch, and again where one is gone on with; it is given the
+            epoch's number and says what to train on. None is all.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=True,
-        foreach=True,
-    )
-    for epoch in range(1, recipe.epochs + 1):
-        started = time.perf_counter()
-        if accumulator is not None and separate_pass:
-            observe(model, loader, accumulator.update)
-        subset = None if choose is None else choose(epoch)
-        rows, weights_N = (None, None) if subset is None else (subset.rows, subset.weights_N)
-        training_started = time.perf_counter()
-        model.train()
-        num_steps = loader.num_batches(rows)
-        losses_S = torch.zeros(num_steps, device=device)
-        totals = _Totals(torch.zeros((), device=device), torch.zeros((), device=device))
-        for step, batch in enumerate(loader.training_batches(generator, rows), start=1):
-            progress = (epoch - 1 + (step - 0.5) / num_steps) / recipe.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * schedule_factor(recipe.schedule, progress)
-            logits_BC, features_BD = model(batch.inputs_B)
-            losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
-            weighted_B = losses_B if weights_N is None else losses_B * weights_N[batch.indices_B]
-            loss = weighted_B.mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if average is not None:
-                average.update()
-            if accumulator is not None and not separate_pass:
-                accumulator.update(batch.indices_B, logits_BC, features_BD)
 
-            losses_S[step - 1] = loss.detach()
-            totals.add(losses_B.detach(), logits_BC.detach(), batch.labels_B)
-            if step % STEPS_BETWEEN_READINGS == 0 and step < num_steps:
-                _check_finite(losses_S, epoch, recipe)
-                yield totals.step_record(epoch, recipe, step, num_steps, training_started)
-        if not totals.num_samples:
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        generator: torch.Generator,
+        accumulator: ValueAccumulator | None = None,
+        average: WeightAverage | None = None,
+        separate_pass: bool = False,
+        choose: Callable[[int], Subset | None] | None = None,
+    ) -> None:
+        self._model = model
+        self._loader = loader
+        self._recipe = recipe
+        self._device = device
+        self._generator = generator
+        self._accumulator = accumulator
+        self._average = average
+        self._separate_pass = separate_pass
+        self._choose = choose
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=True,
+            foreach=True,
+        )
+        self.finished_epochs = 0
+        self._begun: _Epoch | None = None
+
+    def records(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[StepRecord | EpochRecord]:
+        """Train, and yield what happens: some records of steps, then the record of each epoch.
+
+        Args:
+            is_stopped: is asked after each step whether to end here.
+        Raises:
+            NonFiniteError: the loss became NaN or infinite.
+            DataError: no sample is left that can be read.
+        """
+        while self.finished_epochs < self._recipe.epochs:
+            yield from self._train_epoch(self.finished_epochs + 1, is_stopped)
+            if is_stopped():
+                return
+
+    def state_dict(self) -> State:
+        """Return all that a trainer of the same run needs to go on from here, between two steps."""
+        momenta = {
+            str(number): self._optimizer.state[parameter].get("momentum_buffer")
+            for number, parameter in enumerate(self._model.parameters())
+        }
+        return {
+            "finished_epochs": self.finished_epochs,
+            "generator": self._generator.get_state(),
+            # Dropout layers draw from these.
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self._device) if self._on_cuda else None,
+            "model": self._model.state_dict(),
+            "average": None if self._average is None else self._average.model.state_dict(),
+            "momenta": momenta,
+            "accumulator": None if self._accumulator is None else self._accumulator.state_dict(),
+            "begun": None if self._begun is None else self._begun.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from the state of another trainer of the same run."""
+        self._model.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.model.load_state_dict(state["average"])
+        for parameter, momentum in zip(self._model.parameters(), state["momenta"].values(), strict=True):
+            if momentum is not None:
+                own = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
+                self._optimizer.state[parameter]["momentum_buffer"] = own
+        if self._accumulator is not None:
+            self._accumulator.load_state_dict(state["accumulator"])
+        self._begun = None if state["begun"] is None else _Epoch.from_state_dict(state["begun"], self._device)
+        self.finished_epochs = state["finished_epochs"]
+        self._generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if self._on_cuda:
+            torch.cuda.set_rng_state(state["cuda_generator"], self._device)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _train_epoch(self, epoch: int, is_stopped: Callable[[], bool]) -> Iterator[StepRecord | EpochRecord]:
+        recipe, accumulator = self._recipe, self._accumulator
+        started = time.perf_counter()
+        if self._begun is None and accumulator is not None and self._separate_pass:
+            observe(self._model, self._loader, accumulator.update)
+        subset = None if self._choose is None else self._choose(epoch)
+        if self._begun is None:
+            rows = self._loader.rows if subset is None else subset.rows
+            num_steps = self._loader.num_batches(rows)
+            self._begun = _Epoch.start(rows, num_steps, self._generator, self._device, started)
+        begun = self._begun
+        weights_N = None if subset is None else subset.weights_N
+        self._model.train()
+        self._generator.set_state(begun.generator_state)
+        for batch in self._loader.training_batches(begun.rows, self._generator, first=begun.step):
+            if len(batch.indices_B):
+                progress = (epoch - 1 + (begun.step + 0.5) / begun.num_steps) / recipe.epochs
+                self._step(batch, recipe.lr * schedule_factor(recipe.schedule, progress), weights_N, begun)
+            begun.step += 1
+            if (
+                begun.step % STEPS_BETWEEN_READINGS == 0
+                and begun.num_samples
+                and begun.step < begun.num_steps
+            ):
+                begun.check_finite(epoch, recipe)
+                yield begun.record(epoch, recipe)
+            if is_stopped():
+                return
+        if not begun.num_samples:
             raise DataError("none of the images could be decoded; check the files.")
-        _check_finite(losses_S, epoch, recipe)
-        last = totals.step_record(epoch, recipe, num_steps, num_steps, training_started)
+        begun.check_finite(epoch, recipe)
+        last = begun.record(epoch, recipe)
         yield last
+        signals = None if accumulator is None else accumulator.finish_epoch()
+        self.finished_epochs, self._begun = epoch, None
         yield EpochRecord(
             epoch=epoch,
             num_epochs=recipe.epochs,
             loss=last.loss,
             accuracy=last.accuracy,
             num_samples=last.num_samples,
-            signals=None if accumulator is None else accumulator.finish_epoch(),
-            seconds=time.perf_counter() - started,
+            signals=signals,
+            seconds=time.perf_counter() - begun.started,
         )
+
+    def _step(self, batch: Batch, lr: float, weights_N: Tensor | None, begun: _Epoch) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        logits_BC, features_BD = self._model(batch.inputs_B)
+        losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
+        weighted_B = losses_B if weights_N is None else losses_B * weights_N[batch.indices_B]
+        loss = weighted_B.mean()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
+        if self._accumulator is not None and not self._separate_pass:
+            self._accumulator.update(batch.indices_B, logits_BC, features_BD)
+        begun.add(loss.detach(), losses_B.detach(), logits_BC.detach(), batch.labels_B)
 
 
 def observe(
@@ -199,38 +282,84 @@ def _floating_tensors(model: nn.Module) -> list[Tensor]:
 
 
 @dataclass(slots=True)
-class _Totals:
-    """Sums over an epoch so far; they stay on the device until they are read."""
+class _Epoch:
+    """How far an epoch is. Its sums stay on the device until they are read.
 
+    Attributes:
+        rows: that it trains on, on the host, in the order of the dataset.
+        generator_state: before its order and augmentation were drawn.
+        losses_S: of its steps, weighted as they were trained on.
+        loss_sum: of its samples so far, not weighted.
+        right: samples so far that were predicted right.
+        num_samples, step: done so far.
+        started, training_started: on the clock, as if it had been trained in one go.
+    """
+
+    rows: Tensor
+    generator_state: Tensor
+    losses_S: Tensor
     loss_sum: Tensor
     right: Tensor
-    num_samples: int = 0
+    num_samples: int
+    step: int
+    started: float
+    training_started: float
 
-    def add(self, losses_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
+    @classmethod
+    def start(
+        cls, rows: Tensor, num_steps: int, generator: torch.Generator, device: torch.device, started: float
+    ) -> _Epoch:
+        return cls(
+            rows=rows,
+            generator_state=generator.get_state(),
+            losses_S=torch.zeros(num_steps, device=device),
+            loss_sum=torch.zeros((), device=device),
+            right=torch.zeros((), device=device),
+            num_samples=0,
+            step=0,
+            started=started,
+            training_started=time.perf_counter(),
+        )
+
+    @classmethod
+    def from_state_dict(cls, state: State, device: torch.device) -> _Epoch:
+        now = time.perf_counter()
+        on_device = {name: state[name].to(device) for name in ("losses_S", "loss_sum", "right")}
+        clocks = {name: now - state[name] for name in ("started", "training_started")}
+        return cls(**{**state, **on_device, **clocks})
+
+    def state_dict(self) -> State:
+        now = time.perf_counter()
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**state, "started": now - self.started, "training_started": now - self.training_started}
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.losses_S)
+
+    def add(self, loss: Tensor, losses_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
+        self.losses_S[self.step] = loss
         self.loss_sum += losses_B.sum()
         self.right += (logits_BC.argmax(1) == labels_B).sum()
         self.num_samples += len(labels_B)
 
-    def step_record(
-        self, epoch: int, recipe: Recipe, step: int, num_steps: int, started: float
-    ) -> StepRecord:
+    def record(self, epoch: int, recipe: Recipe) -> StepRecord:
         return StepRecord(
             epoch=epoch,
             num_epochs=recipe.epochs,
-            step=step,
-            num_steps=num_steps,
+            step=self.step,
+            num_steps=self.num_steps,
             loss=self.loss_sum.item() / self.num_samples,
             accuracy=self.right.item() / self.num_samples,
             num_samples=self.num_samples,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - self.training_started,
         )
 
-
-def _check_finite(losses_S: Tensor, epoch: int, recipe: Recipe) -> None:
-    bad_S = ~losses_S.isfinite()
-    if bad_S.any():
-        step = int(bad_S.int().argmax()) + 1
-        raise NonFiniteError(
-            f"the training loss became {losses_S[step - 1].item()} at epoch {epoch}, step {step} of "
-            f"{len(losses_S)}; try a lower --lr (it was {recipe.lr:g}), or check --mean and --std."
-        )
+    def check_finite(self, epoch: int, recipe: Recipe) -> None:
+        bad_S = ~self.losses_S.isfinite()
+        if bad_S.any():
+            step = int(bad_S.int().argmax()) + 1
+            raise NonFiniteError(
+                f"the training loss became {self.losses_S[step - 1].item()} at epoch {epoch}, step {step} of "
+                f"{self.num_steps}; try a lower --lr (it was {recipe.lr:g}), or check --mean and --std."
+            )

@@ -15,7 +15,7 @@ from chgval.console import Console
 from chgval.data.loader import Batch
 from chgval.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.records import EpochRecord
-from chgval.runs.value import prepare, read_dataset, records
+from chgval.runs.value import make_trainer, prepare, read_dataset
 from chgval.shapley import Factors, chg_values, coalition_sums, hardness_values
 from chgval.training import observe
 
@@ -86,7 +86,7 @@ def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18"])
 def test_a_training_step_runs_on_the_meta_device(arch):
-    """The operations of one step of `train_epochs`, on shapes alone."""
+    """The operations of one step of `Trainer`, on shapes alone."""
     model = build_model(arch, 10, InputShape(32), torch.Generator().manual_seed(0))
     model = model.to("meta", memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
@@ -114,7 +114,7 @@ def run_epochs(source, device, **settings):
     run = prepare(config, read_dataset(config, Console(quiet=True)))
     signals = [
         record.signals
-        for record in records(run, separate_pass=config.mode == "exact")
+        for record in make_trainer(run, separate_pass=config.mode == "exact").records()
         if isinstance(record, EpochRecord)
     ]
     return run, signals
@@ -141,9 +141,9 @@ def test_no_step_waits_for_the_device(image_folder):
         train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
     )
     run = prepare(config, read_dataset(config, Console(quiet=True)))
-    steps = records(run, separate_pass=False)
+    steps = make_trainer(run).records()
     next(steps)  # up to the first reading
-    batch = next(iter(run.loader.training_batches(run.generator)))
+    batch = next(iter(run.loader.training_batches(run.loader.rows, run.generator)))
     torch.cuda.set_sync_debug_mode("error")
     try:
         logits_BC, features_BD = run.model(batch.inputs_B)

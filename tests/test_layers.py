@@ -11,7 +11,7 @@ PACKAGE = Path(chgval.__file__).parent
 # the package data/, which is one room.
 LAYERS = [
     {"errors"},
-    {"config", "records", "files"},
+    {"config", "records", "files", "interruption"},
     {"shapley", "recipe", "noise", "selection"},
     {"accumulate"},
     {"data", "models", "reports", "console"},

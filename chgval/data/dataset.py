@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chgval.data.decode import Pixels
 from chgval.errors import DataError
-from chgval.records import IntArray
+from chgval.records import IntArray, State
 
 
 class EncodedImages(Protocol):
@@ -116,6 +116,14 @@ class Dataset:
         for row in self.problems:
             statuses[row] = "unreadable"
         return statuses
+
+    def state_dict(self) -> State:
+        """Return what has been found out about the samples since they were opened."""
+        return {"problems": {str(row): reason for row, reason in self.problems.items()}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over what another run found out about the same samples."""
+        self.problems.update({int(row): reason for row, reason in state["problems"].items()})
 
     def check(self, least_classes: int = 2) -> None:
         """Raise DataError where there is nothing to learn from; for tests one class is enough."""

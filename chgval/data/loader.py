@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from chgval.data.dataset import Dataset, Embeddings, EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
 from chgval.errors import DataError
+from chgval.interruption import ignore_signals
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -56,14 +57,24 @@ class Loader(Protocol):
 
     statistics: Statistics
 
-    def num_batches(self, rows: Tensor | None = None) -> int:
-        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
+    @property
+    def rows(self) -> Tensor:
+        """Rows of all usable samples, ascending, on the host."""
         ...
 
-    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
-        """Yield all usable samples, or some of them, once, in random order, augmented.
+    def num_batches(self, rows: Tensor) -> int:
+        """Return the optimizer steps in one epoch on these rows."""
+        ...
 
-        All randomness is from `generator`.
+    def training_batches(
+        self, rows: Tensor, generator: torch.Generator, *, first: int = 0
+    ) -> Iterator[Batch]:
+        """Yield these rows once, in random order, augmented.
+
+        Args:
+            rows: of usable samples.
+            generator: all randomness is drawn from it, at the start.
+            first: the number of the first batch that is yielded, from 0; those before are left out.
         """
         ...
 
@@ -137,26 +148,28 @@ class MemoryLoader:
         # Contents that would fill the device stay on the host; each batch of them is then copied by itself.
         self._contents = contents.to(device) if _fits(contents, device) else contents
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
-        self._rows_N = rows_N
+        self.rows = rows_N
         self._batch_size = batch_size
         self._augment: Augment = "none" if self._is_embedding else augment
         self._device = device
         self._normaliser = _Normaliser(self.statistics, device)
 
-    def num_batches(self, rows: Tensor | None = None) -> int:
-        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
-        return _num_batches(len(self._rows_N if rows is None else rows), self._batch_size)
+    def num_batches(self, rows: Tensor) -> int:
+        """Return the optimizer steps in one epoch on these rows."""
+        return _num_batches(len(rows), self._batch_size)
 
-    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
-        """Yield all usable samples, or some of them, once, in random order, augmented."""
-        rows = self._rows_N if rows is None else rows
+    def training_batches(
+        self, rows: Tensor, generator: torch.Generator, *, first: int = 0
+    ) -> Iterator[Batch]:
+        """Yield these rows once, in random order, augmented."""
         num_rows = len(rows)
         order_N = rows[torch.randperm(num_rows, generator=generator)].to(self._device)
         shift = max(1, round(SHIFT_SHARE * self._contents.shape[-1]))
         shifts_N2 = torch.randint(2 * shift + 1, (num_rows, 2), generator=generator).to(self._device)
         flips_N = (torch.rand(num_rows, generator=generator) < 0.5).to(self._device)
-        start = 0
-        for indices_B in order_N.tensor_split(self.num_batches(rows)):
+        batches = order_N.tensor_split(self.num_batches(rows))
+        start = sum(len(indices_B) for indices_B in batches[:first])
+        for indices_B in batches[first:]:
             part = slice(start, start + len(indices_B))
             start += len(indices_B)
             contents_B = self._take(indices_B)
@@ -169,7 +182,7 @@ class MemoryLoader:
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, as they are."""
         size = _plain_batch_size(self._batch_size, self._device)
-        for indices_B in torch.split(self._rows_N.to(self._device), size):
+        for indices_B in torch.split(self.rows.to(self._device), size):
             yield self._batch(indices_B, self._take(indices_B))
 
     def _take(self, indices_B: Tensor) -> Tensor:
@@ -208,26 +221,31 @@ class DecodingLoader:
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         if mean is None or std is None:
             rows = _spread(torch.from_numpy(dataset.usable_rows()), STATISTICS_IMAGES // 4)
-            decoded = [pixels for _, pixels in self._decoded([rows.tolist()], seed=None)]
+            _, samples = next(self._decoded([rows.tolist()], seed=None))
             dataset.check()
-            samples = torch.cat(decoded) if decoded else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         else:
-            samples = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+            samples = _NO_PIXELS
         self.statistics = _statistics(samples, mean, std)
         self._normaliser = _Normaliser(self.statistics, device)
 
-    def num_batches(self, rows: Tensor | None = None) -> int:
-        """Return the optimizer steps in one epoch on all usable samples, or on some of them."""
-        return _num_batches(len(self._dataset.usable_rows() if rows is None else rows), self._batch_size)
+    @property
+    def rows(self) -> Tensor:
+        """Rows of the samples that have not turned out to be unreadable so far."""
+        return torch.from_numpy(self._dataset.usable_rows())
 
-    def training_batches(self, generator: torch.Generator, rows: Tensor | None = None) -> Iterator[Batch]:
-        """Yield all usable samples, or some of them, once, in random order, each in a random crop."""
-        rows_N = torch.from_numpy(self._dataset.usable_rows()) if rows is None else rows
-        order_N = rows_N[torch.randperm(len(rows_N), generator=generator)]
+    def num_batches(self, rows: Tensor) -> int:
+        """Return the optimizer steps in one epoch on these rows."""
+        return _num_batches(len(rows), self._batch_size)
+
+    def training_batches(
+        self, rows: Tensor, generator: torch.Generator, *, first: int = 0
+    ) -> Iterator[Batch]:
+        """Yield these rows once, in random order, each in a random crop; a batch may turn out to be empty."""
+        order_N = rows[torch.randperm(len(rows), generator=generator)]
         seed = int(torch.randint(2**62, (), generator=generator)) if self._augment != "none" else None
         flips_N = (torch.rand(len(self._dataset), generator=generator) < 0.5).to(self._device)
-        batches = [part.tolist() for part in order_N.tensor_split(self.num_batches(rows_N))]
-        for indices_B, pixels_B in self._decoded(batches, seed):
+        batches = [part.tolist() for part in order_N.tensor_split(self.num_batches(rows))]
+        for indices_B, pixels_B in self._decoded(batches[first:], seed):
             batch = self._batch(indices_B, pixels_B)
             if self._augment == "crop-flip":
                 flipped = _flipped(batch.inputs_B, flips_N[batch.indices_B])
@@ -236,20 +254,24 @@ class DecodingLoader:
 
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, cut to their centre."""
-        rows_N = torch.from_numpy(self._dataset.usable_rows())
         size = _plain_batch_size(self._batch_size, self._device)
-        batches = [rows_N[start : start + size].tolist() for start in range(0, len(rows_N), size)]
+        batches = [part.tolist() for part in torch.split(self.rows, size)]
         for indices_B, pixels_B in self._decoded(batches, seed=None):
-            yield self._batch(indices_B, pixels_B)
+            if len(indices_B):
+                yield self._batch(indices_B, pixels_B)
 
     def _decoded(self, batches: list[list[int]], seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (row numbers, uint8 pixels) of every batch, without the rows that cannot be decoded."""
+        """Yield (row numbers, uint8 pixels) of every batch, without the rows that cannot be decoded.
+
+        Where none can, both are empty.
+        """
         loader: DataLoader[_Decoded] = DataLoader(
             _DecodingDataset(self._content.encoded, self._content.size, seed),
             batch_sampler=batches,
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
+            worker_init_fn=ignore_signals,
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
@@ -261,8 +283,7 @@ class DecodingLoader:
                         f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
                         "mend it, or leave out --on-error fail."
                     )
-            if len(indices_B):
-                yield indices_B, pixels_B
+            yield indices_B, pixels_B
 
     def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
         indices_B = indices_B.to(self._device, non_blocking=True)
@@ -271,6 +292,7 @@ class DecodingLoader:
 
 
 _Decoded = tuple[int, Tensor | str]
+_NO_PIXELS = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
 
 
 class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
@@ -299,7 +321,7 @@ def _collate(samples: list[_Decoded]) -> tuple[Tensor, Tensor, dict[int, str]]:
     good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
     problems = {row: reason for row, reason in samples if isinstance(reason, str)}
     indices_B = torch.tensor([row for row, _ in good], dtype=torch.int64)
-    pixels_B = torch.stack([pixels for _, pixels in good]) if good else torch.zeros(0, dtype=torch.uint8)
+    pixels_B = torch.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
     return indices_B, pixels_B, problems
 
 

@@ -12,7 +12,7 @@ from chgval.config import TrainingConfig
 from chgval.data.loader import Loader
 from chgval.evaluation import predict
 from chgval.models import SplitModel
-from chgval.records import IntArray
+from chgval.records import IntArray, State
 from chgval.runs.value import Run
 from chgval.strategies import REGISTRY, Pass, Question, Strategy
 from chgval.training import Subset, WeightAverage, schedule_factor
@@ -66,15 +66,36 @@ class Chooser:
             steps = run.recipe.epochs * run.loader.num_batches(torch.from_numpy(self._rows[: self._count]))
             self.average = WeightAverage(run.model, steps, share=AVERAGED_WHILE_CHOOSING)
         self.subset = fixed
-        self.is_new = False
+        self._asked = 0
 
     def __call__(self, epoch: int) -> Subset | None:
-        """Return what to train on in this epoch; None is all."""
-        if self._strategy is not None:
-            self.is_new = (epoch - 1) % self._every == 0
-            if self.is_new:
-                self.subset = self._ask(self._strategy, epoch)
+        """Return what to train on in this epoch; None is all. Asked again for the epoch, say the same."""
+        if self._strategy is not None and (epoch - 1) % self._every == 0 and epoch != self._asked:
+            self.subset = self._ask(self._strategy, epoch)
+            self._asked = epoch
         return self.subset
+
+    def chosen_in(self, epoch: int) -> Subset | None:
+        """Return what was chosen at the start of this epoch, if anything was."""
+        return self.subset if epoch == self._asked else None
+
+    def state_dict(self) -> State:
+        """Return what another chooser of the same run needs to go on."""
+        subset = self.subset if self._strategy is not None else None
+        return {
+            "rows": torch.from_numpy(self._rows),
+            "memory": dict(self._memory),
+            "asked": self._asked,
+            "subset": None if subset is None else {"rows": subset.rows, "weights": subset.weights_N},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from the state of another chooser of the same run."""
+        self._rows, self._memory, self._asked = state["rows"].numpy(), state["memory"], state["asked"]
+        if state["subset"] is not None:
+            weights_N = state["subset"]["weights"]
+            on_device = None if weights_N is None else weights_N.to(self._run.device)
+            self.subset = Subset(state["subset"]["rows"], on_device)
 
     @property
     def _count(self) -> int:

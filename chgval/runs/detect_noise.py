@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,16 @@ from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, Suspec
 from chgval.reports import (
     SUSPECTS_SCHEMA,
     check_output,
+    checkpoint_file,
     is_report,
     read_report,
     with_metadata,
     write_table,
 )
+
+if TYPE_CHECKING:  # imports torch, which reports do without
+    from chgval.data.dataset import Dataset
+    from chgval.runs.checkpoint import Unfinished
 
 SHOWN_SUSPECTS = 5
 SHOWN_CLASSES = 20
@@ -50,7 +55,6 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
             an output is in the way.
     """
     source = config.value.data.source
-    check_output(config.output, source)
     if config.cleaned is not None:
         check_apart(config.cleaned, config.files)
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
@@ -75,6 +79,8 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
     if config.cleaned is not None:
         _write_cleaned(given, assessment.flagged_N, config.cleaned, config.relabel, console)
+    if given.unfinished is not None:
+        given.unfinished.remove()
     return rate
 
 
@@ -87,6 +93,7 @@ class _Input:
         data: the dataset that it is about.
         aum_flags_N: which rows the rule aum flags, if that is the rule.
         duplicates_N: every row's near-duplicate with another label, -1 for none, if they were looked for.
+        unfinished: where the runs behind it keep their state, if it was valued.
     """
 
     report: pa.Table
@@ -94,6 +101,7 @@ class _Input:
     data: DataConfig
     aum_flags_N: NDArray[np.bool_] | None = None
     duplicates_N: IntArray | None = None
+    unfinished: Unfinished | None = None
 
 
 def _read_report(config: DetectConfig) -> _Input:
@@ -102,6 +110,7 @@ def _read_report(config: DetectConfig) -> _Input:
         raise SettingsError(f"--threshold aum: trains twice more; pass the dataset, not its report {source}.")
     if config.duplicates:
         raise SettingsError(f"--duplicates: looks at images; pass the dataset, not its report {source}.")
+    check_output(config.output, source)
     report, metadata = read_report(source, COLUMNS)
     data = config.value.data
     if config.cleaned is not None:
@@ -114,25 +123,39 @@ def _read_report(config: DetectConfig) -> _Input:
 def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Input:
     # These import torch, which reports do without.
     from chgval.data.rewrite import check_rewritable
+    from chgval.runs.checkpoint import find_unfinished
     from chgval.runs.duplicates import check_images, find_duplicates
-    from chgval.runs.threshold_samples import check_enough, threshold_flags
+    from chgval.runs.threshold_samples import check_enough, run_margins, threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     if config.cleaned is not None:
         check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)
-    check_outputs(config.value, config.values)
+    kept = config.values or config.output
+    unfinished = find_unfinished(
+        checkpoint_file(kept), config.value.resume, console, overwrite=config.output.overwrite
+    )
+    check_output(unfinished.replaceable(config.output), config.value.data.source)
+    values = None if config.values is None else unfinished.replaceable(config.values)
+    check_outputs(config.value, values)
     dataset = read_dataset(config.value, console)
     if config.duplicates:
         check_images(dataset)
     if config.rule == "aum":
         check_enough(dataset)
-    valued = value_dataset(config.value, dataset, config.values, console, command=command)
+    valued = value_dataset(config.value, dataset, values, console, unfinished, command=command)
+
+    def margins_of(name: str, marked: Dataset) -> FloatArray:
+        return run_margins(name, marked, config.value, console, unfinished, command=command)
+
     return _Input(
         report=valued.table.select(COLUMNS),
         metadata=valued.metadata,
         data=config.value.data,
-        aum_flags_N=threshold_flags(config.value, dataset, console) if config.rule == "aum" else None,
+        aum_flags_N=threshold_flags(dataset, config.value.train.seed, margins_of)
+        if config.rule == "aum"
+        else None,
         duplicates_N=find_duplicates(valued.run) if config.duplicates else None,
+        unfinished=unfinished,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from chgval.reports import (
     MANIFEST_SCHEMA,
     SUSPECTS,
     check_output,
+    checkpoint_file,
     is_report,
     read_report,
     with_metadata,
@@ -27,6 +28,9 @@ from chgval.reports import (
     write_table,
 )
 from chgval.selection import keep_highest, min_max_weights, ranks_within
+
+if TYPE_CHECKING:  # imports torch, which reports do without
+    from chgval.runs.checkpoint import Unfinished
 
 SHOWN_CLASSES = 20
 SHOWN_VANISHED = 5
@@ -45,7 +49,6 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
             an output is in the way.
     """
     source = config.value.data.source
-    check_output(config.output, source)
     if config.materialize is not None:
         check_apart(config.materialize, config.files)
     if config.with_random is not None:
@@ -79,6 +82,8 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
             given.data, report, given.metadata, kept_N, config.materialize, console, link=link
         )
         console.say(f"{written:,} rows -> {config.materialize}")
+    if given.unfinished is not None:
+        given.unfinished.remove()
 
 
 def choose(
@@ -108,11 +113,15 @@ def _asked(config: SelectConfig, num_rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """A values report, its metadata, and the dataset that it is about (if that will be written anew)."""
+    """A values report, its metadata, and the dataset that it is about (if that will be written anew).
+
+    The state of the run behind it is `unfinished`, if it was valued.
+    """
 
     report: pa.Table
     metadata: dict[str, Any]
     data: DataConfig
+    unfinished: Unfinished | None = None
 
 
 def _columns(config: SelectConfig) -> list[str]:
@@ -121,6 +130,7 @@ def _columns(config: SelectConfig) -> list[str]:
 
 def _read_report(config: SelectConfig) -> _Input:
     source = config.value.data.source
+    check_output(config.output, source)
     report, metadata = read_report(source, _columns(config))
     data = config.value.data
     if config.materialize is not None:
@@ -133,15 +143,22 @@ def _read_report(config: SelectConfig) -> _Input:
 def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Input:
     # These import torch, which reports do without.
     from chgval.data.rewrite import check_rewritable
+    from chgval.runs.checkpoint import find_unfinished
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     data = config.value.data
     if config.materialize is not None:
         check_rewritable(data, config.materialize, overwrite=config.output.overwrite)
-    check_outputs(config.value, config.values)
+    kept = config.values or config.output
+    unfinished = find_unfinished(
+        checkpoint_file(kept), config.value.resume, console, overwrite=config.output.overwrite
+    )
+    check_output(unfinished.replaceable(config.output), config.value.data.source)
+    values = None if config.values is None else unfinished.replaceable(config.values)
+    check_outputs(config.value, values)
     dataset = read_dataset(config.value, console)
-    valued = value_dataset(config.value, dataset, config.values, console, command=command)
-    return _Input(valued.table.select(_columns(config)), valued.metadata, data)
+    valued = value_dataset(config.value, dataset, values, console, unfinished, command=command)
+    return _Input(valued.table.select(_columns(config)), valued.metadata, data, unfinished)
 
 
 def _flagged(source: str, report: pa.Table, metadata: dict[str, Any]) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,8 @@ from chgval.console import Console
 from chgval.data.dataset import Dataset
 from chgval.errors import DataError
 from chgval.records import FloatArray, IntArray
-from chgval.runs.value import prepared, train_to_end
+from chgval.runs.checkpoint import Checkpoint, Unfinished
+from chgval.runs.value import make_trainer, metadata_of, prepared, train_to_end
 
 # A label is flagged if its margin is no higher than that of most threshold samples (the paper's percentile).
 PERCENTILE = 99
@@ -28,7 +30,9 @@ def check_enough(dataset: Dataset) -> None:
         )
 
 
-def threshold_flags(config: ValueConfig, dataset: Dataset, console: Console) -> NDArray[np.bool_]:
+def threshold_flags(
+    dataset: Dataset, seed: int, margins_of: Callable[[str, Dataset], FloatArray]
+) -> NDArray[np.bool_]:
     """Train twice, each time with some samples put into an additional class, and flag by their margins.
 
     Nothing connects the samples of the additional class, so that their margins are those of wrong labels. A
@@ -37,22 +41,50 @@ def threshold_flags(config: ValueConfig, dataset: Dataset, console: Console) -> 
     section 3.2).
 
     Args:
-        config: the settings of both runs.
         dataset: the samples.
-        console: where to tell what happens.
+        seed: which of them are put there.
+        margins_of: trains a run of that name on a dataset, and returns every row's margin (`run_margins`).
     Returns:
         Which rows are flagged, shape (N,).
     Raises:
         DataError: none of the threshold samples can be read.
     """
-    first_rows, second_rows = threshold_sets(dataset.usable_rows(), dataset.num_classes, config.train.seed)
-    console.say("training with threshold samples, the first of two times")
-    flagged_N = below_threshold(_margins(config, dataset, first_rows, console), first_rows)
-    console.say("training with threshold samples, the second time")
-    flagged_N[first_rows] = below_threshold(_margins(config, dataset, second_rows, console), second_rows)[
-        first_rows
-    ]
+    first_rows, second_rows = threshold_sets(dataset.usable_rows(), dataset.num_classes, seed)
+    first_N = margins_of("threshold-1", _marked(dataset, first_rows))
+    second_N = margins_of("threshold-2", _marked(dataset, second_rows))
+    flagged_N = below_threshold(first_N, first_rows)
+    flagged_N[first_rows] = below_threshold(second_N, second_rows)[first_rows]
     return flagged_N
+
+
+def run_margins(
+    name: str,
+    dataset: Dataset,
+    config: ValueConfig,
+    console: Console,
+    unfinished: Unfinished,
+    *,
+    command: str,
+) -> FloatArray:
+    """Train on a dataset that has threshold samples, and return the averaged margin of every row.
+
+    Args:
+        name: of the run, among those of the command.
+        dataset: the samples.
+        config: the settings.
+        console: where to tell what happens.
+        unfinished: where the run keeps its state.
+        command: the command line.
+    """
+    console.say(f"training with threshold samples ({name})")
+    with prepared(config, dataset) as run:
+        trainer, metadata = make_trainer(run), metadata_of(run, config, command)
+        parts = {"dataset": dataset}
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, name=name)
+        train_to_end(run, checkpoint.records(), console)
+        if run.accumulator is None:
+            raise ValueError("margins need a run that observes its samples")
+        return run.accumulator.run_signals().margin_N
 
 
 def threshold_sets(rows: IntArray, num_classes: int, seed: int) -> tuple[IntArray, IntArray]:
@@ -72,14 +104,9 @@ def below_threshold(margin_N: FloatArray, threshold_rows: IntArray) -> NDArray[n
     return flagged_N
 
 
-def _margins(config: ValueConfig, dataset: Dataset, threshold_rows: IntArray, console: Console) -> FloatArray:
-    """Return the averaged margins of a run in which these rows have a class of their own."""
+def _marked(dataset: Dataset, threshold_rows: IntArray) -> Dataset:
+    """Return the dataset in which these rows have a class of their own."""
     labels_N = dataset.labels_N.copy()
     labels_N[threshold_rows] = dataset.num_classes
     class_names = [*dataset.class_names, "threshold samples"]
-    marked = dataclasses.replace(dataset, labels_N=labels_N, class_names=class_names)
-    with prepared(config, marked) as run:
-        train_to_end(run, config, console)
-        if run.accumulator is None:
-            raise ValueError("margins need a run that observes its samples")
-        return run.accumulator.run_signals().margin_N
+    return dataclasses.replace(dataset, labels_N=labels_N, class_names=class_names)

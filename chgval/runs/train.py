@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,14 +18,23 @@ from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
 from chgval.evaluation import evaluate
-from chgval.records import EpochRecord, IntArray
+from chgval.records import EpochRecord, IntArray, StepRecord
 from chgval.reports import MANIFEST, read_report
+from chgval.runs.checkpoint import Checkpoint, HasState, find_unfinished
 from chgval.runs.choosing import Chooser, Test, select_every
-from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
-from chgval.runs.value import Run, metadata_of, prepared, read_dataset, settings_shown, tell_problems
+from chgval.runs.training_folder import CHECKPOINT_FILE, Training, TrainingFolder, check_training_folder
+from chgval.runs.value import (
+    Run,
+    make_trainer,
+    metadata_of,
+    prepared,
+    read_dataset,
+    settings_shown,
+    tell_problems,
+)
 from chgval.selection import class_quotas, keep_highest
 from chgval.strategies import REGISTRY
-from chgval.training import Subset, train_epochs
+from chgval.training import Subset
 
 # Missing classes that are named.
 SHOWN_CLASSES = 5
@@ -166,8 +177,12 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
         command: the command line, for metadata.
     Raises:
         ChgvalError: see the modules that this calls.
+        Interrupted: a signal came.
     """
-    check_training_folder(config.folder, overwrite=config.overwrite)
+    unfinished = find_unfinished(
+        config.folder / CHECKPOINT_FILE, config.resume, console, overwrite=config.overwrite
+    )
+    check_training_folder(config.folder, overwrite=config.overwrite or unfinished.resumes)
     values = ValueConfig(data=config.data, train=config.train, mode="none")
     dataset = read_dataset(values, console)
     tested = None if config.test is None else read_test(config.data, config.test, dataset, console)
@@ -184,14 +199,20 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
         held = None if held_out is None else test_on(run, config.data, held_out)
         test = held if tested is None else test_on(run, config.data, tested)
         console.settings([*settings_shown(run, values), *_choices_shown(config, test)])
-        folder = TrainingFolder(config.folder, metadata_of(run, config, command))
-        fixed = None
+        metadata = metadata_of(run, config, command)
+        fixed, digest = None, ""
         if manifest is not None:
             rows = torch.from_numpy(dataset.usable_rows())
             fixed = Subset.weighted(rows, manifest[1][rows], len(dataset), run.device)
-        chooser = Chooser(run, config, held, fixed)
-        training = train(run, config, console, chooser, folder=folder, test=test)
-        folder.finish(run, training)
+            digest = hashlib.blake2b(rows.numpy().tobytes() + manifest[1][rows].numpy().tobytes()).hexdigest()
+        chooser, training = Chooser(run, config, held, fixed), Training()
+        trainer = make_trainer(run, choose=chooser, average=chooser.average)
+        parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": training}
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, subset=digest)
+        folder = TrainingFolder(config.folder, metadata, dataset, chooser, goes_on=unfinished.resumes)
+        train(run, checkpoint.records(), training, config, console, test=test, folder=folder)
+        folder.finish(run.model, training)
+    unfinished.remove()
     tell_problems(dataset, console, "they were not trained on")
     if tested is not None:
         tell_problems(tested, console, "they were not tested on")
@@ -200,34 +221,26 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
 
 def train(
     run: Run,
+    records: Iterator[StepRecord | EpochRecord],
+    training: Training,
     config: TrainingConfig,
     console: Console,
-    chooser: Chooser,
     *,
-    folder: TrainingFolder | None = None,
     test: Test | None = None,
-) -> Training:
+    folder: TrainingFolder | None = None,
+) -> None:
     """Train a prepared run to its end, or to the target accuracy.
 
     Args:
         run: the run.
+        records: of its trainer.
+        training: takes in what it comes to.
         config: when to test, and when to stop.
         console: where to show progress.
-        chooser: says what to train on.
-        folder: where choices and epochs are kept, if they are.
         test: samples to test on.
+        folder: where choices and epochs are kept, if they are.
     """
-    training = Training()
-    records = train_epochs(
-        run.model,
-        run.loader,
-        run.recipe,
-        device=run.device,
-        generator=run.generator,
-        average=chooser.average,
-        choose=chooser,
-    )
-    with console.progress(run.recipe.epochs * run.loader.num_batches()) as shown:
+    with console.progress(run.recipe.epochs * run.loader.num_batches(run.loader.rows)) as shown:
         for record in records:
             shown.show(record)
             if not isinstance(record, EpochRecord):
@@ -240,10 +253,9 @@ def train(
                 console.say(evaluation_line(evaluation))
             training.add(record, evaluation, config.target_accuracy)
             if folder is not None:
-                folder.write(run.dataset, training, chooser)
+                folder.write(training)
             if training.target is not None:
                 break
-    return training
 
 
 def _choices_shown(config: TrainingConfig, test: Test | None) -> list[tuple[str, str]]:

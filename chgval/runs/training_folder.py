@@ -19,14 +19,14 @@ from chgval.config import OutputConfig
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
 from chgval.files import check_new_folder, could_not_write, replacing
-from chgval.records import EpochRecord, Evaluation
+from chgval.models import SplitModel
+from chgval.records import EpochRecord, Evaluation, State
 from chgval.reports import MANIFEST, with_metadata, write_table
 from chgval.runs.choosing import Chooser
-from chgval.runs.value import Run
 from chgval.training import Subset
 
-MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
-    "model.safetensors", "training.json", "metrics.parquet", "subsets",
+MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER, CHECKPOINT_FILE = (
+    "model.safetensors", "training.json", "metrics.parquet", "subsets", "training.checkpoint",
 )  # fmt: skip
 
 METRICS_SCHEMA = pa.schema(
@@ -62,6 +62,16 @@ class Training:
     evaluation: Evaluation | None = None
     target: dict[str, float] | None = None
 
+    def state_dict(self) -> State:
+        """Return what it has come to so far."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        evaluation = state["evaluation"]
+        self.epochs, self.seconds, self.target = state["epochs"], state["seconds"], state["target"]
+        self.evaluation = None if evaluation is None else Evaluation(**evaluation)
+
     def add(self, record: EpochRecord, evaluation: Evaluation | None, target_accuracy: float | None) -> None:
         """Take in an epoch, and its test if there was one."""
         self.seconds += record.seconds
@@ -86,42 +96,52 @@ class TrainingFolder:
     Args:
         folder: is made, or emptied of the files of an earlier training.
         metadata: what is known of the training.
+        dataset: what is trained on.
+        chooser: what of it.
+        goes_on: whether the files there belong to this training.
     Raises:
         OutputError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, metadata: dict[str, Any], dataset: Dataset, chooser: Chooser, *, goes_on: bool
+    ) -> None:
         self._folder = folder
         self._metadata = metadata
+        self._dataset = dataset
+        self._chooser = chooser
         with could_not_write(folder):
             folder.mkdir(exist_ok=True)
-            for name in (MODEL_FILE, METRICS_FILE, TRAINING_FILE):
-                (folder / name).unlink(missing_ok=True)
-            if (folder / SUBSETS_FOLDER).exists():
-                shutil.rmtree(folder / SUBSETS_FOLDER)
+            if not goes_on:
+                for name in (MODEL_FILE, METRICS_FILE, TRAINING_FILE):
+                    (folder / name).unlink(missing_ok=True)
+                if (folder / SUBSETS_FOLDER).exists():
+                    shutil.rmtree(folder / SUBSETS_FOLDER)
         self._describe({})
 
-    def write(self, dataset: Dataset, training: Training, chooser: Chooser) -> None:
+    def write(self, training: Training) -> None:
         """Keep the epochs so far, and what was chosen before the last one, if anything was."""
-        if chooser.is_new and chooser.subset is not None:
-            part = self._folder / SUBSETS_FOLDER / f"epoch={training.epochs[-1]['epoch']}" / "subset.parquet"
+        epoch = training.epochs[-1]["epoch"]
+        chosen = self._chooser.chosen_in(epoch)
+        if chosen is not None:
+            part = self._folder / SUBSETS_FOLDER / f"epoch={epoch}" / "subset.parquet"
             with could_not_write(part):
-                part.parent.mkdir(parents=True)
-            _write_table(part, subset_table(dataset, chooser.subset), self._metadata)
+                part.parent.mkdir(parents=True, exist_ok=True)
+            _write_table(part, subset_table(self._dataset, chosen), self._metadata)
         _write_table(
             self._folder / METRICS_FILE, pa.Table.from_pylist(training.epochs, METRICS_SCHEMA), self._metadata
         )
 
-    def finish(self, run: Run, training: Training) -> None:
+    def finish(self, model: SplitModel, training: Training) -> None:
         """Write the model, and everything that is known of its training."""
         path = self._folder / MODEL_FILE
         with could_not_write(path), replacing(path) as file:
-            file.write(save(run.model.network_state(), {"format": "pt"}))
+            file.write(save(model.network_state(), {"format": "pt"}))
         evaluation = training.evaluation
         results = {
             "epochs": len(training.epochs),
             "train_seconds": round(training.seconds, 3),
-            "test": None if evaluation is None else test_of(evaluation, run.dataset),
+            "test": None if evaluation is None else test_of(evaluation, self._dataset),
             "target": training.target,
         }
         self._describe(results)

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,9 @@ from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
-from chgval.reports import ReportWriter, values_table, write_array
-from chgval.training import WeightAverage, observe, train_epochs
+from chgval.reports import ReportWriter, checkpoint_file, values_table, write_array
+from chgval.runs.checkpoint import Checkpoint, Unfinished, find_unfinished
+from chgval.training import Subset, Trainer, WeightAverage, observe
 
 SHOWN_SAMPLES = 5
 SHOWN_CLASSES = 20
@@ -85,13 +86,20 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     if config.mode == "none":
         with prepared(config, read_dataset(config, console)) as run:
             console.settings(settings_shown(run, config))
-            finished = train_to_end(run, config, console)
+            train_to_end(run, make_trainer(run).records(), console)
         seconds = time.perf_counter() - started
-        console.say(f"trained {finished} epochs in {seconds:.1f} s; nothing was valued (--no-values)")
+        console.say(
+            f"trained {run.recipe.epochs} epochs in {seconds:.1f} s; nothing was valued (--no-values)"
+        )
         return
-    check_outputs(config, config.output)
+    unfinished = find_unfinished(
+        checkpoint_file(config.output), config.resume, console, overwrite=config.output.overwrite
+    )
+    output = unfinished.replaceable(config.output)
+    check_outputs(config, output)
     dataset = read_dataset(config, console)
-    valued = value_dataset(config, dataset, config.output, console, command=command)
+    valued = value_dataset(config, dataset, output, console, unfinished, command=command)
+    unfinished.remove()
     console.summary(summarise(dataset, valued.signals))
     statuses = dataset.statuses()
     counts = ", ".join(
@@ -104,7 +112,13 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
 
 
 def value_dataset(
-    config: ValueConfig, dataset: Dataset, output: OutputConfig | None, console: Console, *, command: str
+    config: ValueConfig,
+    dataset: Dataset,
+    output: OutputConfig | None,
+    console: Console,
+    unfinished: Unfinished,
+    *,
+    command: str,
 ) -> Valued:
     """Value a dataset, write the report if it is to be kept, and return it.
 
@@ -113,16 +127,20 @@ def value_dataset(
         dataset: what they read (`read_dataset`).
         output: where the report goes, which `check_outputs` has checked; None keeps none.
         console: where to tell what happens.
+        unfinished: where the run keeps its state.
         command: the command line, for the report's metadata.
     Raises:
         ChgvalError: see the modules that this calls.
+        Interrupted: a signal came.
     """
-    started = time.perf_counter()
     with prepared(config, dataset) as run:
         console.settings(settings_shown(run, config))
-        writer = None if output is None else ReportWriter(output)
         metadata = metadata_of(run, config, command)
-        metadata["epochs"] = train_to_end(run, config, console, writer, metadata)
+        trainer = make_trainer(run, separate_pass=config.mode == "exact")
+        parts = {"dataset": dataset}
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console)
+        writer = None if output is None else ReportWriter(output, goes_on=unfinished.resumes)
+        train_to_end(run, checkpoint.records(), console, writer, metadata)
         accumulator = run.accumulator
         if accumulator is None or run.average is None:
             raise ValueError("mode 'none' values nothing")
@@ -130,7 +148,7 @@ def value_dataset(
     signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
     noise = read_noise(probabilities_NC, run.dataset.labels_N, run.recipe.epochs)
     table = values_table(run.dataset, signals, noise, per_class=config.per_class)
-    metadata.update(wall_seconds=round(time.perf_counter() - started, 3), finished=True)
+    metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     if writer is not None:
         writer.write(table, metadata)
     if config.pred_probs is not None:
@@ -151,7 +169,7 @@ def check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
     if output is not None:
         ReportWriter.check(output, config.data.source)
     if config.pred_probs is not None:
-        check_free(config.pred_probs, overwrite=config.output.overwrite)
+        check_free(config.pred_probs, overwrite=(output or config.output).overwrite)
 
 
 @contextmanager
@@ -207,7 +225,7 @@ def prepare(config: ValueConfig, dataset: Dataset) -> Run:
     accumulator = average = None
     if config.mode != "none":
         accumulator = _make_accumulator(config, dataset, model, device, recipe.epochs)
-        average = WeightAverage(model, recipe.epochs * loader.num_batches())
+        average = WeightAverage(model, recipe.epochs * loader.num_batches(loader.rows))
     if train.compile_model:
         model.backbone.compile()
     return Run(dataset, arch, model, loader, recipe, device, generator, accumulator, average)
@@ -274,34 +292,37 @@ def summarise(dataset: Dataset, signals: RunSignals) -> RunSummary:
 
 def train_to_end(
     run: Run,
-    config: ValueConfig,
+    records: Iterator[StepRecord | EpochRecord],
     console: Console,
     writer: ReportWriter | None = None,
     metadata: dict[str, object] | None = None,
-) -> int:
-    """Train to the end, showing and writing each epoch as it comes; return how many there were."""
-    finished = 0
-    with console.progress(run.recipe.epochs * run.loader.num_batches()) as shown:
-        for record in records(run, separate_pass=config.mode == "exact"):
+) -> None:
+    """Train to the end, showing and writing each epoch as it comes."""
+    with console.progress(run.recipe.epochs * run.loader.num_batches(run.loader.rows)) as shown:
+        for record in records:
             shown.show(record)
-            if isinstance(record, EpochRecord):
-                finished = record.epoch
-                if writer is not None:
-                    writer.write_epoch(record, metadata or {})
-    return finished
+            if isinstance(record, EpochRecord) and writer is not None:
+                writer.write_epoch(record, metadata or {})
 
 
-def records(run: Run, *, separate_pass: bool) -> Iterator[StepRecord | EpochRecord]:
-    """Start a prepared run: train, and yield its records."""
-    return train_epochs(
+def make_trainer(
+    run: Run,
+    *,
+    separate_pass: bool = False,
+    choose: Callable[[int], Subset | None] | None = None,
+    average: WeightAverage | None = None,
+) -> Trainer:
+    """Return what trains a prepared run, and values it if it has an accumulator; see `Trainer`."""
+    return Trainer(
         run.model,
         run.loader,
         run.recipe,
         device=run.device,
         generator=run.generator,
         accumulator=run.accumulator,
-        average=run.average,
+        average=average or run.average,
         separate_pass=separate_pass,
+        choose=choose,
     )
 
 
@@ -368,7 +389,7 @@ def settings_shown(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
 def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
     """Time a few steps; they also show the memory that a run takes."""
     readings: list[StepRecord] = []
-    for record in records(run, separate_pass=False):
+    for record in make_trainer(run).records():
         if isinstance(record, EpochRecord) or len(readings) == TIMED_READINGS:
             break
         readings.append(record)

@@ -12,7 +12,7 @@ from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
 from chgval.errors import SettingsError
 from chgval.runs.duplicates import check_images, find_duplicates
-from chgval.runs.value import prepare, read_dataset, records
+from chgval.runs.value import make_trainer, prepare, read_dataset
 from tests.conftest import make_blobs
 
 SIZE = 32
@@ -51,7 +51,7 @@ def found(tmp_path_factory):
     pq.write_table(pa.table({"image": images, "label": labels}), path)
     config = ValueConfig(data=DataConfig(source=str(path)), train=TrainConfig(epochs=2))
     run = prepare(config, read_dataset(config, Console(quiet=True)))
-    for _ in records(run, separate_pass=False):
+    for _ in make_trainer(run).records():
         pass
     return find_duplicates(run)
 

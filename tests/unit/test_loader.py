@@ -42,9 +42,9 @@ def large_folder(tmp_path_factory):
 @pytest.mark.parametrize("size", [12, 72], ids=["kept in memory", "decoded at each use"])
 def test_an_epoch_shows_every_sample_once_in_batches_of_nearly_one_size(image_folder, large_folder, size):
     dataset, loader = loader_for(image_folder if size == 12 else large_folder, size)
-    batches = list(loader.training_batches(generator()))
+    batches = list(loader.training_batches(loader.rows, generator()))
     sizes = [len(b.indices_B) for b in batches]
-    assert len(sizes) == loader.num_batches() and max(sizes) - min(sizes) <= 1 and max(sizes) <= 16
+    assert len(sizes) == loader.num_batches(loader.rows) and max(sizes) - min(sizes) <= 1 and max(sizes) <= 16
     order, _, labels = collect(batches)
     assert sorted(order.tolist()) == list(range(len(dataset))) and order.tolist() != sorted(order.tolist())
     np.testing.assert_array_equal(labels, dataset.labels_N)
@@ -55,7 +55,7 @@ def test_an_epoch_on_some_of_the_samples_shows_these_and_no_others(image_folder,
     dataset, loader = loader_for(image_folder if size == 12 else large_folder, size)
     _, all_inputs, _ = collect(loader.plain_batches())
     rows = torch.tensor([1, 2, 5, 8, 13, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 35])
-    batches = list(loader.training_batches(generator(), rows))
+    batches = list(loader.training_batches(rows, generator()))
     assert [len(b.indices_B) for b in batches] == [9, 8] and loader.num_batches(rows) == 2
     order, inputs, labels = collect(batches)
     assert sorted(order.tolist()) == rows.tolist() != order.tolist()
@@ -68,7 +68,7 @@ def test_no_batch_holds_a_single_sample(tmp_path):
     root = write_folder(tmp_path / "images", 3, size=4)
     (root / "cat/002.png").unlink()
     _, loader = loader_for(root, 4, batch_size=2)
-    assert [len(b.indices_B) for b in loader.training_batches(generator())] == [3, 2]
+    assert [len(b.indices_B) for b in loader.training_batches(loader.rows, generator())] == [3, 2]
 
 
 @pytest.mark.parametrize("size", [12, 72])
@@ -78,7 +78,7 @@ def test_inputs_are_normalised_pixels(image_folder, large_folder, size):
     assert inputs.dtype == torch.float32 and inputs.shape == (len(dataset), 3, size, size)
     np.testing.assert_allclose(inputs.mean((0, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(inputs.std((0, 2, 3)), 1, atol=1e-4)
-    _, unvaried, _ = collect(loader.training_batches(generator()))
+    _, unvaried, _ = collect(loader.training_batches(loader.rows, generator()))
     torch.testing.assert_close(unvaried, inputs)
 
     _, given = loader_for(
@@ -101,7 +101,7 @@ def test_shifts_and_flips_are_those_of_a_plain_version(image_folder):
     size, shift = 12, 2  # 12 / 8 = 1.5 rounds to 2
     seen = set()
     for seed in range(20):
-        _, varied, _ = collect(loader.training_batches(generator(seed)))
+        _, varied, _ = collect(loader.training_batches(loader.rows, generator(seed)))
         for row in range(0, len(dataset), 7):
             canvas = black.expand(3, size + 2 * shift, size + 2 * shift).clone()
             canvas[:, shift:-shift, shift:-shift] = plain[row]
@@ -118,8 +118,8 @@ def test_shifts_and_flips_are_those_of_a_plain_version(image_folder):
 def test_digits_like_data_are_not_mirrored(image_folder):
     _, loader = loader_for(image_folder, 12, augment="crop")
     _, flipped = loader_for(image_folder, 12, augment="crop-flip")
-    _, first, _ = collect(loader.training_batches(generator()))
-    _, second, _ = collect(flipped.training_batches(generator()))
+    _, first, _ = collect(loader.training_batches(loader.rows, generator()))
+    _, second, _ = collect(flipped.training_batches(flipped.rows, generator()))
     same = (first == second).flatten(1).all(1)
     mirrored = (first == second.flip(3)).flatten(1).all(1)
     assert (same | mirrored).all() and same.any() and mirrored.any()
@@ -129,7 +129,7 @@ def test_digits_like_data_are_not_mirrored(image_folder):
 def test_the_generator_decides_everything(image_folder, large_folder, size):
     root = image_folder if size == 12 else large_folder
     _, loader = loader_for(root, size, augment="crop-flip")
-    first, again, other = (list(loader.training_batches(generator(seed))) for seed in (3, 3, 4))
+    first, again, other = (list(loader.training_batches(loader.rows, generator(seed))) for seed in (3, 3, 4))
     assert all(torch.equal(a.inputs_B, b.inputs_B) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].inputs_B, other[0].inputs_B)
 
@@ -137,7 +137,11 @@ def test_the_generator_decides_everything(image_folder, large_folder, size):
 def test_crops_do_not_depend_on_the_number_of_workers(large_folder):
     _, alone = loader_for(large_folder, 72, augment="crop-flip", workers=0)
     _, shared = loader_for(large_folder, 72, augment="crop-flip", workers=2)
-    for a, b in zip(alone.training_batches(generator()), shared.training_batches(generator()), strict=True):
+    for a, b in zip(
+        alone.training_batches(alone.rows, generator()),
+        shared.training_batches(shared.rows, generator()),
+        strict=True,
+    ):
         assert torch.equal(a.indices_B, b.indices_B) and torch.equal(a.inputs_B, b.inputs_B)
 
 
@@ -147,7 +151,7 @@ def test_large_images_that_break_on_the_way_are_left_out_and_named(tmp_path):
     (root / "dog/002.png").write_bytes(whole[: len(whole) // 2])  # the header is fine
     dataset, loader = loader_for(root, 72, workers=2)
     assert list(dataset.problems) in ([], [6])
-    order, _, _ = collect(loader.training_batches(generator()))
+    order, _, _ = collect(loader.training_batches(loader.rows, generator()))
     assert sorted(order.tolist()) == [0, 1, 2, 3, 4, 5, 7]
     assert "truncated" in dataset.problems[6]
     dataset.problems.clear()
@@ -162,7 +166,7 @@ def test_large_images_that_break_on_the_way_are_left_out_and_named(tmp_path):
         fail_on_error=True,
     )
     with pytest.raises(DataError, match=r"dog/002\.png cannot be read .*truncated"):
-        list(strict.training_batches(generator()))
+        list(strict.training_batches(strict.rows, generator()))
 
 
 def test_embeddings_are_normalised_and_constants_survive(tmp_path):
@@ -174,7 +178,7 @@ def test_embeddings_are_normalised_and_constants_survive(tmp_path):
     pq.write_table(pa.table({"e": list(vectors), "label": [0, 1] * 25}), tmp_path / "e.parquet")
     dataset = open_dataset(DataConfig(source=str(tmp_path / "e.parquet"), features_column="e"), 224)
     loader = make_loader(dataset, batch_size=16, augment="crop-flip", device=CPU)
-    _, inputs, _ = collect(loader.training_batches(generator()))
+    _, inputs, _ = collect(loader.training_batches(loader.rows, generator()))
     np.testing.assert_allclose(inputs[:, 2], 0, atol=1e-6)
     varied = vectors[:, [0, 1, 3]]
     expected = (varied - varied.mean(0)) / varied.std(0, ddof=1)

@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
 from chgval.data.digits import read_digits
 from chgval.errors import DataError
-from chgval.runs import threshold_samples as module
 from chgval.runs.threshold_samples import below_threshold, check_enough, threshold_flags, threshold_sets
 
 
@@ -28,20 +25,19 @@ def test_the_cut_is_the_99th_percentile_and_unknown_margins_are_not_below_it():
     np.testing.assert_array_equal(np.flatnonzero(flagged_N), [*range(99), 101])
 
 
-def test_every_sample_is_judged_by_a_run_that_does_not_use_it(monkeypatch):
+def test_every_sample_is_judged_by_a_run_that_does_not_use_it():
     """Margins say in which run they were taken: only rows of the first set may come from the second."""
     dataset = read_digits()
     sets = []
 
-    def margins(config, dataset, threshold_rows, console):
-        sets.append(threshold_rows)
+    def margins_of(name, marked):
+        sets.append(np.flatnonzero(marked.labels_N == 10))
+        assert marked.num_classes == 11 and name == f"threshold-{len(sets)}"
         margin_N = np.full(len(dataset), -1.0 if len(sets) == 2 else 1.0)
-        margin_N[threshold_rows] = 0
+        margin_N[sets[-1]] = 0
         return margin_N
 
-    monkeypatch.setattr(module, "_margins", margins)
-    config = ValueConfig(data=DataConfig(source="builtin:digits"), train=TrainConfig(seed=3))
-    flagged_N = threshold_flags(config, dataset, Console(quiet=True))
+    flagged_N = threshold_flags(dataset, 3, margins_of)
     assert len(sets) == 2 and len(sets[0]) == 1797 // 11
     np.testing.assert_array_equal(np.flatnonzero(flagged_N), np.sort(sets[0]))
 

@@ -12,7 +12,7 @@ from chgval.errors import NonFiniteError
 from chgval.models import InputShape, build_model
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import EpochRecord, StepRecord
-from chgval.training import Subset, schedule_factor, train_epochs
+from chgval.training import Subset, Trainer, schedule_factor
 from tests import oracles
 
 CPU = torch.device("cpu")
@@ -39,17 +39,16 @@ def accumulator_for(dataset, model):
 
 
 def run(model, loader, accumulator=None, separate_pass=False, **settings):
-    return list(
-        train_epochs(
-            model,
-            loader,
-            recipe(**settings),
-            device=CPU,
-            generator=torch.Generator().manual_seed(1),
-            accumulator=accumulator,
-            separate_pass=separate_pass,
-        )
+    trainer = Trainer(
+        model,
+        loader,
+        recipe(**settings),
+        device=CPU,
+        generator=torch.Generator().manual_seed(1),
+        accumulator=accumulator,
+        separate_pass=separate_pass,
     )
+    return list(trainer.records())
 
 
 def test_it_trains_exactly_like_a_plain_loop(setup):
@@ -62,10 +61,10 @@ def test_it_trains_exactly_like_a_plain_loop(setup):
     optimizer = torch.optim.SGD(
         plain.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    generator, step, total = torch.Generator().manual_seed(1), 0, 3 * loader.num_batches()
+    generator, step, total = torch.Generator().manual_seed(1), 0, 3 * loader.num_batches(loader.rows)
     plain.train()
     for _ in range(3):
-        for batch in loader.training_batches(generator):
+        for batch in loader.training_batches(loader.rows, generator):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule_factor("one-cycle", (step + 0.5) / total)
             optimizer.zero_grad()
@@ -83,7 +82,7 @@ def test_each_epoch_trains_on_its_subset_with_its_weights(setup):
     rows = [torch.arange(0, 40, 2), torch.arange(7, 37)]
     weights = [torch.linspace(0, 3, 20), torch.full((30,), 0.2)]
     subsets = [Subset.weighted(r, w, len(dataset), CPU) for r, w in zip(rows, weights, strict=True)]
-    records = train_epochs(
+    trainer = Trainer(
         model,
         loader,
         recipe(epochs=2),
@@ -91,14 +90,14 @@ def test_each_epoch_trains_on_its_subset_with_its_weights(setup):
         generator=torch.Generator().manual_seed(1),
         choose=lambda epoch: subsets[epoch - 1],
     )
-    assert [r.num_samples for r in records if isinstance(r, EpochRecord)] == [20, 30]
+    assert [r.num_samples for r in trainer.records() if isinstance(r, EpochRecord)] == [20, 30]
 
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     generator = torch.Generator().manual_seed(1)
     plain.train()
     for epoch in range(2):
         scale = weights[epoch] / weights[epoch].mean()
-        batches = list(loader.training_batches(generator, rows[epoch]))
+        batches = list(loader.training_batches(rows[epoch], generator))
         for step, batch in enumerate(batches):
             progress = (epoch + (step + 0.5) / len(batches)) / 2
             optimizer.param_groups[0]["lr"] = 0.05 * schedule_factor("one-cycle", progress)
@@ -141,13 +140,13 @@ def test_exact_mode_is_algorithm_1(setup):
     expected = []
     for state in (copy_of_model, None):
         if state is None:  # the second epoch starts from where the first one ended
-            events = train_epochs(
+            events = Trainer(
                 copy_of_model,
                 loader,
                 recipe(epochs=2),
                 device=CPU,
                 generator=torch.Generator().manual_seed(1),
-            )
+            ).records()
             while not isinstance(next(events), EpochRecord):
                 pass
         copy_of_model.eval()

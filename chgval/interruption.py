@@ -1,0 +1,89 @@
+"""Signals that ask a command to end: raised as Interrupted, or held back until a run has kept its state."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # fmt: skip
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to end.
+
+    Like KeyboardInterrupt it is no Exception, so that nothing takes it for a failure of its own.
+
+    Args:
+        signum: the signal.
+        message: what became of the work so far, for the user.
+    """
+
+    def __init__(self, signum: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Interruption:
+    """Whether a signal has come."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def has_come(self) -> bool:
+        """Say whether a signal has come that was held back."""
+        return self.signum is not None
+
+
+@contextmanager
+def raising_interruptions() -> Iterator[None]:
+    """Raise Interrupted, wherever the program is, when a signal comes."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def holding_back() -> Iterator[Interruption]:
+    """Note the first signal, so that the step at hand can be finished; a second one is raised at once."""
+    interruption = Interruption()
+
+    def note(signum: int, _: FrameType | None) -> None:
+        if interruption.has_come():
+            raise Interrupted(signum)
+        interruption.signum = signum
+
+    with _handling(note):
+        yield interruption
+
+
+def ignore_signals(_: int) -> None:
+    """Leave it to the parent process what a signal to all of them means (as `worker_init_fn`)."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that are not ignored, as `nohup` has it, until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what signals do
+        return
+    previous = {
+        signum: signal.signal(signum, handler)
+        for signum in SIGNALS
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for signum, handled in previous.items():
+            signal.signal(signum, handled)

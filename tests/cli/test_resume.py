@@ -1,0 +1,263 @@
+"""Runs that are stopped and gone on with end as those that were not, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from chgval.config import STRATEGIES
+from chgval.interruption import Interruption
+from chgval.runs import checkpoint
+from tests.conftest import write_folder
+
+SMALL = ["--arch", "resnet8", "--epochs", "3", "--batch-size", "8", "-q"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@contextmanager
+def stopping_after(steps, monkeypatch):
+    """Let a signal come when so many steps were made, as if it had been sent then."""
+
+    class Planned(Interruption):
+        asked = 0
+
+        def has_come(self):
+            self.asked += 1
+            if self.asked >= steps:
+                self.signum = signal.SIGTERM
+            return super().has_come()
+
+    @contextmanager
+    def holding_back():
+        yield Planned()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "holding_back", holding_back)
+        yield
+
+
+def run_in_parts(steps, monkeypatch, *args):
+    """Run a command that is stopped again and again; return how often it was."""
+    for number in range(100):
+        with stopping_after(steps, monkeypatch):
+            result = invoke(*args, *(["--resume"] if number else []))
+        if result.exit_code == 0:
+            return number
+        assert result.exit_code == 143 and "go on with: chgval" in result.stderr, result.stderr
+    raise AssertionError("it never ends")
+
+
+def epoch_tables(folder):
+    return {path.parent.name: pq.read_table(path) for path in sorted(folder.glob("epoch=*/*.parquet"))}
+
+
+def assert_same_report(whole, parts):
+    expected, found = pq.read_table(whole), pq.read_table(parts)
+    assert found.equals(expected), [
+        name for name in expected.column_names if not found[name].equals(expected[name])
+    ]
+    expected = epoch_tables(whole.with_name(f"{whole.stem}.epochs"))
+    found = epoch_tables(parts.with_name(f"{parts.stem}.epochs"))
+    assert found.keys() == expected.keys() and all(found[name].equals(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 11])
+@pytest.mark.parametrize("mode", ["online", "exact"])
+def test_values_are_the_same_to_the_last_bit(mode, steps, image_folder, tmp_path, monkeypatch):
+    """Five steps an epoch: stopped within epochs, at their end, and before the first one."""
+    args = ["value", image_folder, *SMALL, "--mode", mode, "--per-class"]
+    assert invoke(*args, "-o", tmp_path / "whole.parquet").exit_code == 0
+    parts = tmp_path / "parts.parquet"
+    assert run_in_parts(steps, monkeypatch, *args, "-o", parts) >= {1: 15, 3: 5, 5: 3, 11: 1}[steps]
+    assert_same_report(tmp_path / "whole.parquet", parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "parts.epochs", "parts.parquet", "whole.epochs", "whole.parquet",
+    ]  # fmt: skip
+
+
+def test_dropout_and_images_that_turn_out_unreadable(tmp_path, monkeypatch):
+    """They change what torch's own generator gives, and what an epoch consists of."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    for name in ("cat/003.png", "dog/001.png", "dog/007.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:400])
+    args = ["value", root, "--arch", "mobilenet_v2", "--image-size", 40, "--workers", 0, *SMALL[2:]]
+    assert invoke(*args, "-o", tmp_path / "whole.parquet").exit_code == 0
+    assert run_in_parts(2, monkeypatch, *args, "-o", tmp_path / "parts.parquet") >= 4
+    assert_same_report(tmp_path / "whole.parquet", tmp_path / "parts.parquet")
+    statuses = pq.read_table(tmp_path / "parts.parquet")["status"].to_pylist()
+    assert statuses.count("unreadable") == 3
+
+
+def test_all_trainings_of_the_rule_aum_go_on(image_folder, tmp_path, monkeypatch):
+    args = ["detect-noise", image_folder, *SMALL, "--threshold", "aum", "--all"]
+    assert invoke(*args, "-o", tmp_path / "whole.parquet").exit_code == 0
+    assert run_in_parts(7, monkeypatch, *args, "-o", tmp_path / "parts.parquet") >= 6
+    assert pq.read_table(tmp_path / "parts.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trainings_are_the_same_to_the_last_bit(strategy, image_folder, tmp_path, monkeypatch):
+    args = ["train", image_folder, "--arch", "resnet8", "--epochs", 6, "--batch-size", 8, "-q"]
+    args += ["--holdout", 0.2, "--strategy", strategy]
+    if strategy != "full":
+        args += ["--fraction", 0.5, "--select-every", 2]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert invoke(*args, "-o", whole).exit_code == 0
+    assert run_in_parts(3, monkeypatch, *args, "-o", parts) >= 3
+    expected, found = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    expected, found = (pq.read_table(folder / "metrics.parquet").to_pylist() for folder in (whole, parts))
+    assert [{**row, "seconds": 0} for row in found] == [{**row, "seconds": 0} for row in expected]
+    expected, found = epoch_tables(whole / "subsets"), epoch_tables(parts / "subsets")
+    assert found.keys() == expected.keys() and all(found[name].equals(expected[name]) for name in expected)
+    expected, found = (json.loads((folder / "training.json").read_text()) for folder in (whole, parts))
+    assert found["test"] == expected["test"] and found["epochs"] == 6
+    assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_subset_goes_on_with_its_weights(image_folder, tmp_path, monkeypatch):
+    values, subset, other = tmp_path / "v.parquet", tmp_path / "s.parquet", tmp_path / "o.parquet"
+    assert invoke("value", image_folder, *SMALL, "-o", values).exit_code == 0
+    assert invoke("select", values, "--fraction", 0.6, "--weights", "-q", "-o", subset).exit_code == 0
+    assert invoke("select", values, "--fraction", 0.6, "-q", "-o", other).exit_code == 0
+    args = ["train", image_folder, *SMALL, "--subset"]
+    assert invoke(*args, subset, "-o", tmp_path / "whole").exit_code == 0
+    with stopping_after(4, monkeypatch):
+        assert invoke(*args, subset, "-o", tmp_path / "parts").exit_code == 143
+    # The same path, with other weights in it.
+    kept = subset.read_bytes()
+    subset.write_bytes(other.read_bytes())
+    refused = invoke(*args, subset, "-o", tmp_path / "parts", "--resume")
+    assert refused.exit_code == 1 and "has another subset" in refused.stderr
+    subset.write_bytes(kept)
+    assert invoke(*args, subset, "-o", tmp_path / "parts", "--resume").exit_code == 0
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_what_is_unfinished_is_neither_replaced_nor_mixed_with_another_run(
+    image_folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "v.parquet"
+    args = ["value", image_folder, *SMALL, "-o", out]
+    with stopping_after(7, monkeypatch):
+        stopped = invoke(*args)
+    assert stopped.exit_code == 143 and "v.checkpoint" in stopped.stderr
+    refused = invoke(*args)
+    assert refused.exit_code == 1 and "pass --resume to go on with it, or --overwrite" in refused.stderr
+    for change, difference in (
+        (["--lr", 0.1], "has lr 0.3, not 0.1"),
+        (["--seed", 1], "has seed 0, not 1"),
+        (["--mode", "exact"], "has mode online, not exact"),
+        (["--arch", "resnet20"], "has arch resnet8, not resnet20"),
+        (["--image-size", 10], "has image-size 12, not 10"),
+    ):
+        refused = invoke(*args, *change, "--resume")
+        assert refused.exit_code == 1 and difference in refused.stderr.replace("\n", " "), refused.stderr
+    (image_folder / "dog" / "new.png").write_bytes((image_folder / "dog" / "000.png").read_bytes())
+    try:
+        refused = invoke(*args, "--resume")
+    finally:
+        (image_folder / "dog" / "new.png").unlink()
+    assert refused.exit_code == 1 and "another dataset, or one that has changed" in refused.stderr
+    assert invoke(*args, "--resume").exit_code == 0
+    whole = tmp_path / "whole.parquet"
+    assert invoke(*args[:-1], whole).exit_code == 0
+    assert_same_report(whole, out)
+
+
+def test_starting_anew_forgets_the_unfinished_run(image_folder, tmp_path, monkeypatch):
+    out = tmp_path / "v.parquet"
+    with stopping_after(12, monkeypatch):
+        assert invoke("value", image_folder, *SMALL, "-o", out).exit_code == 143
+    assert len(epoch_tables(tmp_path / "v.epochs")) == 2
+    args = ["value", image_folder, *SMALL, "--seed", 1, "-o", out]
+    with stopping_after(2, monkeypatch):
+        assert invoke(*args, "--overwrite").exit_code == 143
+    assert not epoch_tables(tmp_path / "v.epochs")
+    assert invoke(*args, "--resume").exit_code == 0
+    assert invoke(*args[:-1], tmp_path / "whole.parquet").exit_code == 0
+    assert_same_report(tmp_path / "whole.parquet", out)
+
+
+def test_where_there_is_nothing_to_go_on_with(image_folder, tmp_path):
+    result = invoke("value", image_folder, *SMALL[:-1], "--resume", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0 and "no unfinished run" in result.stderr
+    result = invoke("value", image_folder, *SMALL, "--resume", "-o", "-")
+    assert result.exit_code == 2 and "keeps no state" in result.stderr
+    (tmp_path / "w.checkpoint").write_bytes(b"not a checkpoint")
+    result = invoke("value", image_folder, *SMALL, "--resume", "-o", tmp_path / "w.parquet")
+    assert result.exit_code == 1 and "w.checkpoint: cannot be taken up" in result.stderr
+
+
+def start(*args):
+    command = [sys.executable, "-m", "chgval", *map(str, args)]
+    # A shell's background job has SIGINT ignored, and its children inherit that.
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
+    """Sent to all processes of the command, workers too, as a terminal and most schedulers do."""
+    root, out = write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet"
+    args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL[:2], "--epochs", 200, "-q", "-o", out]
+    process = start(*args)
+    wait_for(tmp_path / "v.checkpoint", process)
+    signum = getattr(signal, name)
+    os.killpg(process.pid, signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+    assert not out.exists()
+
+
+def test_a_second_signal_ends_at_once(image_folder, tmp_path):
+    process = start("value", image_folder, *SMALL[:2], "--epochs", 5000, "-o", tmp_path / "v.parquet")
+    wait_for(tmp_path / "v.checkpoint", process)
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, 143)
+
+
+def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):
+    out = tmp_path / "v.parquet"
+    process = start("value", image_folder, *SMALL[:2], "--epochs", 5000, "-q", "-o", out)
+    wait_for(tmp_path / "v.checkpoint", process)
+    second = invoke("value", image_folder, *SMALL, "--resume", "-o", out)
+    assert second.exit_code == 1 and "another run is writing it" in second.stderr
+    process.kill()
+    process.communicate(timeout=60)
+    assert (tmp_path / ".v.parquet.lock").exists()
+    # What a killed run leaves behind does not stand in the way.
+    assert invoke("value", image_folder, *SMALL, "--overwrite", "-o", out).exit_code == 0
+    assert not (tmp_path / ".v.parquet.lock").exists()
