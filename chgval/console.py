@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, suppress
+from typing import Literal, TextIO, cast
 
 import numpy as np
 from rich.console import Console as RichConsole
@@ -17,9 +18,11 @@ from chgval.records import (
     Evaluation,
     FloatArray,
     NoiseSummary,
+    Record,
     RunSummary,
     SampleLine,
     SelectedClass,
+    SplitRecord,
     StepRecord,
 )
 
@@ -31,6 +34,25 @@ LONGEST_NAME = 40
 SHOWN_CLASSES = 20
 
 
+class _Unfailing:
+    """A stream that takes what is written even when its terminal, or its reader, has gone: runs go on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 class Console:
     """Prints to standard error what a person wants to see of a run.
 
@@ -40,7 +62,9 @@ class Console:
     """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        # As a text stream it has what rich asks for; rich itself would end the run with the terminal.
+        stream = cast(TextIO, _Unfailing(sys.stderr))
+        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._verbose = verbose and not quiet
 
@@ -223,7 +247,7 @@ class Console:
 class _Shown:
     """Where records of a run go."""
 
-    def show(self, record: StepRecord | EpochRecord) -> None:
+    def show(self, record: Record) -> None:
         raise NotImplementedError
 
 
@@ -231,11 +255,14 @@ class _Lines(_Shown):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def show(self, record: StepRecord | EpochRecord) -> None:
-        if isinstance(record, EpochRecord):
-            self._console.say(epoch_line(record))
-        else:
-            self._console.detail(step_line(record))
+    def show(self, record: Record) -> None:
+        match record:
+            case EpochRecord():
+                self._console.say(epoch_line(record))
+            case StepRecord():
+                self._console.detail(step_line(record))
+            case SplitRecord():
+                self._console.warn(split_line(record))
 
 
 class _Bar(_Shown):
@@ -244,9 +271,12 @@ class _Bar(_Shown):
         self._progress = progress
         self._task = progress.add_task("training", total=total_steps, figures="")
 
-    def show(self, record: StepRecord | EpochRecord) -> None:
+    def show(self, record: Record) -> None:
         if isinstance(record, EpochRecord):
             self._console.say(epoch_line(record))
+            return
+        if isinstance(record, SplitRecord):
+            self._console.warn(split_line(record))
             return
         done = (record.epoch - 1) * record.num_steps + record.step
         speed = record.num_samples / max(record.seconds, 1e-9)
@@ -283,6 +313,14 @@ def step_line(record: StepRecord) -> str:
     return (
         f"  step {record.step}/{record.num_steps}  loss {record.loss:.4f}  accuracy {record.accuracy:.1%}  "
         f"{record.num_samples / max(record.seconds, 1e-9):,.0f} samples/s"
+    )
+
+
+def split_line(record: SplitRecord) -> str:
+    """Return one line about batches that do not fit in memory."""
+    return (
+        f"out of device memory: batches of {record.batch_size:,} are computed in {record.num_parts} parts "
+        "from now on; their gradients are added up"
     )
 
 

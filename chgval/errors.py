@@ -29,6 +29,10 @@ class NonFiniteError(ChgvalError):
     """The training loss became NaN or infinite."""
 
 
+class DeviceMemoryError(ChgvalError):
+    """The device has too little memory."""
+
+
 class OutputError(ChgvalError):
     """An output cannot be written, or is in the way."""
 

@@ -107,9 +107,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def could_not_write(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into OutputError."""
+    """Turn the operating system's errors into OutputError; a reader that has gone is none."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"{path}: cannot be written ({reason}); pass another name.") from error

@@ -128,6 +128,18 @@ class EpochRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitRecord:
+    """The device was out of memory: batches of `batch_size` are computed in `num_parts` from now on."""
+
+    batch_size: int
+    num_parts: int
+
+
+# What a training yields.
+Record = StepRecord | EpochRecord | SplitRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLine:
     """One sample in a summary."""
 

@@ -259,8 +259,9 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
 def write_table(config: OutputConfig, table: pa.Table) -> None:
     """Write a table. A file appears under its name only when it is complete."""
     if config.to_stdout:
-        _write(table, sys.stdout.buffer, config.resolved_format)
-        sys.stdout.buffer.flush()
+        with could_not_write(Path("standard output")):
+            _write(table, sys.stdout.buffer, config.resolved_format)
+            sys.stdout.buffer.flush()
         return
     path = Path(config.path)
     with could_not_write(path), replacing(path) as file:
@@ -271,8 +272,9 @@ def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
     """Write one name after the other, each with its end; bytes that are no text come out as they were."""
     encoded = b"".join(os.fsencode(name + end) for name in names)
     if config.to_stdout:
-        sys.stdout.buffer.write(encoded)
-        sys.stdout.buffer.flush()
+        with could_not_write(Path("standard output")):
+            sys.stdout.buffer.write(encoded)
+            sys.stdout.buffer.flush()
         return
     path = Path(config.path)
     with could_not_write(path), replacing(path) as file:

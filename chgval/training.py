@@ -19,10 +19,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from chgval.accumulate import ValueAccumulator
 from chgval.data.loader import Batch, Loader
-from chgval.errors import DataError, NonFiniteError
+from chgval.errors import DataError, DeviceMemoryError, NonFiniteError
 from chgval.models import SplitModel
 from chgval.recipe import Recipe
-from chgval.records import EpochRecord, State, StepRecord
+from chgval.records import EpochRecord, Record, SplitRecord, State, StepRecord
 
 # The host reads the losses every so many steps, so that on a GPU no step waits for it.
 STEPS_BETWEEN_READINGS = 10
@@ -126,10 +126,12 @@ class Trainer:
             nesterov=True,
             foreach=True,
         )
+        # A batch is shown to the model in so many parts, more where the device is out of memory otherwise.
+        self._num_parts = 1
         self.finished_epochs = 0
         self._begun: _Epoch | None = None
 
-    def records(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[StepRecord | EpochRecord]:
+    def records(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         """Train, and yield what happens: some records of steps, then the record of each epoch.
 
         Args:
@@ -137,6 +139,7 @@ class Trainer:
         Raises:
             NonFiniteError: the loss became NaN or infinite.
             DataError: no sample is left that can be read.
+            DeviceMemoryError: the device has no memory even for small parts of a batch.
         """
         while self.finished_epochs < self._recipe.epochs:
             yield from self._train_epoch(self.finished_epochs + 1, is_stopped)
@@ -184,7 +187,7 @@ class Trainer:
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
 
-    def _train_epoch(self, epoch: int, is_stopped: Callable[[], bool]) -> Iterator[StepRecord | EpochRecord]:
+    def _train_epoch(self, epoch: int, is_stopped: Callable[[], bool]) -> Iterator[Record]:
         recipe, accumulator = self._recipe, self._accumulator
         started = time.perf_counter()
         if self._begun is None and accumulator is not None and self._separate_pass:
@@ -201,7 +204,9 @@ class Trainer:
         for batch in self._loader.training_batches(begun.rows, self._generator, first=begun.step):
             if len(batch.indices_B):
                 progress = (epoch - 1 + (begun.step + 0.5) / begun.num_steps) / recipe.epochs
-                self._step(batch, recipe.lr * schedule_factor(recipe.schedule, progress), weights_N, begun)
+                lr = recipe.lr * schedule_factor(recipe.schedule, progress)
+                while not self._step(batch, lr, weights_N, begun):
+                    yield self._halve(batch)
             begun.step += 1
             if (
                 begun.step % STEPS_BETWEEN_READINGS == 0
@@ -229,21 +234,57 @@ class Trainer:
             seconds=time.perf_counter() - begun.started,
         )
 
-    def _step(self, batch: Batch, lr: float, weights_N: Tensor | None, begun: _Epoch) -> None:
+    def _step(self, batch: Batch, lr: float, weights_N: Tensor | None, begun: _Epoch) -> bool:
+        """Make an optimizer step; return False, and change nothing, where there is no memory for it."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        logits_BC, features_BD = self._model(batch.inputs_B)
-        losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
-        weighted_B = losses_B if weights_N is None else losses_B * weights_N[batch.indices_B]
-        loss = weighted_B.mean()
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss, losses_B, logits_BC, features_BD = self._compute_gradients(batch, weights_N)
+        except torch.OutOfMemoryError:
+            return False
         self._optimizer.step()
         if self._average is not None:
             self._average.update()
         if self._accumulator is not None and not self._separate_pass:
             self._accumulator.update(batch.indices_B, logits_BC, features_BD)
-        begun.add(loss.detach(), losses_B.detach(), logits_BC.detach(), batch.labels_B)
+        begun.add(loss, losses_B, logits_BC, batch.labels_B)
+        return True
+
+    def _compute_gradients(
+        self, batch: Batch, weights_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add up the gradients of a batch's parts; return loss, losses, logits and last-layer inputs."""
+        size = len(batch.indices_B)
+        loss = torch.zeros((), device=self._device)
+        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in torch.arange(size).tensor_split(self._num_parts):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits_BC, features_BD = self._model(batch.inputs_B[part])
+            losses_B = functional.cross_entropy(logits_BC, batch.labels_B[part], reduction="none")
+            weighted_B = losses_B if weights_N is None else losses_B * weights_N[batch.indices_B[part]]
+            part_loss = weighted_B.sum() / size
+            part_loss.backward()  # type: ignore[no-untyped-call]
+            loss += part_loss.detach()
+            outputs.append((losses_B.detach(), logits_BC.detach(), features_BD.detach()))
+        if len(outputs) == 1:
+            return loss, *outputs[0]
+        losses_B, logits_BC, features_BD = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return loss, losses_B, logits_BC, features_BD
+
+    def _halve(self, batch: Batch) -> SplitRecord:
+        """Show batches to the model in twice as many parts from now on."""
+        size = len(batch.indices_B)
+        if 2 * self._num_parts > size // 2:  # normalisation layers need two samples
+            raise DeviceMemoryError(
+                f"{self._device} is out of memory even for {size // self._num_parts} samples at a time; pass "
+                "a smaller --arch or --image-size."
+            )
+        self._num_parts *= 2
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+        return SplitRecord(batch_size=size, num_parts=self._num_parts)
 
 
 def observe(

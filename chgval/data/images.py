@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
+from chgval.errors import OutputError
 from chgval.records import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
@@ -113,7 +116,7 @@ class SpooledImages:
         self._path = Path(self._folder.name) / "images"
         self.problems: dict[int, str] = {}
         ends = [0]
-        with self._path.open("wb") as file:
+        with _spooling(), self._path.open("wb") as file:
             for row, encoded in enumerate(stream):
                 if isinstance(encoded, UnreadableImageError):
                     self.problems[row] = str(encoded)
@@ -142,6 +145,17 @@ class SpooledImages:
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
 
 
+@contextmanager
+def _spooling() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{tempfile.gettempdir()}: images cannot be kept there while they are used ({error.strerror}); "
+            "free some space, or set TMPDIR to a larger folder."
+        ) from error
+
+
 def _grouped(stream: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
     iterator = iter(stream)
     while group := list(itertools.islice(iterator, size)):
@@ -153,5 +167,7 @@ def _allocate(shape: tuple[int, ...]) -> Pixels:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if np.prod(shape, dtype=np.int64) <= MEMORY_SHARE * memory:
         return np.zeros(shape, dtype=np.uint8)
-    with tempfile.TemporaryFile(prefix="chgval-") as file:
+    with _spooling(), tempfile.TemporaryFile(prefix="chgval-") as file:
+        # Where the disk is too full, this fails; a write into the map would kill the process.
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)

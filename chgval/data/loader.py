@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from chgval.data.dataset import Dataset, Embeddings, EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
-from chgval.errors import DataError
+from chgval.errors import DataError, first_line
 from chgval.interruption import ignore_signals
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -275,15 +275,23 @@ class DecodingLoader:
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
-        for indices_B, pixels_B, problems in loader:
-            for row, reason in problems.items():
-                self._dataset.problems[row] = reason
-                if self._fail_on_error:
-                    raise DataError(
-                        f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
-                        "mend it, or leave out --on-error fail."
-                    )
-            yield indices_B, pixels_B
+        try:
+            for indices_B, pixels_B, problems in loader:
+                for row, reason in problems.items():
+                    self._dataset.problems[row] = reason
+                    if self._fail_on_error:
+                        raise DataError(
+                            f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
+                            "mend it, or leave out --on-error fail."
+                        )
+                yield indices_B, pixels_B
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"{self._dataset.source}: a process that decodes images died ({first_line(error)}); often "
+                "memory ran out: pass fewer --workers (with --resume, where the run was kept)."
+            ) from error
 
     def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
         indices_B = indices_B.to(self._device, non_blocking=True)

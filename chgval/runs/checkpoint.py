@@ -18,7 +18,7 @@ from chgval.console import Console
 from chgval.errors import DataError, OutputError, SettingsError, first_line
 from chgval.files import could_not_write, replacing_by_name
 from chgval.interruption import Interrupted, holding_back
-from chgval.records import EpochRecord, State, StepRecord
+from chgval.records import EpochRecord, Record, State
 from chgval.training import Trainer
 
 STATE_KEY = "chgval"
@@ -151,7 +151,7 @@ class Checkpoint:
         """Time that the run has taken so far, before and after interruptions."""
         return self._seconds_before + time.perf_counter() - self._begun
 
-    def records(self) -> Iterator[StepRecord | EpochRecord]:
+    def records(self) -> Iterator[Record]:
         """Train, and yield what happens; keep the state after each epoch, and when it is due.
 
         Raises:
@@ -187,8 +187,11 @@ class Checkpoint:
         try:
             with could_not_write(path), replacing_by_name(path) as part:
                 save_file(tensors, part, {STATE_KEY: json.dumps(kept)})
-        except OutputError as error:
-            self._console.warn(f"{error} The run goes on; if it was kept before, that is still there.")
+        except (OutputError, SafetensorError) as error:
+            self._console.warn(
+                f"the state of the run cannot be kept in {path} ({first_line(error)}); the run goes on, and "
+                "a state that was kept before is still there"
+            )
         self._kept = time.perf_counter()
 
     def _restore(self, path: Path) -> None:

@@ -18,7 +18,7 @@ from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
 from chgval.evaluation import evaluate
-from chgval.records import EpochRecord, IntArray, StepRecord
+from chgval.records import EpochRecord, IntArray, Record
 from chgval.reports import MANIFEST, read_report
 from chgval.runs.checkpoint import Checkpoint, HasState, find_unfinished
 from chgval.runs.choosing import Chooser, Test, select_every
@@ -221,7 +221,7 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
 
 def train(
     run: Run,
-    records: Iterator[StepRecord | EpochRecord],
+    records: Iterator[Record],
     training: Training,
     config: TrainingConfig,
     console: Console,

@@ -31,7 +31,7 @@ from chgval.files import check_free
 from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
-from chgval.records import ClassLine, EpochRecord, RunSignals, RunSummary, SampleLine, StepRecord
+from chgval.records import ClassLine, EpochRecord, Record, RunSignals, RunSummary, SampleLine, StepRecord
 from chgval.reports import ReportWriter, checkpoint_file, values_table, write_array
 from chgval.runs.checkpoint import Checkpoint, Unfinished, find_unfinished
 from chgval.training import Subset, Trainer, WeightAverage, observe
@@ -292,7 +292,7 @@ def summarise(dataset: Dataset, signals: RunSignals) -> RunSummary:
 
 def train_to_end(
     run: Run,
-    records: Iterator[StepRecord | EpochRecord],
+    records: Iterator[Record],
     console: Console,
     writer: ReportWriter | None = None,
     metadata: dict[str, object] | None = None,
@@ -392,7 +392,8 @@ def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
     for record in make_trainer(run).records():
         if isinstance(record, EpochRecord) or len(readings) == TIMED_READINGS:
             break
-        readings.append(record)
+        if isinstance(record, StepRecord):
+            readings.append(record)
     first, last = readings[0], readings[-1]
     samples, seconds = last.num_samples, last.seconds
     if len(readings) > 1:  # the first steps also pay for what is done once

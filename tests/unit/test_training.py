@@ -8,10 +8,10 @@ from chgval.accumulate import ValueAccumulator
 from chgval.config import DataConfig, TrainConfig
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
-from chgval.errors import NonFiniteError
+from chgval.errors import DeviceMemoryError, NonFiniteError
 from chgval.models import InputShape, build_model
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
-from chgval.records import EpochRecord, StepRecord
+from chgval.records import EpochRecord, SplitRecord, StepRecord
 from chgval.training import Subset, Trainer, schedule_factor
 from tests import oracles
 
@@ -199,6 +199,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(setup):
         run(model, loader)
     with pytest.raises(NonFiniteError, match="epoch 1, step 2 of 3"):
         run(build_model("resnet8", 2, InputShape(12), torch.Generator()), loader, lr=1e30, schedule="cosine")
+
+
+class Limited(torch.nn.Module):
+    """A model on a device that has memory for so many samples at a time."""
+
+    def __init__(self, model, most):
+        super().__init__()
+        self.inner, self.most, self.sizes = model, most, []
+
+    def forward(self, inputs_B):
+        self.sizes.append(len(inputs_B))
+        if len(inputs_B) > self.most:
+            raise torch.OutOfMemoryError("not enough")
+        return self.inner(inputs_B)
+
+
+def test_without_memory_for_a_batch_its_parts_add_up_to_the_same(setup, monkeypatch):
+    """Batches of 14, 13 and 13 in four parts; normalisation by the batch would see the parts."""
+    dataset, loader, model = setup
+    model = build_model("linear", 2, InputShape(12, is_embedding=True), torch.Generator().manual_seed(0))
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 144, 12))
+    model.backbone = flat
+    whole = copy.deepcopy(model)
+    accumulators = [ValueAccumulator(torch.from_numpy(dataset.labels_N), 2, 12) for _ in range(2)]
+    expected = run(whole, loader, accumulators[0], epochs=2)
+    limited = Limited(model, 4)
+    records = run(limited, loader, accumulators[1], epochs=2)
+    assert limited.sizes[:3] == [14, 7, 4] and max(limited.sizes[3:]) == 4
+    assert [r for r in records if isinstance(r, SplitRecord)] == [
+        SplitRecord(batch_size=14, num_parts=2), SplitRecord(batch_size=14, num_parts=4),
+    ]  # fmt: skip
+    assert records[-1].loss == pytest.approx(expected[-1].loss, rel=1e-5)
+    for split, together in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(split, together, rtol=1e-4, atol=1e-6)
+    values = [accumulator.run_signals().value_N for accumulator in accumulators]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-3, atol=1e-5 * np.abs(values[0]).max())
+
+
+def test_without_memory_for_two_samples_it_is_told(setup):
+    _, loader, model = setup
+    with pytest.raises(DeviceMemoryError, match="out of memory even for 3 samples at a time; pass a smaller"):
+        run(Limited(model, 1), loader)
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])

@@ -1,0 +1,265 @@
+"""What a run does when the machine, the disk or the terminal fails it."""
+
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from chgval.data import images, loader
+from chgval.reports import ReportWriter
+from tests.conftest import write_folder
+
+FAST = ["--arch", "resnet8", "--epochs", "2"]
+LONG = ["--arch", "resnet8", "--epochs", "5000"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+def chgval(*args):
+    return [sys.executable, "-m", "chgval", *map(str, args)]
+
+
+def wait_for(found, process):
+    deadline = time.monotonic() + 120
+    while not found():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def limited_to(size):
+    """Let no file grow beyond so many bytes, as a full disk does."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_state_that_cannot_be_kept_is_told_and_the_run_goes_on(image_folder, tmp_path):
+    """The state of this model is larger than the limit, the report is not."""
+    out = tmp_path / "v.parquet"
+    command = chgval("value", image_folder, *FAST, "-o", out)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, preexec_fn=limited_to(100_000)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the state of the run cannot be kept" in result.stderr and "File too large" in result.stderr
+    assert pq.read_table(out).num_rows == 40 and files_in(tmp_path) == ["v.epochs", "v.parquet"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_run_to_go_on_with(tmp_path):
+    """The disk is full in the end; when there is room, --resume only writes."""
+    root = write_folder(tmp_path / "images", 20)
+    out, whole = tmp_path / "out" / "v.csv", tmp_path / "whole.csv"
+    out.parent.mkdir()
+    # Embeddings train a state that is smaller than the report of many rows.
+    table = tmp_path / "e.parquet"
+    make_embeddings(table, 3000)
+    args = ["value", table, "--features-column", "e", "--epochs", 2, "--format", "csv"]
+    limit = limited_to(400_000)
+    result = subprocess.run(
+        chgval(*args, "-o", out), capture_output=True, text=True, timeout=120, preexec_fn=limit
+    )
+    assert result.returncode == 1 and "v.csv: cannot be written (File too large)" in result.stderr
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
+    assert files_in(out.parent) == ["v.checkpoint", "v.epochs"]
+    assert invoke(*args, "-o", out, "--resume", "-q").exit_code == 0
+    assert invoke(*args, "-o", whole, "-q").exit_code == 0
+    assert out.read_bytes() == whole.read_bytes() and root.exists()
+
+
+def make_embeddings(path, num_rows):
+    rng = np.random.default_rng(0)
+    labels = np.arange(num_rows) % 2
+    vectors = rng.normal(size=(num_rows, 4)) + labels[:, None]
+    pq.write_table(pa.table({"e": list(vectors.astype(np.float32)), "label": labels}), path)
+
+
+def test_a_full_standard_output_is_an_error_of_one_line(image_folder, tmp_path):
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            chgval("value", image_folder, *FAST, "-q", "-o", "-"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+        )
+    assert result.returncode == 1
+    assert "standard output: cannot be written (No space left on device)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_output_folder_that_vanishes_is_made_anew(image_folder, tmp_path, monkeypatch):
+    """What was in it is gone; the report comes all the same."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    original = ReportWriter.write_epoch
+
+    def write_epoch(self, record, metadata):
+        if record.epoch == 2:
+            folder.rename(tmp_path / "elsewhere")
+        original(self, record, metadata)
+
+    monkeypatch.setattr(ReportWriter, "write_epoch", write_epoch)
+    assert invoke("value", image_folder, *FAST, "-q", "-o", folder / "v.parquet").exit_code == 0
+    assert files_in(folder) == ["v.epochs", "v.parquet"]
+    assert pq.read_table(folder / "v.parquet").num_rows == 40
+    assert files_in(tmp_path / "elsewhere") == [".v.parquet.lock", "v.checkpoint", "v.epochs"]
+
+
+def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        pytest.skip("root writes into read-only folders")
+    original = ReportWriter.write
+
+    def write(self, table, metadata):
+        folder.chmod(0o500)
+        original(self, table, metadata)
+
+    monkeypatch.setattr(ReportWriter, "write", write)
+    args = ["value", image_folder, *FAST, "-q", "-o", folder / "v.parquet"]
+    result = invoke(*args)
+    folder.chmod(0o700)
+    assert result.exit_code == 1 and "v.parquet: cannot be written (Permission denied)" in result.stderr
+    monkeypatch.undo()
+    assert invoke(*args, "--resume").exit_code == 0 and files_in(folder) == ["v.epochs", "v.parquet"]
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(image_folder, tmp_path):
+    """Without SIGHUP, as for a job that was disowned: nothing can be printed any more."""
+    out = tmp_path / "v.parquet"
+    terminal, other = pty.openpty()
+    process = subprocess.Popen(
+        chgval("value", image_folder, "--arch", "resnet8", "--epochs", 40, "-o", out),
+        stderr=other,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(other)
+    wait_for((tmp_path / "v.checkpoint").exists, process)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 0
+    assert pq.read_table(out).num_rows == 40
+
+
+def test_a_terminal_that_closes_ends_the_run_with_its_state_kept(image_folder, tmp_path):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, chgval("value", image_folder, *LONG, "-o", tmp_path / "v.parquet"))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "v.checkpoint").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        os.set_blocking(terminal, False)
+        try:
+            os.read(terminal, 65536)
+        except BlockingIOError:
+            continue
+    os.close(terminal)  # the kernel sends SIGHUP
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (tmp_path / "v.checkpoint").exists()
+
+
+def test_ignored_signals_stay_ignored(image_folder, tmp_path):
+    """As under nohup."""
+    out = tmp_path / "v.parquet"
+    process = subprocess.Popen(
+        chgval("value", image_folder, "--arch", "resnet8", "--epochs", 40, "-q", "-o", out),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    wait_for((tmp_path / "v.checkpoint").exists, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0 and out.exists()
+
+
+def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):
+    root = write_folder(tmp_path / "images", 30, size=90)
+    args = ["value", root, "--image-size", 70, "--workers", 1, *LONG, "-q", "-o", tmp_path / "v.parquet"]
+    process = subprocess.Popen(chgval(*args), stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "v.checkpoint").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        for worker in children.read_text().split() if children.exists() else []:
+            try:
+                os.kill(int(worker), signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # an epoch ended meanwhile
+        time.sleep(0.01)
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and "a process that decodes images died" in stderr
+    assert "Traceback" not in stderr and (tmp_path / "v.checkpoint").exists()
+
+
+def test_images_that_disappear_or_change_during_a_run_are_told(tmp_path, monkeypatch):
+    """Large images are read at each use: what is gone in the second epoch has values of the first alone."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    original = loader.DecodingLoader.training_batches
+    epochs = []
+
+    def training_batches(self, *args, **options):
+        epochs.append(1)
+        if len(epochs) == 2:
+            (root / "cat" / "003.png").unlink()
+            (root / "dog" / "004.png").write_bytes(b"")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(loader.DecodingLoader, "training_batches", training_batches)
+    result = invoke("value", root, "--image-size", 70, "--workers", 0, *FAST, "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 0
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "v.parquet").to_pylist()}
+    assert len(rows) == 24
+    assert rows["cat/003.png"]["status"] == rows["dog/004.png"]["status"] == "unreadable"
+    assert rows["cat/003.png"]["reason"] == "No such file or directory"
+    assert rows["dog/004.png"]["reason"] == "empty file"
+    assert "2 of 24 samples could not be read" in result.stderr
+
+
+def test_a_parquet_file_that_changes_after_it_was_read_does_not_matter(tmp_path):
+    """Whatever the size of the images: they are copied when the run starts."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    files = sorted(root.glob("*/*.png"))
+    table = pa.table(
+        {
+            "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+            "label": [file.parent.name for file in files],
+        }
+    )
+    source, out = tmp_path / "d.parquet", tmp_path / "v.parquet"
+    pq.write_table(table, source)
+    args = ["value", source, "--image-size", 70, "--workers", 0, "--arch", "resnet8", "--epochs", 30, "-q"]
+    process = subprocess.Popen(chgval(*args, "-o", out), stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "v.checkpoint").exists, process)
+    os.truncate(source, 100)
+    assert process.wait(timeout=120) == 0
+    assert set(pq.read_table(out)["status"].to_pylist()) == {"valued"}
+
+
+def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MEMORY_SHARE", 0.0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "posix_fallocate", full)
+    root = write_folder(tmp_path / "images", 4)
+    result = invoke("value", root, *FAST, "-q", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 1 and "set TMPDIR to a larger folder" in result.stderr
