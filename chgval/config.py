@@ -15,6 +15,10 @@ REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
 Listing = Literal["paths", "indices"]
 LISTINGS: tuple[Listing, ...] = ("paths", "indices")
 STANDARD_STREAM = "-"
+# Images of more pixels are refused: a small file can claim any number, and take the memory for it.
+MAX_PIXELS = 100_000_000
+# What Pillow refuses by itself, in any program.
+PILLOW_MAX_PIXELS = 178_956_970
 # Key of the schema metadata that a report carries, and by which a report among data is known.
 METADATA_KEY = b"chgval"
 
@@ -31,6 +35,7 @@ class DataConfig:
         mean, std: of the pixels, in [0, 1], per channel; None takes them from the images.
         on_error: whether rows that cannot be read are kept with a status, or stop the run.
         workers: processes that decode large images; None chooses.
+        max_pixels: images of more are refused.
     """
 
     source: str = ""
@@ -43,10 +48,13 @@ class DataConfig:
     std: tuple[float, float, float] | None = None
     on_error: Literal["keep", "fail"] = "keep"
     workers: int | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         _check_at_least("--image-size", self.image_size, 1)
         _check_at_least("--workers", self.workers, 0)
+        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
+            raise SettingsError(f"--max-pixels {self.max_pixels}: must be from 1 to {PILLOW_MAX_PIXELS:,}.")
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
         images_only = (self.image_column, self.image_size, self.mean, self.std)

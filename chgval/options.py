@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 from chgval.config import (
     LISTINGS,
+    MAX_PIXELS,
     RANKED_BY,
     REPORT_FORMATS,
     RULES,
@@ -305,6 +306,10 @@ def data_options(
         int | None,
         typer.Option(help="Processes that decode large images.", min=0, rich_help_panel=DATA_PANEL),
     ] = None,
+    max_pixels: Annotated[
+        int,
+        typer.Option(help="Refuse images of more pixels.", min=1, rich_help_panel=DATA_PANEL),
+    ] = MAX_PIXELS,
 ) -> DataConfig:
     """Options of how a dataset is read; its source is the command's argument."""
     return DataConfig(
@@ -317,6 +322,7 @@ def data_options(
         std=_three_numbers("--std", std),
         on_error=on_error.value,
         workers=workers,
+        max_pixels=max_pixels,
     )
 
 

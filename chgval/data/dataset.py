@@ -38,10 +38,14 @@ class PixelImages:
 
 @dataclass(frozen=True)
 class LargeImages:
-    """Images that are decoded anew whenever they are used, to squares of `size`."""
+    """Images that are decoded anew whenever they are used, to squares of `size`.
+
+    One of more than `max_pixels` is refused.
+    """
 
     encoded: EncodedImages
     size: int
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Dataset:
         match self.content:
             case PixelImages(pixels):
                 return int(pixels.shape[-1])
-            case LargeImages(_, size):
+            case LargeImages(_, size, _):
                 return size
             case Embeddings(vectors):
                 return int(vectors.shape[1])

@@ -13,12 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from chgval.config import MAX_PIXELS
 from chgval.errors import first_line
 
 Pixels = NDArray[np.uint8]
 
-# Such images are refused; a filter that is set around each call would not hold for other threads.
+# Such images are refused by their number of pixels; a filter that is set around each call would not hold for
+# other threads.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# What is odd about an image, such as its EXIF data, does not matter as long as it can be decoded.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# What Pillow decodes without other programs (as EPS needs), in the formats that datasets come in.
+_KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+Image.init()
+FORMATS = [name for name in _KNOWN if name in Image.OPEN]
 
 # A 16-bit sample is scaled to 8 bits; 65535 becomes 255.
 _SIXTEEN_TO_EIGHT_BITS = 257
@@ -28,28 +37,37 @@ class UnreadableImageError(Exception):
     """An image cannot be decoded; the reader of the dataset turns it into a status of that row."""
 
 
-def shorter_side(encoded: bytes) -> int:
+def shorter_side(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the shorter side in pixels from the header, without decoding the pixels."""
-    with _opened(encoded) as image:
+    with _opened(encoded, max_pixels) as image:
         return min(image.size)
 
 
-def decode_centre(encoded: bytes, size: int) -> Pixels:
-    """Decode, scale the shorter side to `size` and cut the centre: uint8, shape (3, S, S)."""
-    image = _decode(encoded, size)
+def decode_centre(encoded: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode, scale the shorter side to `size` and cut the centre: uint8, shape (3, S, S).
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
+    """
+    image = _decode(encoded, size, max_pixels)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return _resized(image, size, (left, top, left + side, top + side))
 
 
-def decode_random_crop(encoded: bytes, size: int, rng: np.random.Generator) -> Pixels:
+def decode_random_crop(
+    encoded: bytes, size: int, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
+) -> Pixels:
     """Decode, cut a random part and scale it: uint8, shape (3, S, S).
 
     The part covers 35 to 100 % of the area (the usual 8 % often leaves the object out, and a value must not
     depend on luck) with an aspect ratio of 3/4 to 4/3.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
     """
-    image = _decode(encoded, size)
+    image = _decode(encoded, size, max_pixels)
     width, height = image.size
     area = width * height * rng.uniform(0.35, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -59,20 +77,20 @@ def decode_random_crop(encoded: bytes, size: int, rng: np.random.Generator) -> P
     return _resized(image, size, (left, top, left + crop_width, top + crop_height))
 
 
-def _opened(encoded: bytes) -> Image.Image:
+def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
         raise UnreadableImageError(_reason(encoded, error)) from error
     pixels = image.width * image.height
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        raise UnreadableImageError(f"{pixels:,} pixels, which could be a decompression bomb")
+    if pixels > max_pixels:
+        raise UnreadableImageError(f"{pixels:,} pixels, more than --max-pixels {max_pixels:,}")
     return image
 
 
-def _decode(encoded: bytes, size: int) -> Image.Image:
+def _decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
     """Return the upright RGB image. JPEGs are decoded at a fraction of their size if that is large enough."""
-    image = _opened(encoded)
+    image = _opened(encoded, max_pixels)
     try:
         # The factor of two leaves the final scaling something to smooth.
         image.draft("RGB", (2 * size, 2 * size))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from chgval.config import DataConfig
 from chgval.data.dataset import Dataset, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
@@ -129,26 +130,26 @@ def list_image_folder(root: Path) -> FolderRows:
     )
 
 
-def read_image_folder(root: Path, size: int | None, largest_size: int) -> Dataset:
+def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Dataset:
     """Read what `list_image_folder` lists.
 
     Args:
         root: the folder.
-        size: side of the squares that the model is fed; None chooses it from the images.
+        config: the image size, where the user gave it, and how many pixels an image may have.
         largest_size: the largest side to choose.
     Raises:
         DataError: there are no class folders, or no images in them.
     """
     rows = list_image_folder(root)
-    images = ImageFiles(rows.paths)
+    images, size, max_pixels = ImageFiles(rows.paths), config.image_size, config.max_pixels
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
-        size = choose_size(map(images.read_or_error, probed), largest_size)
+        size = choose_size(map(images.read_or_error, probed), largest_size, max_pixels)
     sizes = [file_size(path) for path in rows.paths]
     if size <= LARGEST_KEPT_SIZE:
-        loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size)
+        loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size, max_pixels)
     else:
-        loaded = keep_encoded(images, sizes, size, {})
+        loaded = keep_encoded(images, sizes, size, {}, max_pixels)
     return Dataset(
         source=str(root),
         ids=rows.ids,

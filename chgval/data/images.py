@@ -40,7 +40,7 @@ class LoadedImages:
     encoded_sizes: list[int]
 
 
-def choose_size(probed: Iterable[Encoded], largest: int) -> int:
+def choose_size(probed: Iterable[Encoded], largest: int, max_pixels: int) -> int:
     """Return the side of the squares that a model is fed: the median shorter side, but at most `largest`.
 
     Sizes above 64 pixels are rounded down to a multiple of 32, which every architecture takes.
@@ -49,14 +49,14 @@ def choose_size(probed: Iterable[Encoded], largest: int) -> int:
     for encoded in itertools.islice(probed, PROBED_IMAGES):
         if not isinstance(encoded, UnreadableImageError):
             try:
-                sides.append(shorter_side(encoded))
+                sides.append(shorter_side(encoded, max_pixels))
             except UnreadableImageError:
                 continue
     side = min(largest, int(statistics.median_low(sides))) if sides else min(largest, LARGEST_KEPT_SIZE)
     return max(1, side if side <= LARGEST_KEPT_SIZE else side // 32 * 32)
 
 
-def decode_once(stream: Iterable[Encoded], num_rows: int, size: int) -> LoadedImages:
+def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels: int) -> LoadedImages:
     """Decode every image of the stream, in order, on all cores."""
     pixels_N3SS = _allocate((num_rows, 3, size, size))
     problems: dict[int, str] = {}
@@ -66,7 +66,7 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int) -> LoadedIm
         if isinstance(encoded, UnreadableImageError):
             return encoded
         try:
-            return decode_centre(encoded, size)
+            return decode_centre(encoded, size, max_pixels)
         except UnreadableImageError as error:
             return error
 
@@ -84,21 +84,21 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int) -> LoadedIm
 
 
 def keep_encoded(
-    images: EncodedImages, sizes: list[int], size: int, problems: dict[int, str]
+    images: EncodedImages, sizes: list[int], size: int, problems: dict[int, str], max_pixels: int
 ) -> LoadedImages:
     """Leave large images encoded. Where no header can be read at all, every row is checked."""
     probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
-    problems = {**problems, **_unreadable_headers(images, probed)}
+    problems = {**problems, **_unreadable_headers(images, probed, max_pixels)}
     if len(images) and all(row in problems for row in probed):
-        problems.update(_unreadable_headers(images, range(len(images))))
-    return LoadedImages(LargeImages(images, size), problems, sizes)
+        problems.update(_unreadable_headers(images, range(len(images)), max_pixels))
+    return LoadedImages(LargeImages(images, size, max_pixels), problems, sizes)
 
 
-def _unreadable_headers(images: EncodedImages, rows: Iterable[int]) -> dict[int, str]:
+def _unreadable_headers(images: EncodedImages, rows: Iterable[int], max_pixels: int) -> dict[int, str]:
     problems = {}
     for row in rows:
         try:
-            shorter_side(images.read(row))
+            shorter_side(images.read(row), max_pixels)
         except UnreadableImageError as error:
             problems[row] = str(error)
     return problems

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from chgval.data.dataset import Dataset, Embeddings, EncodedImages, LargeImages, PixelImages
+from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
 from chgval.errors import DataError, first_line
 from chgval.interruption import ignore_signals
@@ -266,7 +266,7 @@ class DecodingLoader:
         Where none can, both are empty.
         """
         loader: DataLoader[_Decoded] = DataLoader(
-            _DecodingDataset(self._content.encoded, self._content.size, seed),
+            _DecodingDataset(self._content, seed),
             batch_sampler=batches,
             num_workers=self._workers,
             collate_fn=_collate,
@@ -306,20 +306,21 @@ _NO_PIXELS = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
 class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
     """What a worker process holds: where the images are, and the epoch's seed."""
 
-    def __init__(self, encoded: EncodedImages, size: int, seed: int | None) -> None:
-        self._encoded = encoded
-        self._size = size
+    def __init__(self, content: LargeImages, seed: int | None) -> None:
+        self._content = content
         self._seed = seed
 
     def __getitem__(self, row: int) -> _Decoded:
         try:
-            encoded = self._encoded.read(row)
+            encoded, size, max_pixels = (
+                self._content.encoded.read(row), self._content.size, self._content.max_pixels,
+            )  # fmt: skip
             if self._seed is None:
-                pixels = decode_centre(encoded, self._size)
+                pixels = decode_centre(encoded, size, max_pixels)
             else:
                 # A generator per row: the crop depends neither on the worker nor on the batch.
                 rng = np.random.default_rng([self._seed, row])
-                pixels = decode_random_crop(encoded, self._size, rng)
+                pixels = decode_random_crop(encoded, size, rng, max_pixels)
         except UnreadableImageError as error:
             return row, str(error)
         return row, torch.from_numpy(pixels)

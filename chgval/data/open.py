@@ -73,7 +73,7 @@ def _read(config: DataConfig, largest_size: int) -> Dataset:
         case "parquet":
             return read_parquet(config.source, config, largest_size)
         case "folder":
-            return read_image_folder(Path(config.source), config.image_size, largest_size)
+            return read_image_folder(Path(config.source), config, largest_size)
 
 
 def _is_parquet_folder(folder: Path, config: DataConfig) -> bool:

@@ -133,13 +133,13 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         size = config.image_size
         if size is None:
             probed = _encoded(shards, image_column, [], limit=PROBED_IMAGES)
-            size = choose_size(probed, largest_size)
+            size = choose_size(probed, largest_size, config.max_pixels)
         stream = _encoded(shards, image_column, paths)
         if size <= LARGEST_KEPT_SIZE:
-            loaded = decode_once(stream, len(rows), size)
+            loaded = decode_once(stream, len(rows), size, config.max_pixels)
         else:
             spooled = SpooledImages(stream)
-            loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems)
+            loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems, config.max_pixels)
         content, problems, contents = loaded.content, loaded.problems, loaded.encoded_sizes
         ids = rows.ids or ids_from_paths(paths)
 

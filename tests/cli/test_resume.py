@@ -261,3 +261,85 @@ def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):
     # What a killed run leaves behind does not stand in the way.
     assert invoke("value", image_folder, *SMALL, "--overwrite", "-o", out).exit_code == 0
     assert not (tmp_path / ".v.parquet.lock").exists()
+
+
+# Commands of some seconds; the output comes last.
+KILLED = {
+    "value": ["value", "builtin:digits", "--arch", "resnet8", "--epochs", 12, "-q", "-o"],
+    "exact": ["value", "builtin:digits", "--arch", "resnet8", "--epochs", 8, "--mode", "exact", "-q", "-o"],
+    "train": ["train", "builtin:digits", "--epochs", 14, "--fraction", 0.5, "--select-every", 3, "--holdout",
+              0.1, "-q", "-o"],
+}  # fmt: skip
+
+
+def results_of(kind, out):
+    """All figures that a command leaves, as bytes where they are a model's."""
+    if kind != "train":
+        return pq.read_table(out), *epoch_tables(out.with_name(f"{out.stem}.epochs")).items()
+    metrics = pq.read_table(out / "metrics.parquet").drop_columns("seconds")
+    return metrics, (out / "model.safetensors").read_bytes(), *epoch_tables(out / "subsets").items()
+
+
+def run_killed(kind, out, moments):
+    """Run a command, kill it after each of these seconds in turn, and then let it end; return the kills."""
+    kills = 0
+    for moment in moments:
+        process = start(*KILLED[kind], out, "--resume", "--checkpoint-minutes", 0.002)
+        try:
+            process.communicate(timeout=moment)
+            assert process.returncode == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    process = start(*KILLED[kind], out, "--resume")
+    _, stderr = process.communicate(timeout=600)
+    # It may have been killed when all was written.
+    assert process.returncode == 0 or "exists already" in stderr, stderr
+    return kills
+
+
+@pytest.mark.parametrize("kind", ["value", "train"])
+def test_a_killed_run_goes_on(kind, tmp_path):
+    """Twice, at whatever step it is then."""
+    began = time.monotonic()
+    assert run_killed(kind, tmp_path / "whole.parquet", []) == 0
+    seconds = time.monotonic() - began
+    assert run_killed(kind, tmp_path / "parts.parquet", [0.6 * seconds, 0.8 * seconds]) >= 1
+    assert results_of(kind, tmp_path / "parts.parquet") == results_of(kind, tmp_path / "whole.parquet")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(KILLED))
+def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
+    """SIGKILL at 40 moments spread over the run, jittered; a resume after each, and the figures compared."""
+    began = time.monotonic()
+    run_killed(kind, tmp_path / "whole.parquet", [])
+    seconds = time.monotonic() - began
+    expected = results_of(kind, tmp_path / "whole.parquet")
+    rng, kills, unfinished = np.random.default_rng(0), 0, 0
+    for number in range(40):
+        moment = seconds * (number + rng.random()) / 40
+        out = tmp_path / f"parts-{number}.parquet"
+        process = start(*KILLED[kind], out, "--checkpoint-minutes", 0.002)
+        try:
+            process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            whole = [path for path in tmp_path.rglob("*") if path.suffix in (".parquet", ".safetensors")]
+            for path in whole:  # under its own name, no file is ever half written
+                load_file(path) if path.suffix == ".safetensors" else path.is_dir() or pq.read_schema(path)
+            checkpoint_file = (
+                out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
+            )
+            unfinished += checkpoint_file.exists()
+            run_killed(kind, out, [])
+        assert results_of(kind, out) == expected, moment
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{kind}: killed at {kills} moments of {seconds:.0f} s; {unfinished} were gone on with\n"
+        )
+    assert kills >= 30

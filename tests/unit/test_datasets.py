@@ -136,7 +136,7 @@ def test_large_images_stay_encoded(tmp_path):
     ],
 )
 def test_image_size_is_the_median_side(sides, largest, expected):
-    assert choose_size([png(size=side) for side in sides], largest) == expected
+    assert choose_size([png(size=side) for side in sides], largest, 10**6) == expected
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------
