@@ -25,6 +25,7 @@ from chgval.config import METADATA_KEY, STANDARD_STREAM, DataConfig, OutputConfi
 from chgval.errors import DataError, OutputError, first_line
 from chgval.files import check_free, check_writable, could_not_write, replacing
 from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, NoiseSignals, RunSignals
+from chgval.spreadsheets import with_marks, without_marks
 
 if TYPE_CHECKING:  # a report is read without what decodes images
     from chgval.data.dataset import Dataset
@@ -377,7 +378,7 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,  # reports write null as nothing, and an empty id as ""
     )
-    return pacsv.read_csv(file, convert_options=convert)
+    return without_marks(pacsv.read_csv(file, convert_options=convert))
 
 
 def epochs_folder(config: OutputConfig) -> Path:
@@ -402,7 +403,7 @@ def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table, ROW_GROUP_ROWS)
         case "csv":
-            pacsv.write_csv(table, file)
+            pacsv.write_csv(with_marks(table), file)
         case "jsonl":
             for batch in table.to_batches(ROW_GROUP_ROWS):
                 for row in batch.to_pylist():

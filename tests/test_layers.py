@@ -11,7 +11,7 @@ PACKAGE = Path(chgval.__file__).parent
 # the package data/, which is one room.
 LAYERS = [
     {"errors"},
-    {"config", "records", "files", "interruption"},
+    {"config", "records", "files", "interruption", "spreadsheets"},
     {"shapley", "recipe", "noise", "selection"},
     {"accumulate"},
     {"data", "models", "reports", "console"},

@@ -332,9 +332,15 @@ def _encoded(
 
 
 def read_beside(folder: Path, path: str) -> Encoded:
-    """Return an image that was not embedded: its path is relative to the folder of the file that names it."""
+    """Return an image that was not embedded: its path is relative to the folder of the file that names it.
+
+    One that leads out of that folder is none: a file from a stranger could name any.
+    """
     try:
-        return (folder / path).read_bytes()
+        file = (folder / path).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            return UnreadableImageError(f"{path}: lies outside of the folder of the Parquet file")
+        return file.read_bytes()
     except (OSError, ValueError) as error:
         return UnreadableImageError(f"{path}: {getattr(error, 'strerror', None) or error}")
 

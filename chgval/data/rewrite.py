@@ -36,6 +36,7 @@ from chgval.data.parquet import (
 from chgval.errors import DataError, OutputError, SettingsError, first_line
 from chgval.files import check_free, check_new_folder, check_writable, could_not_write, new_folder, replacing
 from chgval.records import IntArray
+from chgval.spreadsheets import with_marks
 
 # Readers take a row group whole, and Hugging Face's own writer keeps files below half a gigabyte.
 ROW_GROUP_BYTES = 32 * 2**20
@@ -147,7 +148,7 @@ def rewrite(data: DataConfig, known: Known, changes: Changes, target: Path, link
         target: as for check_rewritable, which the caller has asked.
         link: how the files of a folder get there; Parquet files are always written.
     Raises:
-        DataError: the dataset cannot be read, or is another by now.
+        DataError: the dataset cannot be read, is another by now, or has links that lead out of it.
         OutputError: it cannot be written.
     """
     if kind_of(data) == "folder":
@@ -168,6 +169,8 @@ def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Pa
         for moved in (False, True):
             for row in np.flatnonzero(changes.kept_N & readable_N & (is_moved_N == moved)).tolist():
                 path = Path(rows.paths[row])
+                if link != "sym":
+                    _check_inside(path, rows.root)
                 place = path.relative_to(rows.root)
                 if moved:
                     place = _new_place(folder, place, rows.folders[changes.new_labels_N[row]])
@@ -177,6 +180,16 @@ def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Pa
             _list_relabelled(rows, relabelled, folder / RELABELLED_FILE)
     unreadable = [rows.ids[row] for row in np.flatnonzero(changes.kept_N & ~readable_N).tolist()]
     return _rewritten(known, changes, changes.kept_N & readable_N, rows.class_names, rows.notes, unreadable)
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    """Raise DataError where a link leads out of the dataset: that file is nothing that it may hand on."""
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path}: leads out of the dataset, to {target}; pass --link sym, which only makes the same "
+            "links, or put the file in its place."
+        )
 
 
 def _place(path: Path, place: Path, link: Link) -> None:
@@ -214,7 +227,7 @@ def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], p
             "original_label_name": [rows.class_names[rows.labels_N[row]] for row, _ in relabelled],
         }
     )
-    pacsv.write_csv(table, path)
+    pacsv.write_csv(with_marks(table), path)
 
 
 def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: Path) -> Rewritten:

@@ -1,13 +1,36 @@
-"""Files from strangers: damaged images, pickles that run code, formulas, terminals, paths that lead away."""
+"""Files from strangers: damaged images, formulas, paths that lead away, headers that lie."""
 
+import csv
+import io
 import json
+import os
+import resource
+import string
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from chgval.cli import app
+from chgval.data.decode import UnreadableImageError, decode_centre
+from chgval.spreadsheets import with_marks, without_marks
+from tests.conftest import write_folder
 
 # Damaged images that the decoder is tried on here; `pytest -m long` tries many more.
 INPUTS = 3_000
+FAST = ["--arch", "resnet8", "--epochs", "2", "-q"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
 
 
 def fuzz(seed, count):
@@ -29,3 +52,185 @@ def test_a_great_many_damaged_images(capsys):
         with capsys.disabled():
             sys.stdout.write(f"\nseed {seed}: {found}\n")
         assert found["growth_MiB"] < 64
+
+
+def test_formats_that_need_other_programs_are_no_images():
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "EPS")
+    with pytest.raises(UnreadableImageError, match="not an image in a known format"):
+        decode_centre(image.getvalue(), 8)
+
+
+def test_a_bomb_costs_a_row_and_no_memory(tmp_path):
+    """A PNG of some kilobytes that claims, and holds, 12,000 x 12,000 pixels; the limit is settable."""
+    root = write_folder(tmp_path / "images", 6)
+    Image.new("1", (12_000, 12_000)).save(root / "cat" / "bomb.png")
+    assert (root / "cat" / "bomb.png").stat().st_size < 30_000
+    out = tmp_path / "v.parquet"
+    assert invoke("value", root, *FAST, "-o", out).exit_code == 0
+    bomb = next(row for row in pq.read_table(out).to_pylist() if row["id"] == "cat/bomb.png")
+    assert bomb["status"] == "unreadable"
+    assert bomb["reason"] == "144,000,000 pixels, more than --max-pixels 100,000,000"
+    assert invoke("value", root, *FAST, "--max-pixels", 143, "-o", out, "--overwrite").exit_code == 1
+    assert invoke("value", root, *FAST, "--max-pixels", 144, "-o", out, "--overwrite").exit_code == 0
+    statuses = pq.read_table(out)["status"].to_pylist()
+    assert statuses.count("unreadable") == 1 and len(statuses) == 13
+    refused = invoke("value", root, *FAST, "--max-pixels", 10**9, "-o", out)
+    assert refused.exit_code == 2 and "must be from 1 to 178,956,970" in refused.stderr
+
+
+@given(st.lists(st.text(alphabet=st.sampled_from("=+-@'\t\r a1.é\"\n,"), max_size=6)))
+def test_texts_that_a_spreadsheet_could_run_are_marked_and_come_back(texts):
+    table = pa.table({"id": pa.array(texts, pa.string()), "value": pa.array([-1.0] * len(texts))})
+    marked = with_marks(table)
+    assert without_marks(marked).equals(table) and marked["value"].equals(table["value"])
+    for text, cell in zip(texts, marked["id"].to_pylist(), strict=True):
+        assert not cell or cell[0] not in "=+-@\t\r" or set(cell) <= {*string.digits, *"+-."}
+        assert cell == text or cell == "'" + text
+
+
+def test_formulas_in_names_are_marked_in_csv_and_read_back(tmp_path):
+    """From the folder's names to the report, the manifest, and back to the dataset."""
+    root = write_folder(tmp_path / "images", 6)
+    evil = '=HYPERLINK("http:evil")'
+    (root / "cat").rename(root / evil)
+    (root / "dog" / "000.png").rename(root / "dog" / "@SUM(1).png")
+    report, manifest = tmp_path / "v.csv", tmp_path / "s.csv"
+    assert invoke("value", root, *FAST, "-o", report).exit_code == 0
+    with report.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["label_name"] for row in rows} == {"'" + evil, "dog"}
+    assert all(row["id"].startswith(("'=", "dog/")) for row in rows)
+    assert invoke("select", report, "--fraction", 0.5, "-q", "-o", manifest).exit_code == 0
+    trained = invoke("train", root, *FAST, "--subset", manifest, "-o", tmp_path / "trained")
+    assert trained.exit_code == 0, trained.stderr
+
+
+def test_manifests_whose_paths_lead_away_are_refused(tmp_path):
+    root = write_folder(tmp_path / "images", 6)
+    (tmp_path / "secret.png").write_bytes((root / "cat" / "000.png").read_bytes())
+    report = tmp_path / "v.parquet"
+    assert invoke("value", root, *FAST, "-o", report).exit_code == 0
+    table = pq.read_table(report)
+    for number, path in enumerate(("../secret.png", str(tmp_path / "secret.png"), "cat/../../secret.png")):
+        ids = [path, *table["id"].to_pylist()[1:]]
+        changed = table.set_column(1, table.schema.field("id"), pa.array(ids))
+        pq.write_table(changed, tmp_path / "changed.parquet")
+        target = tmp_path / f"pruned-{number}"
+        args = ["--fraction", 1, "--materialize", target, "-q", "-o", tmp_path / f"s-{number}.parquet"]
+        result = invoke("select", tmp_path / "changed.parquet", *args)
+        assert result.exit_code == 1 and "is not that of the report" in result.stderr
+        assert not target.exists()
+
+
+@pytest.mark.parametrize("link", ["copy", "hard", "sym"])
+def test_links_that_lead_out_of_the_folder_are_not_copied(link, tmp_path):
+    root = write_folder(tmp_path / "images", 6)
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((root / "cat" / "000.png").read_bytes())
+    (root / "cat" / "000.png").unlink()
+    (root / "cat" / "000.png").symlink_to(secret)
+    target = tmp_path / "pruned"
+    result = invoke("select", root, *FAST, "--fraction", 1, "--materialize", target, "--link", link,
+                    "-o", tmp_path / "s.parquet")  # fmt: skip
+    if link == "sym":
+        assert result.exit_code == 0 and (target / "cat" / "000.png").resolve() == secret
+    else:
+        assert result.exit_code == 1 and "leads out of the dataset" in result.stderr and not target.exists()
+
+
+def test_parquet_paths_that_lead_away_are_not_opened(tmp_path):
+    """Neither to be valued nor, as --cleaned embeds what lies beside the file, to be handed on."""
+    folder = tmp_path / "data"
+    root = write_folder(folder / "images", 6)
+    (tmp_path / "secret.png").write_bytes((root / "cat" / "000.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    paths = [str(file.relative_to(folder)) for file in sorted(root.glob("*/*.png"))]
+    paths[:3] = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
+    table = pa.table({"image": images, "label": [0, 1] * 6})
+    pq.write_table(table, folder / "d.parquet")
+    result = invoke("detect-noise", folder / "d.parquet", *FAST, "--values", tmp_path / "v.parquet",
+                    "-o", tmp_path / "s.parquet", "--cleaned", tmp_path / "clean.parquet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["unreadable"] * 3 + ["valued"] * 9
+    assert "lies outside of the folder of the Parquet file" in rows[0]["reason"]
+    images = pq.read_table(tmp_path / "clean.parquet")["image"].to_pylist()
+    assert [image["bytes"] for image in images if image["path"] in paths[:3]] == [None] * 3
+
+
+def limited(*args, gibibytes):
+    """Run a command that may use so much address space."""
+    size = gibibytes * 2**30
+    return subprocess.run(
+        [sys.executable, "-m", "chgval", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("what", ["rows", "page size", "footer size", "dictionary", "nested"])
+def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
+    """Counts and sizes in headers are overwritten; nothing is allocated by them, and nothing crashes."""
+    path = tmp_path / "d.parquet"
+    labels = pa.array(["cat", "dog"] * 50)
+    table = pa.table({"image": pa.array([b"x" * 40] * 100, pa.binary()), "label": labels})
+    if what == "nested":
+        kind = pa.binary()
+        for _ in range(150):
+            kind = pa.list_(kind)
+        table = pa.table({"image": pa.nulls(100, kind), "label": labels})
+    pq.write_table(table, path, compression="none", use_dictionary=what == "dictionary")
+    data = bytearray(path.read_bytes())
+    footer = int.from_bytes(data[-8:-4], "little")
+    rng = np.random.default_rng(0)
+    match what:
+        case "rows":  # 100 as a zigzag varint, wherever it stands in the footer
+            start = len(data) - 8 - footer
+            data[start:-8] = bytes(data[start:-8]).replace(b"\xc8\x01", b"\xfe\x7f")
+        case "page size":
+            data[4:24] = bytes(rng.integers(128, 256, 20, dtype=np.uint8))
+        case "footer size":
+            data[-8:-4] = (2**31 - 1).to_bytes(4, "little")
+        case "dictionary":  # indices into the dictionary that are not there
+            start = bytes(data).rindex(b"dog") + 3
+            data[start + 20 : len(data) - 8 - footer] = b"\xff" * (len(data) - 8 - footer - start - 20)
+    path.write_bytes(bytes(data))
+    result = limited("value", path, *FAST, "-o", tmp_path / "v.parquet", gibibytes=8)
+    assert result.returncode == 1, (result.returncode, result.stderr[-2000:])
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert not (tmp_path / "v.parquet").exists()
+
+
+def test_nothing_reaches_for_a_network(image_folder, tmp_path):
+    """Every connection and every lookup of a name is forbidden, by the interpreter's audit events."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def forbid(event, args):\n"
+        "    if event.startswith('socket.') and event.split('.')[1] in (\n"
+        "        'connect', 'getaddrinfo', 'gethostbyname', 'gethostbyaddr', 'sendto', 'sendmsg', 'bind'):\n"
+        "        if not (event == 'socket.connect' and isinstance(args[1], (str, bytes))):\n"
+        "            raise RuntimeError(f'network: {event} {args}')\n"
+        "sys.addaudithook(forbid)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    for args in (
+        ["value", image_folder, *FAST, "-o", tmp_path / "v.parquet"],
+        ["detect-noise", tmp_path / "v.parquet", "-o", tmp_path / "s.parquet"],
+        ["select", tmp_path / "v.parquet", "--fraction", 0.5, "-o", tmp_path / "m.parquet"],
+        ["train", image_folder, *FAST, "--subset", tmp_path / "m.parquet", "-o", tmp_path / "trained"],
+    ):
+        command = [sys.executable, "-m", "chgval", *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
+    # The hook does see it where a URI asks for it in Python.
+    code = "import socket; socket.create_connection(('localhost', 9))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "network: socket." in result.stderr and Path(tmp_path / "v.parquet").exists()

@@ -13,7 +13,7 @@ from chgval.config import OutputConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.errors import OutputError, SettingsError
 from chgval.records import EpochRecord, EpochSignals, NoiseSignals, RunSignals
-from chgval.reports import METADATA_KEY, ReportWriter, values_table
+from chgval.reports import METADATA_KEY, ReportWriter, read_report, values_table
 
 NAN = float("nan")
 
@@ -85,7 +85,9 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
         return
     else:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
-        assert [row["id"] for row in rows] == table["id"].to_pylist()
+        # What a spreadsheet would run begins with an apostrophe.
+        assert [row["id"] for row in rows] == ["a", 'b,"c"', "c", "'=d", "e"]
+        assert read_report(str(path), ["id"])[0]["id"].to_pylist() == table["id"].to_pylist()
         assert [row["value"] for row in rows] == ["0.5", "-1", "", "", "0.5"]
         return
     assert read.equals(table)
