@@ -37,6 +37,10 @@ LARGEST_EXCESS = 2.2
 LARGEST_SOFTENING = 1.5
 # Imaginary samples per class that may back what all classes share; the data choose one of these.
 PRIOR_STRENGTHS = np.array([0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 3e3, 3e4])
+# Classes whose counts are examined for that, evenly spread: what all share shows in some.
+MOST_EXAMINED = 100
+# With more classes than this, it is not asked which ones are mistaken for which, only how often.
+MOST_PAIRED = 1000
 # Counts of expectations vary less than those of samples would, and so claim more in common than there is.
 STRENGTH_OVERSTATED = 3.0
 # Expectation maximisation starts from even confusions at this rate.
@@ -147,8 +151,13 @@ class _Groups:
 
     def _fit(self, prior_NC: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """Return the posterior, and by how much its noise is more than the sure samples allow."""
-        confusions_CC = self._confusions(prior_NC)
-        posterior_NC = prior_NC * confusions_CC.T[self.labels_N]
+        if prior_NC.shape[1] <= MOST_PAIRED:
+            posterior_NC = prior_NC * self._confusions(prior_NC).T[self.labels_N]
+        else:
+            right_C, wrong_C = self._even_confusions(prior_NC)
+            posterior_NC = prior_NC * wrong_C
+            own_N = _of_label(prior_NC, self.labels_N) * right_C[self.labels_N]
+            np.put_along_axis(posterior_NC, self.labels_N[:, None], own_N[:, None].astype(np.float32), axis=1)
         posterior_NC /= posterior_NC.sum(1, keepdims=True)
         score_N = 1 - _of_label(posterior_NC, self.labels_N)
         return posterior_NC, float(score_N.mean() - LARGEST_EXCESS * score_N[self._sure_N].mean())
@@ -166,6 +175,28 @@ class _Groups:
                 counts_CC[:, label] = of_label_C * (prior_NC[rows].T @ (self._weights_N[rows] / evidence_B))
             confusions_CC = pooled_confusions(counts_CC + SMALLEST_PROBABILITY)
         return confusions_CC.astype(np.float32)
+
+    def _even_confusions(
+        self, prior_NC: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return, for each true class, the probability of its own label and of each other one.
+
+        The same as `_confusions` where wrong labels are spread evenly, but in memory of the order C.
+        """
+        num_classes = prior_NC.shape[1]
+        own_N = _of_label(prior_NC, self.labels_N)
+        right_C = np.full(num_classes, 1 - FIRST_NOISE)
+        wrong_C = np.full(num_classes, FIRST_NOISE / (num_classes - 1))
+        for _ in range(STEPS):
+            difference_N = (right_C - wrong_C)[self.labels_N]
+            evidence_N = prior_NC @ wrong_C.astype(np.float32) + own_N * difference_N
+            shares_N = self._weights_N / np.maximum(evidence_N, SMALLEST_PROBABILITY)
+            own_C = np.bincount(self.labels_N, own_N * shares_N, minlength=num_classes)
+            others_C = np.maximum(prior_NC.T @ shares_N.astype(np.float32) - own_C, 0)
+            counts_C2 = np.stack([right_C * own_C, wrong_C * others_C], axis=1) + SMALLEST_PROBABILITY
+            rates_C2 = _backed(counts_C2, counts_C2.sum(0) / counts_C2.sum())
+            right_C, wrong_C = rates_C2[:, 0], rates_C2[:, 1] / (num_classes - 1)
+        return right_C.astype(np.float32), wrong_C.astype(np.float32)
 
 
 def pooled_confusions(counts_CC: FloatArray) -> FloatArray:
@@ -194,8 +225,9 @@ def _backed(counts_CK: FloatArray, common_K: FloatArray) -> FloatArray:
     Their number is the one under which the counts are most probable, if the rows' shares are drawn from a
     Dirichlet distribution around the common ones (empirical Bayes), over STRENGTH_OVERSTATED.
     """
+    examined_CK = counts_CK[:: -(-len(counts_CK) // MOST_EXAMINED)]
     evidence = [
-        log_evidence(counts_CK, STRENGTH_OVERSTATED * strength * common_K) for strength in PRIOR_STRENGTHS
+        log_evidence(examined_CK, STRENGTH_OVERSTATED * strength * common_K) for strength in PRIOR_STRENGTHS
     ]
     backed_CK = counts_CK + PRIOR_STRENGTHS[np.argmax(evidence)] * common_K
     shares_CK: FloatArray = backed_CK / backed_CK.sum(1, keepdims=True)

@@ -216,3 +216,29 @@ def test_named_rules_find_the_lower_cluster_and_the_higher_losses():
     value_N = rng.normal(np.where(wrong_N, -5, 0), 1)
     np.testing.assert_array_equal(two_means_flags(value_N), value_N < -2.5)
     assert (mixture_flags(-value_N) == wrong_N).mean() > 0.98
+
+
+def test_many_classes_are_read_as_few_whose_wrong_labels_are_spread_evenly(monkeypatch):
+    """The short way, in memory of the order C, against matrices of confusions that are filled evenly."""
+    rng = np.random.default_rng(0)
+    labels_N = np.sort(rng.integers(0, 7, 400))
+    labels_N[:7] = np.arange(7)
+    probabilities_NC = rng.dirichlet(np.full(7, 0.3), size=400)
+    probabilities_NC[np.arange(400), labels_N] += rng.random(400)
+    probabilities_NC = (probabilities_NC / probabilities_NC.sum(1, keepdims=True)).astype(np.float32)
+
+    def evenly(counts_CC):
+        right_C, total_C = counts_CC.diagonal(), counts_CC.sum(1)
+        right_or_wrong_C2 = np.stack([right_C, total_C - right_C], axis=1)
+        rates_C2 = noise._backed(right_or_wrong_C2, right_or_wrong_C2.sum(0) / counts_CC.sum())
+        matrix_CC = np.repeat(rates_C2[:, 1:] / 6, 7, axis=1)
+        np.fill_diagonal(matrix_CC, rates_C2[:, 0])
+        return matrix_CC
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "pooled_confusions", evenly)
+        expected = read_noise(probabilities_NC, labels_N, 15)
+    monkeypatch.setattr(noise, "MOST_PAIRED", 6)
+    found = read_noise(probabilities_NC, labels_N, 15)
+    np.testing.assert_allclose(found.noise_score_N, expected.noise_score_N, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.suggested_probability_N, expected.suggested_probability_N, rtol=1e-3)
