@@ -1,0 +1,26 @@
+"""What the documentation names is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_promise_names_tests_that_exist():
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    rows = [
+        line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    for row in rows[1:]:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named and set(named) <= defined, row
+
+
+def test_links_inside_the_documentation_lead_somewhere():
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
