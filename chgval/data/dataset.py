@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chgval.data.decode import Pixels
+from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError
 from chgval.records import IntArray, State
 
@@ -33,7 +34,7 @@ class EncodedImages(Protocol):
 class PixelImages:
     """Small images, decoded once: uint8, shape (N, 3, S, S). Unreadable rows are black."""
 
-    pixels_N3SS: Pixels
+    pixels_N3SS: Pixels | PixelFile
 
 
 @dataclass(frozen=True)

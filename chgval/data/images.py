@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +15,17 @@ import numpy as np
 
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
-from chgval.errors import OutputError
+from chgval.data.pixel_file import PixelFile, spooling
 from chgval.records import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
 LARGEST_KEPT_SIZE = 64
 # Headers read to choose the image size.
 PROBED_IMAGES = 512
-# Share of the machine's memory that decoded images may fill before they go to a file.
+# How much decoded images may fill of the machine's memory, at most, before they go to a file. What the system
+# keeps of a file in memory it can take back.
 MEMORY_SHARE = 0.25
+MEMORY_BYTES = 2**30
 DECODED_AT_A_TIME = 512
 
 Encoded = bytes | UnreadableImageError
@@ -58,7 +58,7 @@ def choose_size(probed: Iterable[Encoded], largest: int, max_pixels: int) -> int
 
 def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels: int) -> LoadedImages:
     """Decode every image of the stream, in order, on all cores."""
-    pixels_N3SS = _allocate((num_rows, 3, size, size))
+    pixels_N3SS = _allocate(num_rows, size)
     problems: dict[int, str] = {}
     sizes: list[int] = []
 
@@ -116,7 +116,7 @@ class SpooledImages:
         self._path = Path(self._folder.name) / "images"
         self.problems: dict[int, str] = {}
         ends = [0]
-        with _spooling(), self._path.open("wb") as file:
+        with spooling(), self._path.open("wb") as file:
             for row, encoded in enumerate(stream):
                 if isinstance(encoded, UnreadableImageError):
                     self.problems[row] = str(encoded)
@@ -145,29 +145,14 @@ class SpooledImages:
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
 
 
-@contextmanager
-def _spooling() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{tempfile.gettempdir()}: images cannot be kept there while they are used ({error.strerror}); "
-            "free some space, or set TMPDIR to a larger folder."
-        ) from error
-
-
 def _grouped(stream: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
     iterator = iter(stream)
     while group := list(itertools.islice(iterator, size)):
         yield group
 
 
-def _allocate(shape: tuple[int, ...]) -> Pixels:
-    """Zeros in memory, or in an unnamed temporary file where they would fill too much of it."""
+def _allocate(num_rows: int, size: int) -> Pixels | PixelFile:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if np.prod(shape, dtype=np.int64) <= MEMORY_SHARE * memory:
-        return np.zeros(shape, dtype=np.uint8)
-    with _spooling(), tempfile.TemporaryFile(prefix="chgval-") as file:
-        # Where the disk is too full, this fails; a write into the map would kill the process.
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    if num_rows * 3 * size**2 <= min(MEMORY_SHARE * memory, MEMORY_BYTES):
+        return np.zeros((num_rows, 3, size, size), dtype=np.uint8)
+    return PixelFile(num_rows, size)

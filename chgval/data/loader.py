@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
+from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, first_line
 from chgval.interruption import ignore_signals
 
@@ -30,6 +31,8 @@ SHIFT_SHARE = 1 / 8
 STATISTICS_IMAGES = 2000
 # Share of a GPU's free memory that the samples may take.
 DEVICE_MEMORY_SHARE = 0.5
+# Rows of a file that are copied to a device at a time.
+ROWS_AT_A_TIME = 4096
 # A pass without gradients takes batches of this size on a CPU, whose caches they fit in; elsewhere it takes
 # twice the training batch.
 PLAIN_BATCH_ON_CPU = 64
@@ -134,19 +137,20 @@ class MemoryLoader:
         rows_N = torch.from_numpy(dataset.usable_rows())
         self._is_embedding = isinstance(dataset.content, Embeddings)
         if isinstance(dataset.content, Embeddings):
-            contents = torch.from_numpy(dataset.content.vectors_ND)
+            contents: Tensor | PixelFile = torch.from_numpy(dataset.content.vectors_ND)
             self.statistics = (
-                _vector_statistics(contents[rows_N])
+                _vector_statistics(_rows(contents, rows_N))
                 if mean is None or std is None
                 else Statistics(torch.tensor(mean), torch.tensor(std))
             )
         elif isinstance(dataset.content, PixelImages):
-            contents = torch.from_numpy(dataset.content.pixels_N3SS)
-            self.statistics = _statistics(contents[_spread(rows_N, STATISTICS_IMAGES)], mean, std)
+            pixels_N3SS = dataset.content.pixels_N3SS
+            contents = pixels_N3SS if isinstance(pixels_N3SS, PixelFile) else torch.from_numpy(pixels_N3SS)
+            self.statistics = _statistics(_rows(contents, _spread(rows_N, STATISTICS_IMAGES)), mean, std)
         else:
             raise TypeError("images that are decoded at each use need a DecodingLoader")
-        # Contents that would fill the device stay on the host; each batch of them is then copied by itself.
-        self._contents = contents.to(device) if _fits(contents, device) else contents
+        # Contents that would fill the device stay where they are; each batch is then copied by itself.
+        self._contents = _on_device(contents, device) if _fits(contents, device) else contents
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         self.rows = rows_N
         self._batch_size = batch_size
@@ -186,7 +190,7 @@ class MemoryLoader:
             yield self._batch(indices_B, self._take(indices_B))
 
     def _take(self, indices_B: Tensor) -> Tensor:
-        return self._contents[indices_B.to(self._contents.device)].to(self._device)
+        return _rows(self._contents, indices_B).to(self._device)
 
     def _batch(self, indices_B: Tensor, contents_B: Tensor) -> Batch:
         return Batch(indices_B, self._normaliser(contents_B), self._labels[indices_B])
@@ -372,10 +376,24 @@ def _num_batches(num_samples: int, batch_size: int) -> int:
     return max(1, min(math.ceil(num_samples / batch_size), num_samples // 2))
 
 
-def _fits(contents: Tensor, device: torch.device) -> bool:
+def _fits(contents: Tensor | PixelFile, device: torch.device) -> bool:
     if device.type != "cuda":
-        return True
+        return isinstance(contents, Tensor)
     return contents.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _on_device(contents: Tensor | PixelFile, device: torch.device) -> Tensor:
+    if isinstance(contents, Tensor):
+        return contents.to(device)
+    rows_N = torch.arange(contents.shape[0])
+    return torch.cat([_rows(contents, rows_B).to(device) for rows_B in torch.split(rows_N, ROWS_AT_A_TIME)])
+
+
+def _rows(contents: Tensor | PixelFile, indices_B: Tensor) -> Tensor:
+    """Return some of the contents, where these are."""
+    if isinstance(contents, Tensor):
+        return contents[indices_B.to(contents.device)]
+    return torch.from_numpy(contents[indices_B.cpu().numpy()])
 
 
 def _plain_batch_size(training_batch_size: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chgval.cli import app
-from chgval.data import images, loader
+from chgval.data import loader
 from chgval.reports import ReportWriter
 from tests.conftest import write_folder
 
@@ -253,13 +253,17 @@ def test_a_parquet_file_that_changes_after_it_was_read_does_not_matter(tmp_path)
     assert set(pq.read_table(out)["status"].to_pylist()) == {"valued"}
 
 
-def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MEMORY_SHARE", 0.0)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(images.os, "posix_fallocate", full)
-    root = write_folder(tmp_path / "images", 4)
-    result = invoke("value", root, *FAST, "-q", "-o", tmp_path / "v.parquet")
-    assert result.exit_code == 1 and "set TMPDIR to a larger folder" in result.stderr
+def test_a_temporary_folder_that_is_full_is_told(tmp_path):
+    """Decoded images go there that memory should not hold, and copies of large ones in Parquet files."""
+    table = tmp_path / "d.parquet"
+    files = sorted(write_folder(tmp_path / "images", 4, size=90).glob("*/*.png"))
+    pq.write_table(pa.table({"image": [file.read_bytes() for file in files], "label": [0, 1] * 4}), table)
+    code = "from chgval.data import images; images.MEMORY_BYTES = 0; from chgval.cli import main; main()"
+    for size in (64, 90):
+        args = ["value", table, *FAST, "--image-size", size, "-q", "-o", tmp_path / "v.parquet"]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            capture_output=True, text=True, timeout=120, preexec_fn=limited_to(50_000),
+        )  # fmt: skip
+        assert result.returncode == 1 and "set TMPDIR to a larger folder" in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr

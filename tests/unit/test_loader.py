@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from chgval.config import DataConfig
+from chgval.data import images
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
+from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError
 from tests.conftest import write_folder
 
@@ -183,3 +185,28 @@ def test_embeddings_are_normalised_and_constants_survive(tmp_path):
     varied = vectors[:, [0, 1, 3]]
     expected = (varied - varied.mean(0)) / varied.std(0, ddof=1)
     np.testing.assert_allclose(inputs[:, [0, 1, 3]], expected, atol=1e-4)
+
+
+def test_images_in_a_file_are_those_in_memory(image_folder, monkeypatch):
+    """More than memory should hold: the same batches, bit by bit."""
+    _, in_memory = loader_for(image_folder, 12, augment="crop-flip")
+    monkeypatch.setattr(images, "MEMORY_BYTES", 0)
+    dataset, in_file = loader_for(image_folder, 12, augment="crop-flip")
+    assert isinstance(dataset.content.pixels_N3SS, PixelFile)
+    expected, found = (
+        [*loader.training_batches(loader.rows, generator()), *loader.plain_batches()]
+        for loader in (in_memory, in_file)
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.indices_B, b.indices_B) and torch.equal(a.inputs_B, b.inputs_B)
+
+
+def test_a_file_of_pixels_is_read_as_an_array_is():
+    pixels_N3SS = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4), dtype=np.uint8)
+    file = PixelFile(5, 4)
+    for row in (0, 4, 2):
+        file[row] = pixels_N3SS[row]
+    pixels_N3SS[[1, 3]] = 0
+    rows = np.array([4, 1, 0, 4])
+    np.testing.assert_array_equal(file[rows], pixels_N3SS[rows])
+    assert file.shape == pixels_N3SS.shape and file.nbytes == pixels_N3SS.nbytes
