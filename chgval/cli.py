@@ -25,7 +25,6 @@ from chgval.config import (
     TrainingConfig,
     ValueConfig,
 )
-from chgval.files import claimed
 from chgval.options import (
     EXIT_TOO_NOISY,
     OUTPUT_PANEL,
@@ -45,6 +44,7 @@ from chgval.options import (
     output_options,
     resume_options,
     rule_of,
+    running,
     strategy_of,
     train_options,
     with_options,
@@ -152,7 +152,7 @@ def value(
     if plan:
         run_plan(config, console)
     else:
-        with claimed(*config.outputs):
+        with running(config.outputs, config.state_file, _command_line()):
             run_value(config, console, command=_command_line())
 
 
@@ -256,7 +256,7 @@ def detect_noise(
     )
     from chgval.runs.detect_noise import run_detect_noise
 
-    with claimed(*config.outputs):
+    with running(config.outputs, config.state_file, _command_line()):
         rate = run_detect_noise(config, console, command=_command_line())
     if config.fail_over is not None and rate.rate > config.fail_over:
         console.fail(
@@ -395,7 +395,7 @@ def select(
         materialize=materialize,
         link=None if link is None else link.value,
     )
-    with claimed(*config.outputs):
+    with running(config.outputs, config.state_file, _command_line()):
         run_select(config, console, command=_command_line())
 
 
@@ -503,7 +503,7 @@ def train_model(
         test_every=test_every,
         target_accuracy=target_accuracy,
     )
-    with claimed(config.folder):
+    with running(config.outputs, config.state_file, _command_line()):
         run_train(config, console, command=_command_line())
 
 

@@ -21,6 +21,8 @@ MAX_PIXELS = 100_000_000
 PILLOW_MAX_PIXELS = 178_956_970
 # Key of the schema metadata that a report carries, and by which a report among data is known.
 METADATA_KEY = b"chgval"
+# What files end in that hold the state of unfinished runs.
+STATE_ENDING = ".checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +140,10 @@ class OutputConfig:
         if not self.path:
             default = "txt" if self.listing else self.report_format or "parquet"
             object.__setattr__(self, "path", f"{self.name}.{default}")
+        if self.path.endswith(STATE_ENDING):
+            raise SettingsError(
+                f"--output {self.path}: runs keep their state under such names; pass another ending."
+            )
         ending = Path(self.path).suffix.removeprefix(".")
         is_told = self.listing is not None or self.report_format is not None or self.to_stdout
         if not is_told and ending not in REPORT_FORMATS:
@@ -145,6 +151,14 @@ class OutputConfig:
                 f"--output {self.path}: the ending says no format; end it in one of "
                 f"{', '.join(f'.{name}' for name in REPORT_FORMATS)}, or pass --format."
             )
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where a run keeps its state until all is written: values.checkpoint for values.parquet."""
+        if self.to_stdout:
+            return None
+        path = Path(self.path)
+        return path.with_name(f"{path.stem}{STATE_ENDING}")
 
     @property
     def to_stdout(self) -> bool:
@@ -204,6 +218,8 @@ class ValueConfig:
             raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
         if self.pred_probs is not None and self.mode == "none":
             raise SettingsError("--pred-probs: with --no-values there are none.")
+        if self.resume.resume and self.mode == "none":
+            raise SettingsError("--resume: with --no-values nothing is kept to go on with.")
 
     @property
     def outputs(self) -> list[Path]:
@@ -211,6 +227,11 @@ class ValueConfig:
         if self.mode == "none":
             return []
         return _files(self.output, None if self.pred_probs is None else str(self.pred_probs))
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where the run keeps its state."""
+        return None if self.mode == "none" else self.output.state_file
 
 
 # How files of a folder get into a new one.
@@ -273,6 +294,11 @@ class DetectConfig:
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
         return _files(self.output, self.values, None if self.cleaned is None else str(self.cleaned))
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where the runs behind it keep their state, if the input is a dataset."""
+        return (self.values or self.output).state_file
 
     @property
     def files(self) -> list[Path]:
@@ -355,6 +381,11 @@ class SelectConfig:
         return _files(self.output, self.values, self.with_random, materialized)
 
     @property
+    def state_file(self) -> Path | None:
+        """Where the run behind it keeps its state, if the input is a dataset."""
+        return (self.values or self.output).state_file
+
+    @property
     def files(self) -> list[Path]:
         """Files that the command reads or writes, besides the pruned dataset."""
         return _files(self.value.data.source, self.output, self.values, self.with_random, self.drop)
@@ -422,6 +453,16 @@ class TrainingConfig:
             raise SettingsError("--strategy glister: compares with held-out samples; pass --holdout 0.1.")
         if self.target_accuracy is not None and self.test is None and self.holdout is None:
             raise SettingsError("--target-accuracy: is reached on a test; pass --test or --holdout.")
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The folder that the command writes."""
+        return [self.folder]
+
+    @property
+    def state_file(self) -> Path:
+        """Where the run keeps its state."""
+        return self.folder / f"training{STATE_ENDING}"
 
 
 def _files(*named: str | OutputConfig | None) -> list[Path]:

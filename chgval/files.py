@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,8 +67,13 @@ def claimed(*paths: Path) -> Iterator[None]:
                     raise OutputError(
                         f"{path}: another run is writing it; wait for its end, or pass another name."
                     ) from error
-            held.callback(lock.unlink, missing_ok=True)
+            held.callback(_unlink_if_possible, lock)
         yield
+
+
+def _unlink_if_possible(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 @contextmanager
@@ -84,9 +89,9 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
     part = _part(path)
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(part)
         part.replace(path)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -96,7 +101,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that takes its name, which is free or an empty folder's, only when it is complete."""
     part = _part(path)
     try:
-        if part.exists():  # left over by a process of this number that was killed
+        if part.exists():  # left over by a process that was killed
             shutil.rmtree(part)
         part.mkdir()
         yield part
@@ -117,5 +122,15 @@ def could_not_write(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({reason}); pass another name.") from error
 
 
+def _sync(path: Path) -> None:
+    """Have what a file, or a folder as a list of names, holds lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Always the same: one run at a time writes there, and what a killed one left is replaced.
+    return path.with_name(f".{path.name}.part")

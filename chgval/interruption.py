@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
@@ -40,35 +42,78 @@ class Interruption:
         return self.signum is not None
 
 
+# Signals are the process's: what holds them back, if anything does.
+_holding = Interruption()
+
+
 @contextmanager
 def raising_interruptions() -> Iterator[None]:
     """Raise Interrupted, wherever the program is, when a signal comes."""
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    with _handling(stop):
+    with _handling(_stop):
         yield
 
 
 @contextmanager
 def holding_back() -> Iterator[Interruption]:
     """Note the first signal, so that the step at hand can be finished; a second one is raised at once."""
-    interruption = Interruption()
+    _holding.signum = None
 
     def note(signum: int, _: FrameType | None) -> None:
-        if interruption.has_come():
+        if _holding.has_come():
             raise Interrupted(signum)
-        interruption.signum = signum
+        _holding.signum = signum
 
-    with _handling(note):
-        yield interruption
+    try:
+        with _handling(note):
+            yield _holding
+    finally:
+        _holding.signum = None
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Raise Interrupted in the block even where signals are held back: what it does can be done again."""
+    if _holding.signum is not None:
+        raise Interrupted(_holding.signum)
+    with _handling(_stop):
+        yield
+
+
+@contextmanager
+def telling_how_to_go_on(state_file: Path | None, command: str) -> Iterator[None]:
+    """Say in the message of an interruption what is kept, and how to go on."""
+    try:
+        yield
+    except Interrupted as interruption:
+        if state_file is None or not state_file.exists():
+            raise
+        words = shlex.split(command)
+        command = shlex.join(words if "--resume" in words else [*words, "--resume"])
+        message = f"interrupted; what was done so far is kept in {state_file}; go on with: {command}"
+        raise Interrupted(interruption.signum, message) from interruption
+
+
+@contextmanager
+def leaving_child_signals() -> Iterator[None]:
+    """Keep what happens when a child process ends: torch would raise that in whatever is being done."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handled = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handled)
 
 
 def ignore_signals(_: int) -> None:
     """Leave it to the parent process what a signal to all of them means (as `worker_init_fn`)."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    raise Interrupted(signum)
 
 
 @contextmanager

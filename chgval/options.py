@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -31,8 +31,9 @@ from chgval.config import (
     Strategy,
     TrainConfig,
 )
-from chgval.errors import ChgvalError, SettingsError
-from chgval.interruption import Interrupted, raising_interruptions
+from chgval.errors import ChgvalError, SettingsError, first_line
+from chgval.files import claimed
+from chgval.interruption import Interrupted, raising_interruptions, telling_how_to_go_on
 
 if TYPE_CHECKING:
     from chgval.console import Console
@@ -222,6 +223,29 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if debug or torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        console.fail(
+            f"the device is out of memory ({first_line(error)}); pass a smaller --batch-size, --arch or "
+            "--image-size."
+        )
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+@contextmanager
+def running(outputs: Sequence[Path], state_file: Path | None, command: str) -> Iterator[None]:
+    """Hold what a command writes for it alone, and say how to go on where it is interrupted.
+
+    Args:
+        outputs: what it writes.
+        state_file: where it keeps the state of its runs.
+        command: the command line.
+    """
+    state_files = () if state_file is None else (state_file,)
+    with claimed(*outputs, *state_files), telling_how_to_go_on(state_file, command):
+        yield
 
 
 def output_options(name: str, formats: type[StrEnum] = Format) -> Callable[..., OutputConfig]:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -260,9 +261,8 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
 def write_table(config: OutputConfig, table: pa.Table) -> None:
     """Write a table. A file appears under its name only when it is complete."""
     if config.to_stdout:
-        with could_not_write(Path("standard output")):
-            _write(table, sys.stdout.buffer, config.resolved_format)
-            sys.stdout.buffer.flush()
+        with _standard_output() as file:
+            _write(table, file, config.resolved_format)
         return
     path = Path(config.path)
     with could_not_write(path), replacing(path) as file:
@@ -273,13 +273,24 @@ def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
     """Write one name after the other, each with its end; bytes that are no text come out as they were."""
     encoded = b"".join(os.fsencode(name + end) for name in names)
     if config.to_stdout:
-        with could_not_write(Path("standard output")):
-            sys.stdout.buffer.write(encoded)
-            sys.stdout.buffer.flush()
+        with _standard_output() as file:
+            file.write(encoded)
         return
     path = Path(config.path)
     with could_not_write(path), replacing(path) as file:
         file.write(encoded)
+
+
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    try:
+        with could_not_write(Path("standard output")):
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+    except OutputError:
+        # What could not be written must not be tried again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def write_array(path: Path, array: NDArray[np.float32]) -> None:
@@ -385,14 +396,6 @@ def epochs_folder(config: OutputConfig) -> Path:
     """Return the folder of the per-epoch parts: values.epochs beside values.parquet."""
     path = Path(config.path)
     return path.with_name(f"{path.stem}.epochs")
-
-
-def checkpoint_file(config: OutputConfig) -> Path | None:
-    """Return where a run keeps its state until all is written: values.checkpoint for values.parquet."""
-    if config.to_stdout:
-        return None
-    path = Path(config.path)
-    return path.with_name(f"{path.stem}.checkpoint")
 
 
 def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None:

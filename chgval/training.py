@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from chgval.accumulate import ValueAccumulator
 from chgval.data.loader import Batch, Loader
 from chgval.errors import DataError, DeviceMemoryError, NonFiniteError
+from chgval.interruption import at_once
 from chgval.models import SplitModel
 from chgval.recipe import Recipe
 from chgval.records import EpochRecord, Record, SplitRecord, State, StepRecord
@@ -131,7 +132,12 @@ class Trainer:
         self.finished_epochs = 0
         self._begun: _Epoch | None = None
 
-    def records(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epochs that are finished, and steps that were made in the next one."""
+        return self.finished_epochs, 0 if self._begun is None else self._begun.step
+
+    def records(self, is_stopped: Callable[[], bool] = lambda: False) -> Generator[Record]:
         """Train, and yield what happens: some records of steps, then the record of each epoch.
 
         Args:
@@ -154,6 +160,7 @@ class Trainer:
         }
         return {
             "finished_epochs": self.finished_epochs,
+            "num_parts": self._num_parts,
             "generator": self._generator.get_state(),
             # Dropout layers draw from these.
             "torch_generator": torch.get_rng_state(),
@@ -177,7 +184,7 @@ class Trainer:
         if self._accumulator is not None:
             self._accumulator.load_state_dict(state["accumulator"])
         self._begun = None if state["begun"] is None else _Epoch.from_state_dict(state["begun"], self._device)
-        self.finished_epochs = state["finished_epochs"]
+        self.finished_epochs, self._num_parts = state["finished_epochs"], state["num_parts"]
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         if self._on_cuda:
@@ -191,8 +198,12 @@ class Trainer:
         recipe, accumulator = self._recipe, self._accumulator
         started = time.perf_counter()
         if self._begun is None and accumulator is not None and self._separate_pass:
-            observe(self._model, self._loader, accumulator.update)
-        subset = None if self._choose is None else self._choose(epoch)
+            with at_once():
+                observe(self._model, self._loader, accumulator.update)
+        subset = None
+        if self._choose is not None:
+            with at_once():
+                subset = self._choose(epoch)
         if self._begun is None:
             rows = self._loader.rows if subset is None else subset.rows
             num_steps = self._loader.num_batches(rows)
@@ -235,7 +246,10 @@ class Trainer:
         )
 
     def _step(self, batch: Batch, lr: float, weights_N: Tensor | None, begun: _Epoch) -> bool:
-        """Make an optimizer step; return False, and change nothing, where there is no memory for it."""
+        """Make an optimizer step; return False, and leave the weights alone, where there is no memory for it.
+
+        Statistics of normalisation layers have then moved a little towards the batch, and will again.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
@@ -258,7 +272,8 @@ class Trainer:
         size = len(batch.indices_B)
         loss = torch.zeros((), device=self._device)
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows in torch.arange(size).tensor_split(self._num_parts):
+        # A batch may be small: of parts of one sample, normalisation layers could make nothing.
+        for rows in torch.arange(size).tensor_split(max(1, min(self._num_parts, size // 2))):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits_BC, features_BD = self._model(batch.inputs_B[part])
             losses_B = functional.cross_entropy(logits_BC, batch.labels_B[part], reduction="none")

@@ -141,16 +141,19 @@ def test_no_step_waits_for_the_device(image_folder):
         train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
     )
     run = prepare(config, read_dataset(config, Console(quiet=True)))
-    steps = make_trainer(run).records()
-    next(steps)  # up to the first reading
-    batch = next(iter(run.loader.training_batches(run.loader.rows, run.generator)))
-    torch.cuda.set_sync_debug_mode("error")
+    trainer = make_trainer(run)
+
+    def is_stopped():
+        """From the second to the eighth of ten steps, an operation that waits is an error."""
+        step = trainer.position[1]
+        torch.cuda.set_sync_debug_mode("error" if 1 < step < 8 else "default")
+        return step == 8
+
     try:
-        logits_BC, features_BD = run.model(batch.inputs_B)
-        torch.nn.functional.cross_entropy(logits_BC, batch.labels_B, reduction="none").mean().backward()
-        run.accumulator.update(batch.indices_B, logits_BC, features_BD)
+        assert list(trainer.records(is_stopped)) == []
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert trainer.position == (0, 8)
 
 
 @pytest.mark.cuda

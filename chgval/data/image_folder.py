@@ -21,6 +21,7 @@ from chgval.data.images import (
     choose_size,
     decode_once,
     keep_encoded,
+    read_image_file,
 )
 from chgval.errors import DataError
 from chgval.records import IntArray
@@ -40,10 +41,7 @@ class ImageFiles:
 
     def read(self, row: int) -> bytes:
         """Return the file's bytes. Raises UnreadableImageError where it cannot be read."""
-        try:
-            return Path(self.paths[row]).read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(error.strerror or type(error).__name__) from error
+        return read_image_file(Path(self.paths[row]))
 
     def read_or_error(self, row: int) -> Encoded:
         """Return the file's bytes, or the error."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,6 +29,8 @@ PROBED_IMAGES = 512
 MEMORY_SHARE = 0.25
 MEMORY_BYTES = 2**30
 DECODED_AT_A_TIME = 512
+# Bytes of a file: the most pixels that are accepted, at 16 bits in four channels, and some more.
+LARGEST_ENCODED = 2**31
 
 Encoded = bytes | UnreadableImageError
 
@@ -143,6 +147,37 @@ class SpooledImages:
     def __getstate__(self) -> dict[str, object]:
         # A worker process reads the file; it must not remove it.
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
+
+
+def leads_into(path: Path, folder: Path) -> bool:
+    """Say whether a path ends up in a folder, once all links in it are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def open_image_file(path: Path) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        UnreadableImageError: it cannot be read, would wait for another program, or has no end.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError("no regular file")
+        if status.st_size > LARGEST_ENCODED:
+            raise UnreadableImageError(f"{status.st_size:,} bytes, more than an image can have")
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def read_image_file(path: Path) -> bytes:
+    """Return a file's bytes. Raises UnreadableImageError as `open_image_file` does."""
+    with open_image_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
 
 
 def _grouped(stream: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:

@@ -21,7 +21,7 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, first_line
-from chgval.interruption import ignore_signals
+from chgval.interruption import ignore_signals, leaving_child_signals
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -279,8 +279,10 @@ class DecodingLoader:
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
+        with leaving_child_signals():
+            decoded = iter(loader)
         try:
-            for indices_B, pixels_B, problems in loader:
+            for indices_B, pixels_B, problems in decoded:
                 for row, reason in problems.items():
                     self._dataset.problems[row] = reason
                     if self._fail_on_error:

@@ -39,6 +39,8 @@ from chgval.data.images import (
     choose_size,
     decode_once,
     keep_encoded,
+    leads_into,
+    read_image_file,
 )
 from chgval.errors import DataError, first_line
 
@@ -337,12 +339,11 @@ def read_beside(folder: Path, path: str) -> Encoded:
     One that leads out of that folder is none: a file from a stranger could name any.
     """
     try:
-        file = (folder / path).resolve()
-        if not file.is_relative_to(folder.resolve()):
+        if not leads_into(folder / path, folder):
             return UnreadableImageError(f"{path}: lies outside of the folder of the Parquet file")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:
-        return UnreadableImageError(f"{path}: {getattr(error, 'strerror', None) or error}")
+        return read_image_file(folder / path)
+    except (ValueError, UnreadableImageError) as error:  # ValueError: a path with a zero byte
+        return UnreadableImageError(f"{path}: {error}")
 
 
 def _read_vectors(

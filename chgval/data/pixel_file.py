@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -42,12 +43,18 @@ class PixelFile:
 
     def __setitem__(self, row: int, pixels_3SS: Pixels) -> None:
         with spooling():
-            os.pwrite(self._file.fileno(), np.ascontiguousarray(pixels_3SS).data, row * self._row_bytes)
+            data = np.ascontiguousarray(pixels_3SS).data
+            written = os.pwrite(self._file.fileno(), data, row * self._row_bytes)
+            if written != self._row_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def __getitem__(self, rows_B: IntArray) -> Pixels:
         pixels_B3SS = np.empty((len(rows_B), *self.shape[1:]), dtype=np.uint8)
         for pixels_3SS, row in zip(pixels_B3SS, rows_B.tolist(), strict=True):
-            os.preadv(self._file.fileno(), [pixels_3SS.data], row * self._row_bytes)
+            with spooling():
+                read = os.preadv(self._file.fileno(), [pixels_3SS.data], row * self._row_bytes)
+                if read != self._row_bytes:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
         return pixels_B3SS
 
 

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from chgval.config import DataConfig, Link
 from chgval.data.columns import find_image_column, huggingface_features, is_image, is_text, original_column
 from chgval.data.dataset import class_indices, fingerprint
+from chgval.data.decode import UnreadableImageError
 from chgval.data.image_folder import FolderRows, as_text, file_size, list_image_folder
+from chgval.data.images import leads_into, open_image_file
 from chgval.data.open import kind_of
 from chgval.data.parquet import (
     COLUMN_ROWS,
@@ -90,15 +92,16 @@ class Rewritten:
     notes: Sequence[str]
 
 
-def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None:
+def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool, link: Link = "copy") -> None:
     """Raise an error where the dataset could not be written there; leave all as it is.
 
     Args:
         data: the dataset.
         target: a folder; or, for Parquet, one file that ends in .parquet.
         overwrite: whether a file may be replaced.
+        link: how the files of a folder get there.
     Raises:
-        DataError: the dataset does not exist.
+        DataError: the dataset does not exist, or has links that lead out of it.
         SettingsError: it is built in, or a folder of images shall become a file.
         OutputError: something is in the way, or the new dataset would be part of the old one.
     """
@@ -112,6 +115,8 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool) -> None
             rows = list_image_folder(Path(data.source))
             places = [Path(data.source), *{Path(path).parent for path in rows.paths}]
             taken = any(target.resolve().is_relative_to(place.resolve()) for place in places)
+            for path in () if link == "sym" else rows.paths:
+                _check_inside(Path(path), rows.root)
         else:
             taken = is_part_of(data.source, target)
         if taken:
@@ -161,7 +166,7 @@ def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Pa
     _check_rows(data.source, known, rows.ids, rows.labels_N)
     sizes = [file_size(path) for path in rows.paths]
     _check_fingerprint(data.source, known, fingerprint(rows.ids, rows.labels_N, rows.class_names, sizes))
-    readable_N = np.array([os.access(path, os.R_OK) for path in rows.paths])
+    readable_N = np.array([_is_readable(Path(path)) for path in rows.paths])
     is_moved_N = changes.new_labels_N >= 0
     relabelled = []
     with could_not_write(target), new_folder(target) as folder:
@@ -182,13 +187,20 @@ def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Pa
     return _rewritten(known, changes, changes.kept_N & readable_N, rows.class_names, rows.notes, unreadable)
 
 
+def _is_readable(path: Path) -> bool:
+    try:
+        open_image_file(path).close()
+    except UnreadableImageError:
+        return False
+    return True
+
+
 def _check_inside(path: Path, root: Path) -> None:
     """Raise DataError where a link leads out of the dataset: that file is nothing that it may hand on."""
-    target = path.resolve()
-    if not target.is_relative_to(root.resolve()):
+    if not leads_into(path, root):
         raise DataError(
-            f"{path}: leads out of the dataset, to {target}; pass --link sym, which only makes the same "
-            "links, or put the file in its place."
+            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; pass --link sym, which "
+            "only makes the same links, or put the file in its place."
         )
 
 

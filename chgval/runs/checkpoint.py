@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +22,15 @@ from chgval.interruption import Interrupted, holding_back
 from chgval.records import EpochRecord, Record, State
 from chgval.training import Trainer
 
-STATE_KEY = "chgval"
+HEADER_KEY = "chgval"
 # Settings that may change while a run is unfinished: where things are, and what does not enter its figures.
-FREE_SETTINGS = {"data.source", "data.workers", "pred_probs", "folder", "overwrite"}
+# What tests and subsets hold is compared, not where they are.
+FREE_SETTINGS = {"data.source", "data.workers", "pred_probs", "folder", "overwrite", "test", "subset"}
 FREE_GROUPS = ("output.", "resume.")
+# Names of the runs that a command may consist of; the first is that of the values, or the training.
+RUN_NAMES = ("", "threshold-1", "threshold-2")
+# What another library, or a file that is not what it should be, raises when a state is taken up.
+UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 
 class HasState(Protocol):
@@ -43,42 +49,62 @@ class Unfinished:
     """Where a command keeps the state of its runs until all that comes of them is written.
 
     Args:
+        command: its name.
         path: a file; None keeps nothing.
-        resumes: whether the user wants to go on with what is there.
+        outputs: files and folders that the command writes.
+        written_before: those of the run that is there, if the user wants to go on with it; else None.
     """
 
-    def __init__(self, path: Path | None = None, *, resumes: bool = False) -> None:
-        self.resumes = resumes
+    def __init__(
+        self,
+        command: str = "",
+        path: Path | None = None,
+        outputs: Sequence[Path] = (),
+        written_before: Sequence[str] | None = None,
+    ) -> None:
+        self.command = command
+        self.resumes = written_before is not None
+        self.outputs = sorted({*(written_before or ()), *(str(output.absolute()) for output in outputs)})
         self._path = path
-        self._files: list[Path] = []
+        self._own = set(written_before or ())
 
     def file(self, name: str) -> Path | None:
-        """Return where the run of that name is kept, if it is; the first has the name ""."""
+        """Return where the run of that name is kept, if it is."""
         path = self._path
-        if path is not None and name:
-            path = path.with_name(f"{path.stem}.{name}{path.suffix}")
-        if path is not None:
-            self._files.append(path)
-        return path
+        return path if path is None or not name else path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+    def is_own(self, path: Path) -> bool:
+        """Say whether what is under that name, if anything, was written by the run that is gone on with."""
+        return str(path.absolute()) in self._own
 
     def replaceable(self, output: OutputConfig) -> OutputConfig:
-        """Return an output as it is to be checked: where a run goes on, what is there may be replaced."""
-        return dataclasses.replace(output, overwrite=output.overwrite or self.resumes)
+        """Return an output as it is to be checked: what the run itself has written may be replaced."""
+        own = not output.to_stdout and self.is_own(Path(output.path))
+        return dataclasses.replace(output, overwrite=output.overwrite or own)
 
     def remove(self) -> None:
         """Delete the files, once there is nothing to go on with."""
-        for path in self._files:
-            with could_not_write(path):
-                path.unlink(missing_ok=True)
+        for name in RUN_NAMES:
+            path = self.file(name)
+            if path is not None:
+                with could_not_write(path):
+                    path.unlink(missing_ok=True)
 
 
 def find_unfinished(
-    path: Path | None, config: ResumeConfig, console: Console, *, overwrite: bool
+    command: str,
+    path: Path | None,
+    outputs: Sequence[Path],
+    config: ResumeConfig,
+    console: Console,
+    *,
+    overwrite: bool,
 ) -> Unfinished:
     """Look for a run to go on with.
 
     Raises:
         OutputError: there is one, and the user did not say what to do with it.
+        DataError: its state cannot be read.
         SettingsError: there can be none.
     """
     if path is None:
@@ -89,31 +115,35 @@ def find_unfinished(
         return Unfinished()
     with could_not_write(path):
         is_there = path.exists()
-    if config.resume and not is_there:
-        console.say(f"note: no unfinished run at {path}; starting from the beginning")
     if is_there and not config.resume and not overwrite:
         raise OutputError(
             f"{path}: an unfinished run is kept there; pass --resume to go on with it, or --overwrite to "
             "start anew."
         )
-    return Unfinished(path, resumes=is_there and config.resume)
+    if is_there and config.resume:
+        with _taking_up(path), safe_open(path, framework="pt") as file:
+            return Unfinished(command, path, outputs, [str(output) for output in _header(file)["outputs"]])
+    if config.resume:
+        console.say(f"note: no unfinished run at {path}; starting from the beginning")
+    return Unfinished(command, path, outputs)
 
 
 class Checkpoint:
     """Where a run keeps its state: a safetensors file that is replaced as a whole.
 
-    Creating it goes on with the state that is there, if the user wants that; else it deletes it.
+    Creating it goes on with the state that is there, if the user wants that; else it keeps the first one, so
+    that there is something to go on with from the start.
 
     Args:
         unfinished: where the command keeps its runs.
         trainer: of the run.
         parts: what else has state, by name.
-        metadata: what is known of the run (`metadata_of`); the file is of this run if settings, data, device
-            and version are the same.
+        metadata: what is known of the run (`metadata_of`); the file is of this run if command, settings,
+            data, device and version are the same.
         config: how often to keep it.
         console: where to warn.
         name: of the run among those of the command.
-        subset: says which samples are trained on and how they weigh, where that is not all of them alike.
+        digests: of what else must be the same, by what it is called.
     Raises:
         DataError: the state cannot be read, or is of another run.
     """
@@ -128,31 +158,32 @@ class Checkpoint:
         console: Console,
         *,
         name: str = "",
-        subset: str = "",
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         self._path = unfinished.file(name)
+        self._outputs = unfinished.outputs
         self._trainer = trainer
         self._parts = {**parts, "trainer": trainer}
-        self._identity = {**_identity(metadata), "subset": subset}
-        self._torch = metadata["libraries"]["torch"]
-        self._command = metadata["command"]
+        self._identity = {"command": unfinished.command, **_identity(metadata), **(digests or {})}
+        self._machine = {"torch": metadata["libraries"]["torch"], "threads": torch.get_num_threads()}
         self._seconds_between = 60 * config.minutes
         self._console = console
-        self._begun = self._kept = time.perf_counter()
+        self._began = self._kept = time.perf_counter()
         self._seconds_before = 0.0
         if self._path is not None and unfinished.resumes and self._path.exists():
             self._restore(self._path)
         elif self._path is not None:
-            with could_not_write(self._path):
-                self._path.unlink(missing_ok=True)
+            self._keep(self._path)
 
     @property
     def seconds(self) -> float:
         """Time that the run has taken so far, before and after interruptions."""
-        return self._seconds_before + time.perf_counter() - self._begun
+        return self._seconds_before + time.perf_counter() - self._began
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Generator[Record]:
         """Train, and yield what happens; keep the state after each epoch, and when it is due.
+
+        Whoever iterates closes the iterator: until then, signals are held back while a step is made.
 
         Raises:
             Interrupted: a signal came; the state was kept then.
@@ -161,32 +192,31 @@ class Checkpoint:
             yield from self._trainer.records()
             return
         with holding_back() as interruption:
+            kept_at = self._trainer.position
             for record in self._trainer.records(interruption.has_come):
                 yield record
                 is_due = time.perf_counter() - self._kept > self._seconds_between
                 if isinstance(record, EpochRecord) or is_due:
                     self._keep(self._path)
+                    kept_at = self._trainer.position
             if interruption.signum is not None:
-                self._keep(self._path)
-                hint = "" if "--resume" in self._command.split() else " --resume"
-                raise Interrupted(
-                    interruption.signum,
-                    f"interrupted; what was done so far is kept in {self._path}; go on with: "
-                    f"{self._command}{hint}",
-                )
+                if self._trainer.position != kept_at:
+                    self._keep(self._path)
+                raise Interrupted(interruption.signum)
 
     def _keep(self, path: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        kept = {
+        header = {
             "identity": self._identity,
-            "torch": self._torch,
+            "machine": self._machine,
+            "outputs": self._outputs,
             "seconds": self.seconds,
-            "state": _without_tensors(state, "", tensors),
+            "state": _without_tensors(state, "", tensors, set()),
         }
         try:
             with could_not_write(path), replacing_by_name(path) as part:
-                save_file(tensors, part, {STATE_KEY: json.dumps(kept)})
+                save_file(tensors, part, {HEADER_KEY: json.dumps(header)})
         except (OutputError, SafetensorError) as error:
             self._console.warn(
                 f"the state of the run cannot be kept in {path} ({first_line(error)}); the run goes on, and "
@@ -195,34 +225,43 @@ class Checkpoint:
         self._kept = time.perf_counter()
 
     def _restore(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                kept = json.loads(file.metadata()[STATE_KEY])
-                differences = _differences(kept["identity"], self._identity)
-                if differences:
-                    raise DataError(
-                        f"{path}: the unfinished run there has {differences}; pass what it was started with, "
-                        "or --overwrite instead of --resume to start anew."
-                    )
-                state = _with_tensors(kept["state"], file)
+        with _taking_up(path), safe_open(path, framework="pt") as file:
+            header = _header(file)
+            differences = _differences(header["identity"], self._identity)
+            if differences:
+                raise DataError(
+                    f"{path}: the unfinished run there has {differences}; pass what it was started with, "
+                    "or --overwrite instead of --resume to start anew."
+                )
+            state = _with_tensors(header["state"], file)
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
-            self._seconds_before = float(kept["seconds"])
-            torch_before = kept["torch"]
-        except (
-            *(OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
-        ) as error:
-            raise DataError(
-                f"{path}: cannot be taken up ({first_line(error)}); pass --overwrite instead of --resume to "
-                "start anew."
-            ) from error
+            self._seconds_before = float(header["seconds"])
+            machine = dict(header["machine"])
         epochs = self._trainer.finished_epochs
         self._console.say(f"going on with {path}, after {epochs:,} finished epochs")
-        if torch_before != self._torch:
-            self._console.warn(
-                f"the run was started with torch {torch_before} and goes on with {self._torch}; figures may "
-                "differ in their last digits"
-            )
+        for name, own in self._machine.items():
+            if machine.get(name) != own:
+                self._console.warn(
+                    f"the run was started with {name} {machine.get(name)} and goes on with {own}; figures "
+                    "may differ in their last digits"
+                )
+
+
+@contextmanager
+def _taking_up(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: cannot be taken up ({first_line(error)}); pass --overwrite instead of --resume to "
+            "start anew."
+        ) from error
+
+
+def _header(file: Any) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(file.metadata()[HEADER_KEY])
+    return header
 
 
 def _identity(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -255,25 +294,38 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _differences(kept: dict[str, Any], own: dict[str, Any]) -> str:
     """Name the first difference; say nothing where there is none."""
     for name, value in own.items():
-        if name not in kept or kept[name] != value:
-            whole = {"dataset": "another dataset, or one that has changed since", "classes": "other classes"}
-            whole["subset"] = "another subset"
-            option = name.rpartition(".")[2].replace("_", "-")
-            return whole.get(name, f"{option} {kept.get(name)}, not {value}")
+        if name in kept and kept[name] == value:
+            continue
+        if name == "dataset":
+            return "another dataset, or one that has changed since"
+        if name in ("classes", "subset", "test data"):
+            return f"other {name}" if name == "classes" else f"another {name}"
+        option = name.rpartition(".")[2].replace("_", "-")
+        return f"{option} {kept.get(name)}, not {value}"
     return ""
 
 
-def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a state in which tensors are references, {"tensor": name}; put them among the tensors."""
+def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor], storages: set[int]) -> Any:
+    """Return a state in which tensors are references, {"tensor": name}; put them among the tensors.
+
+    Args:
+        value: the state, or a part of it.
+        path: names that lead there.
+        tensors: gets them, contiguous and on the host.
+        storages: addresses of their memory.
+    """
     if isinstance(value, dict):
-        return {name: _without_tensors(item, f"{path}/{name}", tensors) for name, item in value.items()}
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        storages = {known.untyped_storage().data_ptr() for known in tensors.values()}
-        # safetensors refuses tensors that share their memory.
-        tensors[path] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
-        return {"tensor": path}
-    return value
+        return {
+            name: _without_tensors(item, f"{path}/{name}", tensors, storages) for name, item in value.items()
+        }
+    if not isinstance(value, torch.Tensor):
+        return value
+    tensor = value.detach().cpu().contiguous()
+    if tensor.untyped_storage().data_ptr() in storages:
+        tensor = tensor.clone()  # safetensors refuses tensors that share their memory
+    storages.add(tensor.untyped_storage().data_ptr())
+    tensors[path] = tensor
+    return {"tensor": path}
 
 
 def _with_tensors(value: Any, file: Any) -> Any:

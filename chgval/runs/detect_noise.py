@@ -21,7 +21,6 @@ from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, Suspec
 from chgval.reports import (
     SUSPECTS_SCHEMA,
     check_output,
-    checkpoint_file,
     is_report,
     read_report,
     with_metadata,
@@ -125,18 +124,23 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     from chgval.data.rewrite import check_rewritable
     from chgval.runs.checkpoint import find_unfinished
     from chgval.runs.duplicates import check_images, find_duplicates
+    from chgval.runs.rewriting import is_written
     from chgval.runs.threshold_samples import check_enough, run_margins, threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
-    if config.cleaned is not None:
-        check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)
-    kept = config.values or config.output
     unfinished = find_unfinished(
-        checkpoint_file(kept), config.value.resume, console, overwrite=config.output.overwrite
+        "detect-noise",
+        config.state_file,
+        config.outputs,
+        config.value.resume,
+        console,
+        overwrite=config.output.overwrite,
     )
+    if config.cleaned is not None and not is_written(config.cleaned, unfinished):
+        check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)
     check_output(unfinished.replaceable(config.output), config.value.data.source)
     values = None if config.values is None else unfinished.replaceable(config.values)
-    check_outputs(config.value, values)
+    check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
     if config.duplicates:
         check_images(dataset)
@@ -163,8 +167,10 @@ def _write_cleaned(
     given: _Input, flagged_N: NDArray[np.bool_], target: Path, relabel: float | None, console: Console
 ) -> None:
     """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
-    from chgval.runs.rewriting import rewrite_rows  # imports torch
+    from chgval.runs.rewriting import is_written, rewrite_rows  # imports torch
 
+    if is_written(target, given.unfinished):
+        return
     report = given.report
     sure_N = np.zeros(len(flagged_N), dtype=bool)
     if relabel is not None:

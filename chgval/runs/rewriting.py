@@ -15,6 +15,7 @@ from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, re
 from chgval.errors import DataError
 from chgval.records import IntArray
 from chgval.reports import dataset_of
+from chgval.runs.checkpoint import Unfinished
 
 
 def dataset_behind(
@@ -39,6 +40,11 @@ def dataset_behind(
     except DataError as error:
         raise DataError(f"{error} {source} was made from it, under this name.") from error
     return data
+
+
+def is_written(target: Path, unfinished: Unfinished | None) -> bool:
+    """Say whether a run that is gone on with has written the new dataset already: it appears complete."""
+    return unfinished is not None and unfinished.is_own(target) and target.exists()
 
 
 def _known(report: pa.Table, metadata: dict[str, Any]) -> Known:

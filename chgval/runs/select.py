@@ -20,7 +20,6 @@ from chgval.reports import (
     MANIFEST_SCHEMA,
     SUSPECTS,
     check_output,
-    checkpoint_file,
     is_report,
     read_report,
     with_metadata,
@@ -51,8 +50,6 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
     source = config.value.data.source
     if config.materialize is not None:
         check_apart(config.materialize, config.files)
-    if config.with_random is not None:
-        check_output(config.with_random, source)
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report, rng = given.report, np.random.default_rng(config.value.train.seed)
     dropped_N = np.zeros(report.num_rows, dtype=bool)
@@ -75,13 +72,14 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
         write_table(config.with_random, with_metadata(random, {**metadata, "selection": {"by": "random"}}))
     _tell(config, console, report, kept_N, dropped_N)
     if config.materialize is not None:
-        from chgval.runs.rewriting import rewrite_rows  # imports torch
+        from chgval.runs.rewriting import is_written, rewrite_rows  # imports torch
 
         link = config.link or "copy"
-        written = rewrite_rows(
-            given.data, report, given.metadata, kept_N, config.materialize, console, link=link
-        )
-        console.say(f"{written:,} rows -> {config.materialize}")
+        if not is_written(config.materialize, given.unfinished):
+            written = rewrite_rows(
+                given.data, report, given.metadata, kept_N, config.materialize, console, link=link
+            )
+            console.say(f"{written:,} rows -> {config.materialize}")
     if given.unfinished is not None:
         given.unfinished.remove()
 
@@ -131,6 +129,8 @@ def _columns(config: SelectConfig) -> list[str]:
 def _read_report(config: SelectConfig) -> _Input:
     source = config.value.data.source
     check_output(config.output, source)
+    if config.with_random is not None:
+        check_output(config.with_random, source)
     report, metadata = read_report(source, _columns(config))
     data = config.value.data
     if config.materialize is not None:
@@ -144,18 +144,27 @@ def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Inp
     # These import torch, which reports do without.
     from chgval.data.rewrite import check_rewritable
     from chgval.runs.checkpoint import find_unfinished
+    from chgval.runs.rewriting import is_written
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     data = config.value.data
-    if config.materialize is not None:
-        check_rewritable(data, config.materialize, overwrite=config.output.overwrite)
-    kept = config.values or config.output
     unfinished = find_unfinished(
-        checkpoint_file(kept), config.value.resume, console, overwrite=config.output.overwrite
+        "select",
+        config.state_file,
+        config.outputs,
+        config.value.resume,
+        console,
+        overwrite=config.output.overwrite,
     )
-    check_output(unfinished.replaceable(config.output), config.value.data.source)
+    if config.materialize is not None and not is_written(config.materialize, unfinished):
+        check_rewritable(
+            data, config.materialize, overwrite=config.output.overwrite, link=config.link or "copy"
+        )
+    for output in (config.output, config.with_random):
+        if output is not None:
+            check_output(unfinished.replaceable(output), config.value.data.source)
     values = None if config.values is None else unfinished.replaceable(config.values)
-    check_outputs(config.value, values)
+    check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
     valued = value_dataset(config.value, dataset, values, console, unfinished, command=command)
     return _Input(valued.table.select(_columns(config)), valued.metadata, data, unfinished)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,11 +19,13 @@ from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
 from chgval.evaluation import evaluate
+from chgval.files import could_not_write
+from chgval.interruption import at_once
 from chgval.records import EpochRecord, IntArray, Record
 from chgval.reports import MANIFEST, read_report
 from chgval.runs.checkpoint import Checkpoint, HasState, find_unfinished
 from chgval.runs.choosing import Chooser, Test, select_every
-from chgval.runs.training_folder import CHECKPOINT_FILE, Training, TrainingFolder, check_training_folder
+from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
 from chgval.runs.value import (
     Run,
     make_trainer,
@@ -180,9 +183,10 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
         Interrupted: a signal came.
     """
     unfinished = find_unfinished(
-        config.folder / CHECKPOINT_FILE, config.resume, console, overwrite=config.overwrite
+        "train", config.state_file, config.outputs, config.resume, console, overwrite=config.overwrite
     )
-    check_training_folder(config.folder, overwrite=config.overwrite or unfinished.resumes)
+    if not unfinished.resumes:
+        check_training_folder(config)
     values = ValueConfig(data=config.data, train=config.train, mode="none")
     dataset = read_dataset(values, console)
     tested = None if config.test is None else read_test(config.data, config.test, dataset, console)
@@ -200,16 +204,22 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
         test = held if tested is None else test_on(run, config.data, tested)
         console.settings([*settings_shown(run, values), *_choices_shown(config, test)])
         metadata = metadata_of(run, config, command)
-        fixed, digest = None, ""
+        fixed, digests = None, {"test data": "" if tested is None else tested.fingerprint}
         if manifest is not None:
             rows = torch.from_numpy(dataset.usable_rows())
             fixed = Subset.weighted(rows, manifest[1][rows], len(dataset), run.device)
-            digest = hashlib.blake2b(rows.numpy().tobytes() + manifest[1][rows].numpy().tobytes()).hexdigest()
+            chosen = rows.numpy().tobytes() + manifest[1][rows].numpy().tobytes()
+            digests["subset"] = hashlib.blake2b(chosen).hexdigest()
         chooser, training = Chooser(run, config, held, fixed), Training()
         trainer = make_trainer(run, choose=chooser, average=chooser.average)
         parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": training}
-        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, subset=digest)
-        folder = TrainingFolder(config.folder, metadata, dataset, chooser, goes_on=unfinished.resumes)
+        if tested is not None:
+            parts["tested"] = tested
+        with could_not_write(config.folder):
+            config.folder.mkdir(exist_ok=True)
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, digests=digests)
+        goes_on = trainer.position != (0, 0)
+        folder = TrainingFolder(config.folder, metadata, dataset, chooser, goes_on=goes_on)
         train(run, checkpoint.records(), training, config, console, test=test, folder=folder)
         folder.finish(run.model, training)
     unfinished.remove()
@@ -221,7 +231,7 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
 
 def train(
     run: Run,
-    records: Iterator[Record],
+    records: Generator[Record],
     training: Training,
     config: TrainingConfig,
     console: Console,
@@ -240,7 +250,8 @@ def train(
         test: samples to test on.
         folder: where choices and epochs are kept, if they are.
     """
-    with console.progress(run.recipe.epochs * run.loader.num_batches(run.loader.rows)) as shown:
+    total = run.recipe.epochs * run.loader.num_batches(run.loader.rows)
+    with closing(records), console.progress(total) as shown:
         for record in records:
             shown.show(record)
             if not isinstance(record, EpochRecord):
@@ -249,7 +260,8 @@ def train(
             if test is not None and (
                 record.epoch % config.test_every == 0 or record.epoch == record.num_epochs
             ):
-                evaluation = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes)
+                with at_once():
+                    evaluation = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes)
                 console.say(evaluation_line(evaluation))
             training.add(record, evaluation, config.target_accuracy)
             if folder is not None:

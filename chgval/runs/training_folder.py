@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from chgval.config import OutputConfig
+from chgval.config import OutputConfig, TrainingConfig
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
 from chgval.files import check_new_folder, could_not_write, replacing
@@ -25,8 +25,8 @@ from chgval.reports import MANIFEST, with_metadata, write_table
 from chgval.runs.choosing import Chooser
 from chgval.training import Subset
 
-MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER, CHECKPOINT_FILE = (
-    "model.safetensors", "training.json", "metrics.parquet", "subsets", "training.checkpoint",
+MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
+    "model.safetensors", "training.json", "metrics.parquet", "subsets",
 )  # fmt: skip
 
 METRICS_SCHEMA = pa.schema(
@@ -94,7 +94,7 @@ class TrainingFolder:
     """Where a training leaves its files: metrics and choices as they come, the model when it is trained.
 
     Args:
-        folder: is made, or emptied of the files of an earlier training.
+        folder: of the training; files of an earlier one are deleted.
         metadata: what is known of the training.
         dataset: what is trained on.
         chooser: what of it.
@@ -111,12 +111,10 @@ class TrainingFolder:
         self._dataset = dataset
         self._chooser = chooser
         with could_not_write(folder):
-            folder.mkdir(exist_ok=True)
-            if not goes_on:
-                for name in (MODEL_FILE, METRICS_FILE, TRAINING_FILE):
-                    (folder / name).unlink(missing_ok=True)
-                if (folder / SUBSETS_FOLDER).exists():
-                    shutil.rmtree(folder / SUBSETS_FOLDER)
+            for name in () if goes_on else (MODEL_FILE, METRICS_FILE):
+                (folder / name).unlink(missing_ok=True)
+            if not goes_on and (folder / SUBSETS_FOLDER).exists():
+                shutil.rmtree(folder / SUBSETS_FOLDER)
         self._describe({})
 
     def write(self, training: Training) -> None:
@@ -154,11 +152,12 @@ class TrainingFolder:
             file.write(text.encode("utf-8", "backslashreplace"))
 
 
-def check_training_folder(folder: Path, *, overwrite: bool) -> None:
+def check_training_folder(config: TrainingConfig) -> None:
     """Raise OutputError where files of a training would be in the way of what is no training."""
-    if overwrite and (folder / TRAINING_FILE).is_file():
+    folder = config.folder
+    if config.overwrite and ((folder / TRAINING_FILE).is_file() or config.state_file.is_file()):
         return
-    if overwrite and folder.is_dir() and any(folder.iterdir()):
+    if config.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise OutputError(
             f"{folder}: holds no {TRAINING_FILE}, so it is no earlier training; pass another name."
         )

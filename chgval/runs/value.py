@@ -7,8 +7,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, Record, RunSignals, RunSummary, SampleLine, StepRecord
-from chgval.reports import ReportWriter, checkpoint_file, values_table, write_array
+from chgval.reports import ReportWriter, values_table, write_array
 from chgval.runs.checkpoint import Checkpoint, Unfinished, find_unfinished
 from chgval.training import Subset, Trainer, WeightAverage, observe
 
@@ -93,10 +93,10 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
         )
         return
     unfinished = find_unfinished(
-        checkpoint_file(config.output), config.resume, console, overwrite=config.output.overwrite
+        "value", config.state_file, config.outputs, config.resume, console, overwrite=config.output.overwrite
     )
     output = unfinished.replaceable(config.output)
-    check_outputs(config, output)
+    check_outputs(config, output, unfinished)
     dataset = read_dataset(config, console)
     valued = value_dataset(config, dataset, output, console, unfinished, command=command)
     unfinished.remove()
@@ -139,7 +139,8 @@ def value_dataset(
         trainer = make_trainer(run, separate_pass=config.mode == "exact")
         parts = {"dataset": dataset}
         checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console)
-        writer = None if output is None else ReportWriter(output, goes_on=unfinished.resumes)
+        goes_on = trainer.position != (0, 0)
+        writer = None if output is None else ReportWriter(output, goes_on=goes_on)
         train_to_end(run, checkpoint.records(), console, writer, metadata)
         accumulator = run.accumulator
         if accumulator is None or run.average is None:
@@ -159,17 +160,17 @@ def value_dataset(
 
 def run_plan(config: ValueConfig, console: Console) -> None:
     """Tell what a run would do and cost, from a few timed steps, and stop."""
-    check_outputs(config, None if config.mode == "none" else config.output)
+    check_outputs(config, None if config.mode == "none" else config.output, Unfinished())
     with prepared(config, read_dataset(config, console)) as run:
         console.settings([*settings_shown(run, config), *_costs(run, config)])
 
 
-def check_outputs(config: ValueConfig, output: OutputConfig | None) -> None:
+def check_outputs(config: ValueConfig, output: OutputConfig | None, unfinished: Unfinished) -> None:
     """Raise OutputError, before anything is read, where something cannot be written."""
     if output is not None:
         ReportWriter.check(output, config.data.source)
-    if config.pred_probs is not None:
-        check_free(config.pred_probs, overwrite=(output or config.output).overwrite)
+    if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
+        check_free(config.pred_probs, overwrite=config.output.overwrite)
 
 
 @contextmanager
@@ -292,13 +293,14 @@ def summarise(dataset: Dataset, signals: RunSignals) -> RunSummary:
 
 def train_to_end(
     run: Run,
-    records: Iterator[Record],
+    records: Generator[Record],
     console: Console,
     writer: ReportWriter | None = None,
     metadata: dict[str, object] | None = None,
 ) -> None:
     """Train to the end, showing and writing each epoch as it comes."""
-    with console.progress(run.recipe.epochs * run.loader.num_batches(run.loader.rows)) as shown:
+    total = run.recipe.epochs * run.loader.num_batches(run.loader.rows)
+    with closing(records), console.progress(total) as shown:
         for record in records:
             shown.show(record)
             if isinstance(record, EpochRecord) and writer is not None:

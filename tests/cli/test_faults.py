@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from chgval.cli import app
 from chgval.data import loader
 from chgval.reports import ReportWriter
+from chgval.runs import value
 from tests.conftest import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
@@ -97,8 +99,10 @@ def test_a_full_standard_output_is_an_error_of_one_line(image_folder, tmp_path):
             text=True,
             timeout=120,
             cwd=tmp_path,
+            # With it, nothing would be left to be written at the end of Python.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         )
-    assert result.returncode == 1
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "standard output: cannot be written (No space left on device)" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -118,7 +122,9 @@ def test_an_output_folder_that_vanishes_is_made_anew(image_folder, tmp_path, mon
     assert invoke("value", image_folder, *FAST, "-q", "-o", folder / "v.parquet").exit_code == 0
     assert files_in(folder) == ["v.epochs", "v.parquet"]
     assert pq.read_table(folder / "v.parquet").num_rows == 40
-    assert files_in(tmp_path / "elsewhere") == [".v.parquet.lock", "v.checkpoint", "v.epochs"]
+    assert files_in(tmp_path / "elsewhere") == [
+        ".v.checkpoint.lock", ".v.parquet.lock", "v.checkpoint", "v.epochs",
+    ]  # fmt: skip
 
 
 def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path, monkeypatch):
@@ -132,12 +138,12 @@ def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path, monkeyp
         folder.chmod(0o500)
         original(self, table, metadata)
 
-    monkeypatch.setattr(ReportWriter, "write", write)
     args = ["value", image_folder, *FAST, "-q", "-o", folder / "v.parquet"]
-    result = invoke(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportWriter, "write", write)
+        result = invoke(*args)
     folder.chmod(0o700)
     assert result.exit_code == 1 and "v.parquet: cannot be written (Permission denied)" in result.stderr
-    monkeypatch.undo()
     assert invoke(*args, "--resume").exit_code == 0 and files_in(folder) == ["v.epochs", "v.parquet"]
 
 
@@ -190,23 +196,31 @@ def test_ignored_signals_stay_ignored(image_folder, tmp_path):
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):
+    """Whatever the main process does then, here a step."""
     root = write_folder(tmp_path / "images", 30, size=90)
-    args = ["value", root, "--image-size", 70, "--workers", 1, *LONG, "-q", "-o", tmp_path / "v.parquet"]
-    process = subprocess.Popen(chgval(*args), stderr=subprocess.PIPE, text=True)
-    wait_for((tmp_path / "v.checkpoint").exists, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 60
-    while process.poll() is None:
-        assert time.monotonic() < deadline
-        for worker in children.read_text().split() if children.exists() else []:
-            try:
-                os.kill(int(worker), signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # an epoch ended meanwhile
-        time.sleep(0.01)
-    _, stderr = process.communicate()
-    assert process.returncode == 1 and "a process that decodes images died" in stderr
-    assert "Traceback" not in stderr and (tmp_path / "v.checkpoint").exists()
+    code = (
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
+        "from chgval.training import Trainer\n"
+        "step = Trainer._step\n"
+        "def killing(self, *args):\n"
+        "    for worker in Path(f'/proc/self/task/{os.getpid()}/children').read_text().split():\n"
+        "        os.kill(int(worker), signal.SIGKILL)\n"
+        "    time.sleep(0.5)\n"
+        "    return step(self, *args)\n"
+        "Trainer._step = killing\n"
+        "from chgval.cli import main\n"
+        "main()\n"
+    )
+    args = ["value", root, "--image-size", 70, "--workers", 1, "--batch-size", 4, *FAST, "-q"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args), "-o", tmp_path / "v.parquet"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1 and "a process that decodes images died" in result.stderr
+    assert result.stderr.count("\n") == 1 and (tmp_path / "v.checkpoint").exists()
 
 
 def test_images_that_disappear_or_change_during_a_run_are_told(tmp_path, monkeypatch):
@@ -267,3 +281,14 @@ def test_a_temporary_folder_that_is_full_is_told(tmp_path):
         )  # fmt: skip
         assert result.returncode == 1 and "set TMPDIR to a larger folder" in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_out_of_memory_outside_of_steps_is_an_error_of_one_line(image_folder, tmp_path, monkeypatch):
+    def observe_average(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(value, "observe_average", observe_average)
+    result = invoke("value", image_folder, *FAST, "-q", "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "the device is out of memory (CUDA out of memory." in result.stderr
+    assert (tmp_path / "v.checkpoint").exists()

@@ -41,6 +41,10 @@ def test_odd_files_cost_their_row_and_nothing_else(tmp_path):
     (cat / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (cat / "text.png").write_text("not an image")
     (cat / "a-jpeg.png").write_bytes(jpeg)
+    os.mkfifo(cat / "waits-for-ever.png")
+    (cat / "has-no-end.png").symlink_to("/dev/zero")
+    with (cat / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
     out = tmp_path / "v.parquet"
     result = invoke("value", root, *FAST[:-1], "-o", out)
     assert result.exit_code == 0, result.stderr
@@ -49,14 +53,22 @@ def test_odd_files_cost_their_row_and_nothing_else(tmp_path):
     # As for torchvision, a folder is no image whatever its name; all else that ends like one has a row.
     assert set(unreadable) == {f"cat/{name}" for name in (
         "broken-link.png", "looping-link.png", "empty.png", "truncated.jpg", "text.png",
+        "waits-for-ever.png", "has-no-end.png", "sparse.png",
     )}  # fmt: skip
     assert unreadable["cat/broken-link.png"] == "No such file or directory"
     assert unreadable["cat/looping-link.png"] == "Too many levels of symbolic links"
     assert unreadable["cat/empty.png"] == "empty file"
-    assert rows["cat/a-jpeg.png"]["status"] == "valued" and len(rows) == 18
+    assert unreadable["cat/has-no-end.png"] == unreadable["cat/waits-for-ever.png"] == "no regular file"
+    assert unreadable["cat/sparse.png"] == "1,099,511,627,776 bytes, more than an image can have"
+    assert rows["cat/a-jpeg.png"]["status"] == "valued" and len(rows) == 21
     target = tmp_path / "pruned"
-    assert invoke("select", out, "--fraction", 1, "--materialize", target, "-q",
-                  "-o", tmp_path / "m.parquet").exit_code == 0  # fmt: skip
+    args = ["select", out, "--fraction", 1, "--materialize", target, "-q", "-o", tmp_path / "m.parquet"]
+    refused = invoke(*args)
+    assert refused.exit_code == 1 and "has-no-end.png: leads out of the dataset" in refused.stderr
+    (cat / "has-no-end.png").unlink()
+    (cat / "has-no-end.png").write_bytes(b"")
+    result = invoke(*args)
+    assert result.exit_code == 0, result.stderr
     assert len(list(target.rglob("*.*"))) == 13
 
 
