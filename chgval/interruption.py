@@ -42,8 +42,8 @@ class Interruption:
         return self.signum is not None
 
 
-# Signals are the process's: what holds them back, if anything does.
-_holding = Interruption()
+# Signals are the process's: what holds them back now, if anything does.
+_held: list[Interruption] = []
 
 
 @contextmanager
@@ -56,25 +56,29 @@ def raising_interruptions() -> Iterator[None]:
 @contextmanager
 def holding_back() -> Iterator[Interruption]:
     """Note the first signal, so that the step at hand can be finished; a second one is raised at once."""
-    _holding.signum = None
+    interruption = Interruption()
 
     def note(signum: int, _: FrameType | None) -> None:
-        if _holding.has_come():
+        if interruption.has_come():
             raise Interrupted(signum)
-        _holding.signum = signum
+        interruption.signum = signum
 
+    _held.append(interruption)
     try:
         with _handling(note):
-            yield _holding
+            yield interruption
     finally:
-        _holding.signum = None
+        _held.remove(interruption)
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
     """Raise Interrupted in the block even where signals are held back: what it does can be done again."""
-    if _holding.signum is not None:
-        raise Interrupted(_holding.signum)
+    if not _held:
+        yield
+        return
+    if _held[-1].signum is not None:
+        raise Interrupted(_held[-1].signum)
     with _handling(_stop):
         yield
 

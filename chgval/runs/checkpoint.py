@@ -298,8 +298,10 @@ def _differences(kept: dict[str, Any], own: dict[str, Any]) -> str:
             continue
         if name == "dataset":
             return "another dataset, or one that has changed since"
-        if name in ("classes", "subset", "test data"):
-            return f"other {name}" if name == "classes" else f"another {name}"
+        if name in ("classes", "test data"):
+            return f"other {name}"
+        if name == "subset":
+            return "another subset"
         option = name.rpartition(".")[2].replace("_", "-")
         return f"{option} {kept.get(name)}, not {value}"
     return ""

@@ -399,7 +399,7 @@ def test_changed_test_data_are_other_test_data(image_folder, tmp_path, monkeypat
     tests.rename(elsewhere)
     (elsewhere / "cat" / "000.png").rename(tmp_path / "000.png")
     refused = invoke(*args, elsewhere, "-o", tmp_path / "t", "--resume")
-    assert refused.exit_code == 1 and "has another test data" in refused.stderr
+    assert refused.exit_code == 1 and "has other test data" in refused.stderr
     (tmp_path / "000.png").rename(elsewhere / "cat" / "000.png")
     assert invoke(*args, elsewhere, "-o", tmp_path / "t", "--resume").exit_code == 0
 
