@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # a report is read without what decodes images
 # Raised whenever a column changes its name, type or meaning.
 REPORT_VERSION = 2
 ROW_GROUP_ROWS = 262_144
+# Bytes of a row in JSON lines.
+LONGEST_LINE = 2**20
 
 VALUES_SCHEMA = pa.schema(
     [
@@ -382,7 +384,11 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
     if start == b"ARROW1":
         return pa.ipc.open_file(file).read_all()
     if start.startswith(b"{"):
-        return pajson.read_json(file, parse_options=pajson.ParseOptions(explicit_schema=wanted))
+        # Columns that are missing would come back as nulls.
+        names = json.loads(file.read(LONGEST_LINE).split(b"\n", 1)[0])
+        file.seek(0)
+        there = pa.schema([field for field in wanted if field.name in names])
+        return pajson.read_json(file, parse_options=pajson.ParseOptions(explicit_schema=there))
     convert = pacsv.ConvertOptions(
         column_types=wanted,
         include_columns=wanted.names,

@@ -284,6 +284,7 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
         (["{report}", "--expected-noise", "10"], 2, "--expected-noise 10: must be a share from 0 to 1"),
         (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),
         (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),
+        (["{old_lines}"], 1, "no column 'noise_score'; expected a values report of this version"),
         (["{empty}"], 1, "cannot be read as a values report"),
         (["{other}"], 1, "cannot be read as a values report (Column 'index'"),
         (["{report}", "-o", "{report}"], 1, "is the input itself"),
@@ -292,10 +293,12 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
 def test_mistakes_are_told_in_one_line(report, tmp_path, arguments, code, message):
     old, empty = tmp_path / "old.parquet", tmp_path / "empty.csv"
     pq.write_table(pq.read_table(report).drop("noise_score"), old)
+    old_lines = tmp_path / "old.jsonl"
+    old_lines.write_text("".join(json.dumps(row) + "\n" for row in pq.read_table(old).to_pylist()))
     empty.touch()
     other = tmp_path / "other.csv"
     other.write_text("name\n")
-    names = {"report": report, "old": old, "empty": empty, "other": other}
+    names = {"report": report, "old": old, "old_lines": old_lines, "empty": empty, "other": other}
     given = [argument.format(**names) for argument in arguments]
     output = [] if "-o" in given else ["-o", str(tmp_path / "s.csv")]
     result = invoke(*given, *output)
