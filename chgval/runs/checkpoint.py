@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from chgval.config import OutputConfig, ResumeConfig
 from chgval.console import Console
-from chgval.errors import DataError, OutputError, SettingsError, first_line
+from chgval.errors import DataError, NonFiniteError, OutputError, SettingsError, first_line
 from chgval.files import could_not_write, replacing_by_name
 from chgval.interruption import Interrupted, holding_back
 from chgval.records import EpochRecord, Record, State
@@ -187,11 +187,12 @@ class Checkpoint:
 
         Raises:
             Interrupted: a signal came; the state was kept then.
+            NonFiniteError: the loss became NaN or infinite; the state is deleted, as it would again.
         """
         if self._path is None:
             yield from self._trainer.records()
             return
-        with holding_back() as interruption:
+        with holding_back() as interruption, self._of_use(self._path):
             kept_at = self._trainer.position
             for record in self._trainer.records(interruption.has_come):
                 yield record
@@ -203,6 +204,15 @@ class Checkpoint:
                 if self._trainer.position != kept_at:
                     self._keep(self._path)
                 raise Interrupted(interruption.signum)
+
+    @contextmanager
+    def _of_use(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError:
+            with could_not_write(path):
+                path.unlink(missing_ok=True)
+            raise
 
     def _keep(self, path: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
