@@ -115,12 +115,13 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool, link: L
             rows = list_image_folder(Path(data.source))
             places = [Path(data.source), *{Path(path).parent for path in rows.paths}]
             taken = any(target.resolve().is_relative_to(place.resolve()) for place in places)
-            for path in () if link == "sym" else rows.paths:
-                _check_inside(Path(path), rows.root)
         else:
             taken = is_part_of(data.source, target)
         if taken:
             raise OutputError(f"{target}: is part of the dataset {data.source}; pass another place.")
+        if kind == "folder" and link != "sym":
+            for path in rows.paths:
+                _check_inside(Path(path), rows.root)
     if not _is_one_file(target):
         check_new_folder(target)
         return
@@ -199,8 +200,8 @@ def _check_inside(path: Path, root: Path) -> None:
     """Raise DataError where a link leads out of the dataset: that file is nothing that it may hand on."""
     if not leads_into(path, root):
         raise DataError(
-            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; pass --link sym, which "
-            "only makes the same links, or put the file in its place."
+            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; put the file in its place, or use "
+            "chgval select --link sym, which only makes the same links."
         )
 
 
