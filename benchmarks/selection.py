@@ -182,9 +182,11 @@ def draw(path: Path, noises: list[str], fractions: list[float], strategies, line
         for k, strategy in enumerate(strategies):
             accuracies = [[100 * r["accuracy"] for r in lines[noise, f, strategy]] for f in fractions]
             mean = [np.mean(values) for values in accuracies]
-            panel.plot(fractions, mean, marker="o", markersize=3, label=strategy, color=f"C{k}")
+            colour = "black" if strategy in ("full", "auto") else f"C{(k - 1) % 10}"
+            style = {"linestyle": ":"} if strategy == "full" else {"marker": "o", "markersize": 3}
+            panel.plot(fractions, mean, label=strategy, color=colour, **style)
             low, high = [min(values) for values in accuracies], [max(values) for values in accuracies]
-            panel.fill_between(fractions, low, high, color=f"C{k}", alpha=0.12, linewidth=0)
+            panel.fill_between(fractions, low, high, color=colour, alpha=0.1, linewidth=0)
         title = "30 % of the labels wrong" if noise == "noise" else "no label wrong"
         panel.set(xlabel="fraction trained on", title=title)
     panels[0][0].set(ylabel="test accuracy, %")
