@@ -30,7 +30,7 @@ def main() -> None:
         values, suspects, subset = (
             options.work / f"{name}-{seed}.parquet" for name in ("values", "suspects", "subset")
         )
-        recipe = ["--arch", "resnet8", "--epochs", str(options.epochs), "--seed", str(seed), "-q"]
+        recipe = ["--arch", "resnet8", "--epochs", str(options.epochs), "--seed", str(seed), "-q", "--resume"]
         test = ["--test", options.test, "--test-every", str(options.epochs)]
         cleaned, on_all = options.work / f"cleaned-{seed}", options.work / f"all-{seed}"
         steps = [
