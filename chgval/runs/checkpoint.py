@@ -45,6 +45,20 @@ class HasState(Protocol):
         ...
 
 
+class HasOutputs(Protocol):
+    """Settings of a command."""
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files and folders that it writes."""
+        ...
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where it keeps the state of its runs."""
+        ...
+
+
 class Unfinished:
     """Where a command keeps the state of its runs until all that comes of them is written.
 
@@ -92,38 +106,39 @@ class Unfinished:
 
 
 def find_unfinished(
-    command: str,
-    path: Path | None,
-    outputs: Sequence[Path],
-    config: ResumeConfig,
-    console: Console,
-    *,
-    overwrite: bool,
+    command: str, config: HasOutputs, resume: ResumeConfig, console: Console, *, overwrite: bool
 ) -> Unfinished:
     """Look for a run to go on with.
 
+    Args:
+        command: its name.
+        config: its settings.
+        resume: whether the user wants to go on.
+        console: where to tell that there is nothing to go on with.
+        overwrite: whether outputs, and an unfinished run, may be replaced.
     Raises:
         OutputError: there is one, and the user did not say what to do with it.
         DataError: its state cannot be read.
         SettingsError: there can be none.
     """
+    path, outputs = config.state_file, config.outputs
     if path is None:
-        if config.resume:
+        if resume.resume:
             raise SettingsError(
                 "--resume: a run that writes to standard output keeps no state; pass a file as --output."
             )
         return Unfinished()
     with could_not_write(path):
         is_there = path.exists()
-    if is_there and not config.resume and not overwrite:
+    if is_there and not resume.resume and not overwrite:
         raise OutputError(
             f"{path}: an unfinished run is kept there; pass --resume to go on with it, or --overwrite to "
             "start anew."
         )
-    if is_there and config.resume:
+    if is_there and resume.resume:
         with _taking_up(path), safe_open(path, framework="pt") as file:
             return Unfinished(command, path, outputs, [str(output) for output in _header(file)["outputs"]])
-    if config.resume:
+    if resume.resume:
         console.say(f"note: no unfinished run at {path}; starting from the beginning")
     return Unfinished(command, path, outputs)
 

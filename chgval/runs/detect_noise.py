@@ -129,12 +129,7 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     unfinished = find_unfinished(
-        "detect-noise",
-        config.state_file,
-        config.outputs,
-        config.value.resume,
-        console,
-        overwrite=config.output.overwrite,
+        "detect-noise", config, config.value.resume, console, overwrite=config.output.overwrite
     )
     if config.cleaned is not None and not is_written(config.cleaned, unfinished):
         check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)

@@ -149,12 +149,7 @@ def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Inp
 
     data = config.value.data
     unfinished = find_unfinished(
-        "select",
-        config.state_file,
-        config.outputs,
-        config.value.resume,
-        console,
-        overwrite=config.output.overwrite,
+        "select", config, config.value.resume, console, overwrite=config.output.overwrite
     )
     if config.materialize is not None and not is_written(config.materialize, unfinished):
         check_rewritable(

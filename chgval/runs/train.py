@@ -182,9 +182,7 @@ def run_train(config: TrainingConfig, console: Console, *, command: str) -> None
         ChgvalError: see the modules that this calls.
         Interrupted: a signal came.
     """
-    unfinished = find_unfinished(
-        "train", config.state_file, config.outputs, config.resume, console, overwrite=config.overwrite
-    )
+    unfinished = find_unfinished("train", config, config.resume, console, overwrite=config.overwrite)
     if not unfinished.resumes:
         check_training_folder(config)
     values = ValueConfig(data=config.data, train=config.train, mode="none")

@@ -92,9 +92,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
             f"trained {run.recipe.epochs} epochs in {seconds:.1f} s; nothing was valued (--no-values)"
         )
         return
-    unfinished = find_unfinished(
-        "value", config.state_file, config.outputs, config.resume, console, overwrite=config.output.overwrite
-    )
+    unfinished = find_unfinished("value", config, config.resume, console, overwrite=config.output.overwrite)
     output = unfinished.replaceable(config.output)
     check_outputs(config, output, unfinished)
     dataset = read_dataset(config, console)
