@@ -226,7 +226,7 @@ class ValueConfig:
         """Files that the command writes."""
         if self.mode == "none":
             return []
-        return _files(self.output, None if self.pred_probs is None else str(self.pred_probs))
+        return _files(self.output, self.pred_probs)
 
     @property
     def state_file(self) -> Path | None:
@@ -293,7 +293,7 @@ class DetectConfig:
     @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
-        return _files(self.output, self.values, None if self.cleaned is None else str(self.cleaned))
+        return _files(self.output, self.values, self.cleaned)
 
     @property
     def state_file(self) -> Path | None:
@@ -377,8 +377,7 @@ class SelectConfig:
     @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
-        materialized = None if self.materialize is None else str(self.materialize)
-        return _files(self.output, self.values, self.with_random, materialized)
+        return _files(self.output, self.values, self.with_random, self.materialize)
 
     @property
     def state_file(self) -> Path | None:
@@ -465,8 +464,8 @@ class TrainingConfig:
         return self.folder / f"training{STATE_ENDING}"
 
 
-def _files(*named: str | OutputConfig | None) -> list[Path]:
-    names = [item.path if isinstance(item, OutputConfig) else item for item in named]
+def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
+    names = [item.path if isinstance(item, OutputConfig) else str(item or "") for item in named]
     return [Path(name) for name in names if name and name != STANDARD_STREAM and "://" not in name]
 
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]  # fmt: skip
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(BaseException):

@@ -318,15 +318,13 @@ class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
 
     def __getitem__(self, row: int) -> _Decoded:
         try:
-            encoded, size, max_pixels = (
-                self._content.encoded.read(row), self._content.size, self._content.max_pixels,
-            )  # fmt: skip
+            encoded = self._content.encoded.read(row)
             if self._seed is None:
-                pixels = decode_centre(encoded, size, max_pixels)
+                pixels = decode_centre(encoded, self._content.size, self._content.max_pixels)
             else:
                 # A generator per row: the crop depends neither on the worker nor on the batch.
                 rng = np.random.default_rng([self._seed, row])
-                pixels = decode_random_crop(encoded, size, rng, max_pixels)
+                pixels = decode_random_crop(encoded, self._content.size, rng, self._content.max_pixels)
         except UnreadableImageError as error:
             return row, str(error)
         return row, torch.from_numpy(pixels)

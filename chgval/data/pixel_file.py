@@ -50,8 +50,8 @@ class PixelFile:
 
     def __getitem__(self, rows_B: IntArray) -> Pixels:
         pixels_B3SS = np.empty((len(rows_B), *self.shape[1:]), dtype=np.uint8)
-        for pixels_3SS, row in zip(pixels_B3SS, rows_B.tolist(), strict=True):
-            with spooling():
+        with spooling():
+            for pixels_3SS, row in zip(pixels_B3SS, rows_B.tolist(), strict=True):
                 read = os.preadv(self._file.fileno(), [pixels_3SS.data], row * self._row_bytes)
                 if read != self._row_bytes:
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
