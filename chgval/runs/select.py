@@ -132,12 +132,25 @@ def _read_report(config: SelectConfig) -> _Input:
     if config.with_random is not None:
         check_output(config.with_random, source)
     report, metadata = read_report(source, _columns(config))
+    report = _in_input_order(report, source)
     data = config.value.data
     if config.materialize is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
         data = dataset_behind(source, report, metadata, config.materialize, overwrite=config.output.overwrite)
     return _Input(report, metadata, data)
+
+
+def _in_input_order(report: pa.Table, source: str) -> pa.Table:
+    """Sort a report that is in another order, such as that of suspects; refuse one that lacks rows."""
+    report = report.sort_by("index")
+    if not np.array_equal(report["index"].to_numpy(), np.arange(report.num_rows)):
+        raise DataError(
+            f"{source}: is not the whole report (its {report.num_rows:,} rows have numbers up to "
+            f"{report['index'][-1].as_py():,}), so that shares of it say nothing. "
+            "Pass the report of chgval value; suspects go to --drop, or are whole with detect-noise --all."
+        )
+    return report
 
 
 def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Input:

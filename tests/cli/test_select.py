@@ -242,6 +242,18 @@ def test_pruned_parquet_is_read_back_by_hugging_face_and_by_chgval(folder, tmp_p
     assert open_dataset(DataConfig(source=str(tmp_path / "new")), 12).class_names == ["cat", "dog"]
 
 
+def test_shares_are_of_the_whole_report_in_any_order(report, tmp_path):
+    """Suspects are a part of the rows unless all were asked for, and come worst first."""
+    whole = pq.read_table(report)
+    pq.write_table(whole.take(np.random.default_rng(0).permutation(NUM_ROWS)), report)
+    manifest = select(report, "--fraction", "0.4")
+    assert manifest["index"].to_pylist() == list(range(NUM_ROWS))
+    assert manifest["id"].equals(whole["id"]) and sum(manifest["kept"].to_pylist()) == 6
+    pq.write_table(whole.slice(9), report)
+    result = invoke(report, "--fraction", "0.4", "-o", tmp_path / "m.parquet")
+    assert result.exit_code == 1 and "is not the whole report (its 6 rows" in result.stderr, result.stderr
+
+
 def test_a_report_is_read_without_torch(report, tmp_path):
     loaded = imported_by(["select", str(report), "--count", "2", "-q", "-o", str(tmp_path / "s.csv")])
     assert "numpy" in loaded and not {"torch", "torchvision", "sklearn", "scipy", "PIL"} & loaded
