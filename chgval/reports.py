@@ -315,6 +315,11 @@ def is_report(source: str) -> bool:
     return METADATA_KEY in (schema.metadata or {}) or {"index", "value", "status"} <= set(schema.names)
 
 
+def report_name(source: str) -> str:
+    """Return what messages call a table that the user named: "-" is standard input."""
+    return "standard input" if source == STANDARD_STREAM else source
+
+
 def read_report(
     source: str, columns: Sequence[str], kind: TableKind = VALUES
 ) -> tuple[pa.Table, dict[str, Any]]:
@@ -329,7 +334,7 @@ def read_report(
     Raises:
         DataError: it cannot be read, or lacks a column.
     """
-    name = "standard input" if source == STANDARD_STREAM else source
+    name = report_name(source)
     wanted = pa.schema([kind.schema.field(column) for column in columns])
     try:
         buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
@@ -365,10 +370,9 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
         columns = ("image_column", "label_column", "id_column", "features_column")
         return DataConfig(source=data["source"], **{column: data[column] for column in columns})
     except (KeyError, TypeError) as error:
-        name = "standard input" if source == STANDARD_STREAM else source
         raise DataError(
-            f"{name}: does not say which dataset it is about, as CSV and JSON lines cannot; pass the report "
-            "as Parquet or Arrow."
+            f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "
+            "pass the report as Parquet or Arrow."
         ) from error
 
 

@@ -23,6 +23,7 @@ from chgval.reports import (
     check_output,
     is_report,
     read_report,
+    report_name,
     with_metadata,
     write_table,
 )
@@ -218,7 +219,8 @@ def assess(
     score_N, value_N = _figures(report, "noise_score"), _figures(report, "value")
     known = np.flatnonzero(np.isfinite(score_N) & np.isfinite(value_N))
     if not len(known):
-        raise DataError(f"{config.value.data.source}: no row has a noise score; nothing was valued in it.")
+        name = report_name(config.value.data.source)
+        raise DataError(f"{name}: no row has a noise score; nothing was valued in it.")
     if config.score == "chg":
         score_N[known] = calibrated_by(value_N[known], score_N[known])
     rate = estimate_rate(score_N[known])

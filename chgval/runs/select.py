@@ -22,6 +22,7 @@ from chgval.reports import (
     check_output,
     is_report,
     read_report,
+    report_name,
     with_metadata,
     write_names,
     write_table,
@@ -58,7 +59,9 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
     figure_N, group_N = _figures(report, config, rng), _groups(report)
     kept_N, rank_N = choose(np.where(dropped_N, np.nan, figure_N), group_N, config)
     if not kept_N.any():
-        raise DataError(f"{source}: no row can be kept; of {report.num_rows:,} none has what it is kept by.")
+        raise DataError(
+            f"{report_name(source)}: no row can be kept; of {report.num_rows:,} none has what it is kept by."
+        )
 
     weight_N = np.ones(report.num_rows)
     if config.weights:
@@ -146,8 +149,8 @@ def _in_input_order(report: pa.Table, source: str) -> pa.Table:
     report = report.sort_by("index")
     if not np.array_equal(report["index"].to_numpy(), np.arange(report.num_rows)):
         raise DataError(
-            f"{source}: is not the whole report (its {report.num_rows:,} rows have numbers up to "
-            f"{report['index'][-1].as_py():,}), so that shares of it say nothing. "
+            f"{report_name(source)}: is not the whole report (its {report.num_rows:,} rows have numbers "
+            f"up to {report['index'][-1].as_py():,}), so that shares of it say nothing. "
             "Pass the report of chgval value; suspects go to --drop, or are whole with detect-noise --all."
         )
     return report
@@ -181,16 +184,17 @@ def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Inp
 def _flagged(source: str, report: pa.Table, metadata: dict[str, Any]) -> NDArray[np.bool_]:
     """Return which rows of the report are flagged in a table of suspects."""
     suspects, other = read_report(source, ("index", "id", "flagged"), SUSPECTS)
+    name = report_name(source)
     ours, theirs = metadata.get("fingerprint"), other.get("fingerprint")
     if ours and theirs and ours != theirs:
-        raise DataError(f"{source}: these suspects are of another dataset ({other.get('command')}).")
+        raise DataError(f"{name}: these suspects are of another dataset ({other.get('command')}).")
     index_S: IntArray = suspects["index"].to_numpy()
     if len(index_S) and (index_S.min() < 0 or index_S.max() >= report.num_rows):
-        raise DataError(f"{source}: row {index_S.max():,} is none of the report's {report.num_rows:,} rows.")
+        raise DataError(f"{name}: row {index_S.max():,} is none of the report's {report.num_rows:,} rows.")
     strange = pc.invert(pc.equal(report["id"].take(pa.array(index_S)), suspects["id"]))
     if pc.any(strange).as_py():
         row = suspects.filter(strange)["id"][0]
-        raise DataError(f"{source}: '{row}' has another number in the report; the two are of other datasets.")
+        raise DataError(f"{name}: '{row}' has another number in the report; the two are of other datasets.")
     flagged_N = np.zeros(report.num_rows, dtype=bool)
     flagged_N[index_S[suspects["flagged"].to_numpy()]] = True
     return flagged_N

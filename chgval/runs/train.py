@@ -22,7 +22,7 @@ from chgval.evaluation import evaluate
 from chgval.files import could_not_write
 from chgval.interruption import at_once
 from chgval.records import EpochRecord, IntArray, Record
-from chgval.reports import MANIFEST, read_report
+from chgval.reports import MANIFEST, read_report, report_name
 from chgval.runs.checkpoint import Checkpoint, HasState, find_unfinished
 from chgval.runs.choosing import Chooser, Test, select_every
 from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
@@ -121,20 +121,21 @@ def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
         DataError: it cannot be read, or is of another dataset.
     """
     manifest, metadata = read_report(source, ("index", "id", "label", "weight", "kept"), MANIFEST)
+    name = report_name(source)
     if metadata.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise DataError(
-            f"{source}: was made of another dataset than {dataset.source}, or that has changed since; value "
+            f"{name}: was made of another dataset than {dataset.source}, or that has changed since; value "
             "and select anew."
         )
     index = manifest["index"].to_numpy()
     if len(index) and not 0 <= index.min() <= index.max() < len(dataset):
         row = index[(index < 0) | (index >= len(dataset))][0]
-        raise DataError(f"{source}: row {row:,} is none of the {len(dataset):,} rows of {dataset.source}.")
+        raise DataError(f"{name}: row {row:,} is none of the {len(dataset):,} rows of {dataset.source}.")
     differs = np.array(manifest["id"].to_pylist(), dtype=object) != np.array(dataset.ids, dtype=object)[index]
     differs |= manifest["label"].to_numpy() != dataset.labels_N[index]
     if differs.any():
         row = manifest["id"][int(differs.argmax())]
-        raise DataError(f"{source}: '{row}' has another number or label in {dataset.source}; select anew.")
+        raise DataError(f"{name}: '{row}' has another number or label in {dataset.source}; select anew.")
     kept = manifest.filter(manifest["kept"])
     rows: IntArray = kept["index"].to_numpy()
     weights_N = np.zeros(len(dataset))
@@ -152,8 +153,8 @@ def only_kept(dataset: Dataset, rows: IntArray, source: str) -> Dataset:
     classes = np.unique(dataset.labels_N[rows])
     if len(classes) < 2:
         raise DataError(
-            f"{source}: keeps {len(rows):,} samples that can be trained on, of {len(classes)} classes; "
-            "training needs at least two."
+            f"{report_name(source)}: keeps {len(rows):,} samples that can be trained on, of "
+            f"{len(classes)} classes; training needs at least two."
         )
     return dataset.only(rows)
 

@@ -252,6 +252,9 @@ def test_shares_are_of_the_whole_report_in_any_order(report, tmp_path):
     pq.write_table(whole.slice(9), report)
     result = invoke(report, "--fraction", "0.4", "-o", tmp_path / "m.parquet")
     assert result.exit_code == 1 and "is not the whole report (its 6 rows" in result.stderr, result.stderr
+    arguments = ["select", "-", "--fraction", "0.4", "-o", str(tmp_path / "m.parquet")]
+    piped = CliRunner().invoke(app, arguments, input=report.read_bytes())
+    assert piped.exit_code == 1 and "error: standard input: is not the whole" in piped.stderr, piped.stderr
 
 
 def test_a_report_is_read_without_torch(report, tmp_path):
