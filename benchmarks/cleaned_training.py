@@ -3,7 +3,8 @@
     python benchmarks/cleaned_training.py CIFAR10N.parquet --test TEST.parquet --work FOLDER
 
 For every seed: chgval value, detect-noise, select --drop, train on the selected; and chgval train on all.
-Both train for the same epochs. What is finished stays in FOLDER; a benchmark that was stopped goes on.
+Both train for the same epochs; with augmentation, which keeps a small model from learning wrong labels by
+heart, and without. What is finished stays in FOLDER; a benchmark that was stopped goes on.
 """
 
 import argparse
@@ -31,24 +32,28 @@ def main() -> None:
             options.work / f"{name}-{seed}.parquet" for name in ("values", "suspects", "subset")
         )
         recipe = ["--arch", "resnet8", "--epochs", str(options.epochs), "--seed", str(seed), "-q", "--resume"]
-        test = ["--test", options.test, "--test-every", str(options.epochs)]
-        cleaned, on_all = options.work / f"cleaned-{seed}", options.work / f"all-{seed}"
-        steps = [
+        prepare = [
             (values, ["value", options.data, *recipe, "-o", values]),
             (suspects, ["detect-noise", values, "-q", "-o", suspects]),
             # All that is not flagged: more than there is of it is asked for.
             (subset, ["select", values, "--fraction", "1", "--drop", suspects, "-q", "-o", subset]),
-            (
-                cleaned,
-                ["train", options.data, *recipe, *test, "--subset", subset, "-o", cleaned, "--overwrite"],
-            ),
-            (on_all, ["train", options.data, *recipe, *test, "-o", on_all, "--overwrite"]),
         ]
-        for result, arguments in steps:
-            if not (result / MODEL_FILE if result.suffix == "" else result).exists():
-                subprocess.run([sys.executable, "-m", "chgval", *map(str, arguments)], check=True)
-        tests = [json.loads((folder / TRAINING_FILE).read_text())["test"] for folder in (on_all, cleaned)]
-        print(f"seed {seed}: all {tests[0]['accuracy']:.4f}, cleaned {tests[1]['accuracy']:.4f}", flush=True)
+        for result, arguments in prepare:
+            if not result.exists():
+                run(arguments)
+        for augment in ("crop-flip", "none"):
+            accuracies = []
+            for name, chosen in (("all", []), ("cleaned", ["--subset", subset])):
+                folder = options.work / f"{name}-{augment}-{seed}"
+                if not (folder / MODEL_FILE).exists():
+                    test = ["--test", options.test, "--test-every", str(options.epochs)]
+                    run(["train", options.data, *recipe, *test, "--augment", augment, *chosen, "-o", folder])
+                accuracies.append(json.loads((folder / TRAINING_FILE).read_text())["test"]["accuracy"])
+            print(f"seed {seed}, {augment}: all {accuracies[0]:.4f}, cleaned {accuracies[1]:.4f}", flush=True)
+
+
+def run(arguments: list[str | Path]) -> None:
+    subprocess.run([sys.executable, "-m", "chgval", *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":
