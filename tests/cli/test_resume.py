@@ -436,13 +436,16 @@ def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):
     assert not (tmp_path / ".v.parquet.lock").exists()
 
 
-# Commands of some seconds; the output comes last.
+# The output comes last.
 KILLED = {
-    "value": ["value", "builtin:digits", "--arch", "resnet8", "--epochs", 12, "-q", "-o"],
-    "exact": ["value", "builtin:digits", "--arch", "resnet8", "--epochs", 8, "--mode", "exact", "-q", "-o"],
-    "train": ["train", "builtin:digits", "--epochs", 14, "--fraction", 0.5, "--select-every", 3, "--holdout",
-              0.1, "-q", "-o"],
-}  # fmt: skip
+    "value": ["value", "builtin:digits", "--arch", "resnet8"],
+    "exact": ["value", "builtin:digits", "--arch", "resnet8", "--mode", "exact"],
+    "train": ["train", "builtin:digits", "--fraction", 0.5, "--select-every", 3, "--holdout", 0.1],
+}
+
+
+def start_killable(kind, epochs, out, *options):
+    return start(*KILLED[kind], "--epochs", epochs, "-q", *options, "-o", out)
 
 
 def results_of(kind, out):
@@ -453,11 +456,11 @@ def results_of(kind, out):
     return metrics, (out / "model.safetensors").read_bytes(), *epoch_tables(out / "subsets").items()
 
 
-def run_killed(kind, out, moments):
+def run_killed(kind, epochs, out, moments):
     """Run a command, kill it after each of these seconds in turn, and then let it end; return the kills."""
     kills = 0
     for moment in moments:
-        process = start(*KILLED[kind], out, "--resume", "--checkpoint-minutes", 0.002)
+        process = start_killable(kind, epochs, out, "--resume", "--checkpoint-minutes", 0.002)
         try:
             process.communicate(timeout=moment)
             assert process.returncode == 0
@@ -466,7 +469,7 @@ def run_killed(kind, out, moments):
             process.kill()
             process.communicate()
             kills += 1
-    process = start(*KILLED[kind], out, "--resume")
+    process = start_killable(kind, epochs, out, "--resume")
     _, stderr = process.communicate(timeout=600)
     # It may have been killed when all was written.
     finished = "exists already" in stderr and (out / "model.safetensors" if kind == "train" else out).exists()
@@ -478,18 +481,21 @@ def run_killed(kind, out, moments):
 def test_a_killed_run_goes_on(kind, tmp_path):
     """Twice, at whatever step it is then."""
     began = time.monotonic()
-    assert run_killed(kind, tmp_path / "whole.parquet", []) == 0
+    assert run_killed(kind, 12, tmp_path / "whole.parquet", []) == 0
     seconds = time.monotonic() - began
-    assert run_killed(kind, tmp_path / "parts.parquet", [0.6 * seconds, 0.8 * seconds]) >= 1
+    assert run_killed(kind, 12, tmp_path / "parts.parquet", [0.6 * seconds, 0.8 * seconds]) >= 1
     assert results_of(kind, tmp_path / "parts.parquet") == results_of(kind, tmp_path / "whole.parquet")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(KILLED))
 def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
-    """SIGKILL at 40 moments spread over the run, jittered; a resume after each, and the figures compared."""
+    """SIGKILL at 40 moments spread over the run, jittered; a resume after each, and the figures compared.
+
+    The run is long enough for most of its time to be training.
+    """
     began = time.monotonic()
-    run_killed(kind, tmp_path / "whole.parquet", [])
+    run_killed(kind, 40, tmp_path / "whole.parquet", [])
     seconds = time.monotonic() - began
     expected = results_of(kind, tmp_path / "whole.parquet")
     rng, kills, tries, unfinished = np.random.default_rng(0), 0, 0, 0
@@ -497,7 +503,7 @@ def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
         began, tries = time.monotonic(), tries + 1
         moment = seconds * (kills + rng.random()) / 40
         out = tmp_path / f"parts-{tries}.parquet"
-        process = start(*KILLED[kind], out, "--checkpoint-minutes", 0.002)
+        process = start_killable(kind, 40, out, "--checkpoint-minutes", 0.002)
         try:
             process.communicate(timeout=moment)
             seconds = time.monotonic() - began  # it was faster than those before
@@ -513,7 +519,7 @@ def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
                     load_file(path)
             state = out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
             unfinished += state.exists()
-            run_killed(kind, out, [])
+            run_killed(kind, 40, out, [])
         assert results_of(kind, out) == expected, moment
     with capsys.disabled():
         sys.stdout.write(
