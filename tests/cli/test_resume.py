@@ -494,16 +494,17 @@ def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
 
     The run is long enough for most of its time to be training.
     """
+    num_moments, num_epochs = 40, 40
     began = time.monotonic()
-    run_killed(kind, 40, tmp_path / "whole.parquet", [])
+    run_killed(kind, num_epochs, tmp_path / "whole.parquet", [])
     seconds = time.monotonic() - began
     expected = results_of(kind, tmp_path / "whole.parquet")
     rng, kills, tries, unfinished = np.random.default_rng(0), 0, 0, 0
-    while kills < 40:
+    while kills < num_moments:
         began, tries = time.monotonic(), tries + 1
-        moment = seconds * (kills + rng.random()) / 40
+        moment = seconds * (kills + rng.random()) / num_moments
         out = tmp_path / f"parts-{tries}.parquet"
-        process = start_killable(kind, 40, out, "--checkpoint-minutes", 0.002)
+        process = start_killable(kind, num_epochs, out, "--checkpoint-minutes", 0.002)
         try:
             process.communicate(timeout=moment)
             seconds = time.monotonic() - began  # it was faster than those before
@@ -519,7 +520,7 @@ def test_runs_killed_at_many_moments_go_on(kind, tmp_path, capsys):
                     load_file(path)
             state = out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
             unfinished += state.exists()
-            run_killed(kind, 40, out, [])
+            run_killed(kind, num_epochs, out, [])
         assert results_of(kind, out) == expected, moment
     with capsys.disabled():
         sys.stdout.write(
