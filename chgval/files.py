@@ -87,25 +87,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replacing_by_name(path: Path) -> Iterator[Path]:
     """Name a file to write, which takes the path's name when it was written whole and lies on the disk."""
     part = _part(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have vanished since the run began
     try:
         yield part
-        _sync(part)
+        sync(part)
         part.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that takes its name, which is free or an empty folder's, only when it is complete."""
+    """Make a folder that takes its name, which is free or an empty folder's, only when it is complete.
+
+    Whoever fills it forces the files in it to the disk, if that is worth the time.
+    """
     part = _part(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if part.exists():  # left over by a process that was killed
             shutil.rmtree(part)
         part.mkdir()
         yield part
+        sync(part)
         part.replace(path)
+        sync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -122,7 +129,7 @@ def could_not_write(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({reason}); pass another name.") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have what a file, or a folder as a list of names, holds lie on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -201,7 +201,7 @@ class ReportWriter:
     """
 
     def __init__(self, config: OutputConfig, *, goes_on: bool = False) -> None:
-        self.check(config)
+        self.check(config, goes_on=goes_on)
         self._config = config
         self.epochs_folder: Path | None = None
         if not config.to_stdout:
@@ -211,9 +211,9 @@ class ReportWriter:
                     shutil.rmtree(part)
 
     @staticmethod
-    def check(config: OutputConfig, source: str = "") -> None:
+    def check(config: OutputConfig, source: str = "", *, goes_on: bool = False) -> None:
         """Raise OutputError where the output cannot be written, or is the dataset; leave all as it is."""
-        check_output(config, source, *([] if config.to_stdout else [epochs_folder(config)]))
+        check_output(config, source, *([] if config.to_stdout or goes_on else [epochs_folder(config)]))
 
     def write_epoch(self, record: EpochRecord, metadata: dict[str, object]) -> None:
         """Put one epoch's values where a reader finds them at once: epochs/epoch=3/values.parquet."""
@@ -339,6 +339,7 @@ def read_report(
     try:
         buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
         table = _parse(pa.BufferReader(buffer) if source == STANDARD_STREAM else buffer, wanted)
+        table.validate(full=True)  # nothing else looks whether offsets lie within the file, and text is UTF-8
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise DataError(
@@ -399,7 +400,8 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,  # reports write null as nothing, and an empty id as ""
     )
-    return without_marks(pacsv.read_csv(file, convert_options=convert))
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    return without_marks(pacsv.read_csv(file, parse_options=parse, convert_options=convert))
 
 
 def epochs_folder(config: OutputConfig) -> Path:

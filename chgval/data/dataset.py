@@ -67,7 +67,8 @@ class Dataset:
         class_names: in the order of the class indices.
         content: what the model is fed.
         problems: why a row cannot be read, by row. Loaders add to it what they find later.
-        fingerprint: changes when rows, labels, class names or (the sizes of) their contents change.
+        fingerprint: changes when rows, labels, class names or contents change; of a file of its own, when
+            its size or its first or last bytes do.
         flips: whether the mirror image of a sample still belongs to its class.
         notes: what a person should know about how the source was read.
         root: folder that the ids are paths below, if they are.
@@ -191,10 +192,18 @@ def _unknown(label: object) -> bool:
     return label is None or (isinstance(label, int) and not isinstance(label, bool) and label == -1)
 
 
+def digest(*pieces: bytes) -> int:
+    """Return 64 bits that stand for the bytes of an image in the fingerprint."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for piece in pieces:
+        hashed.update(piece)
+    return int.from_bytes(hashed.digest(), "little", signed=True)
+
+
 def fingerprint(
     ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
 ) -> str:
-    """Return a hash of rows, labels and classes, and of their contents or (for images) encoded sizes."""
+    """Return a hash of rows, labels and classes, and of their contents or (for images) their digests."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (*class_names, "", *ids):
         digest.update(text.encode() + b"\0")

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,10 @@ _KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPE
 Image.init()
 FORMATS = [name for name in _KNOWN if name in Image.OPEN]
 
+# Images of more pixels are decoded one at a time in each process: one takes up to ten bytes a pixel.
+_LARGE_PIXELS = 2**24
+_one_large_image = threading.Lock()
+
 # A 16-bit sample is scaled to 8 bits; 65535 becomes 255.
 _SIXTEEN_TO_EIGHT_BITS = 257
 
@@ -49,11 +56,11 @@ def decode_centre(encoded: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pi
     Raises:
         UnreadableImageError: it cannot be decoded, or has more pixels than that.
     """
-    image = _decode(encoded, size, max_pixels)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resized(image, size, (left, top, left + side, top + side))
+    with _decoded(encoded, size, max_pixels) as image:
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return _resized(image, size, (left, top, left + side, top + side))
 
 
 def decode_random_crop(
@@ -67,14 +74,14 @@ def decode_random_crop(
     Raises:
         UnreadableImageError: it cannot be decoded, or has more pixels than that.
     """
-    image = _decode(encoded, size, max_pixels)
-    width, height = image.size
-    area = width * height * rng.uniform(0.35, 1.0)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    crop_width = min(width, math.sqrt(area * aspect))
-    crop_height = min(height, math.sqrt(area / aspect))
-    left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    return _resized(image, size, (left, top, left + crop_width, top + crop_height))
+    with _decoded(encoded, size, max_pixels) as image:
+        width, height = image.size
+        area = width * height * rng.uniform(0.35, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width = min(width, math.sqrt(area * aspect))
+        crop_height = min(height, math.sqrt(area / aspect))
+        left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+        return _resized(image, size, (left, top, left + crop_width, top + crop_height))
 
 
 def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
@@ -88,24 +95,32 @@ def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _decode(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
-    """Return the upright RGB image. JPEGs are decoded at a fraction of their size if that is large enough."""
+@contextmanager
+def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image]:
+    """Give the upright RGB image. JPEGs are decoded at a fraction of their size if that is large enough."""
     image = _opened(encoded, max_pixels)
-    try:
-        # The factor of two leaves the final scaling something to smooth.
-        image.draft("RGB", (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
-    except Exception as error:
-        raise UnreadableImageError(_reason(encoded, error)) from error
+    with ExitStack() as stack:
+        try:
+            # The factor of two leaves the final scaling something to smooth.
+            image.draft("RGB", (2 * size, 2 * size))
+            if image.width * image.height > _LARGE_PIXELS:
+                stack.enter_context(_one_large_image)
+            image = _to_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:
+            raise UnreadableImageError(_reason(encoded, error)) from error
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode.startswith("I"):  # 16-bit grayscale, or 32-bit as which some formats store it
-        samples = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((samples // _SIXTEEN_TO_EIGHT_BITS).astype(np.uint8))
+        samples = np.asarray(image)
+        if samples.dtype != np.uint16:
+            samples = samples.clip(0, 65535)
+        scaled = np.empty(samples.shape, dtype=np.uint8)
+        np.floor_divide(samples, _SIXTEEN_TO_EIGHT_BITS, out=scaled, casting="unsafe")
+        image = Image.fromarray(scaled)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # otherwise Pillow warns about palettes with transparency
     return image.convert("RGB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from chgval.config import DataConfig
-from chgval.data.dataset import Dataset, fingerprint
+from chgval.data.dataset import Dataset, digest, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
@@ -21,11 +22,15 @@ from chgval.data.images import (
     choose_size,
     decode_once,
     keep_encoded,
+    open_image_file,
     read_image_file,
 )
 from chgval.errors import DataError
 from chgval.records import IntArray
 
+# Of each end of a file.
+DIGESTED_BYTES = 4096
+DIGESTS_AT_A_TIME = 4096
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
@@ -143,11 +148,10 @@ def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Data
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
         size = choose_size(map(images.read_or_error, probed), largest_size, max_pixels)
-    sizes = [file_size(path) for path in rows.paths]
     if size <= LARGEST_KEPT_SIZE:
         loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size, max_pixels)
     else:
-        loaded = keep_encoded(images, sizes, size, {}, max_pixels)
+        loaded = keep_encoded(images, size, {}, max_pixels)
     return Dataset(
         source=str(root),
         ids=rows.ids,
@@ -155,7 +159,7 @@ def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Data
         class_names=rows.class_names,
         content=loaded.content,
         problems=loaded.problems,
-        fingerprint=fingerprint(rows.ids, rows.labels_N, rows.class_names, sizes),
+        fingerprint=folder_fingerprint(rows),
         notes=rows.notes,
         root=str(rows.root),
     )
@@ -192,9 +196,22 @@ def as_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def file_size(path: str) -> int:
-    """Return the bytes of a file, 0 where that cannot be told."""
+def folder_fingerprint(rows: FolderRows) -> str:
+    """Return the fingerprint of a dataset of these rows, without reading large files whole."""
+    digests: list[int] = []
+    with ThreadPoolExecutor() as pool:  # on a network's disk, each file is waited for
+        for start in range(0, len(rows.paths), DIGESTS_AT_A_TIME):
+            digests.extend(pool.map(_file_digest, rows.paths[start : start + DIGESTS_AT_A_TIME]))
+    return fingerprint(rows.ids, rows.labels_N, rows.class_names, digests)
+
+
+def _file_digest(path: str) -> int:
+    """Return what stands for a file: of its size, its first and its last bytes; 0 where there are none."""
     try:
-        return Path(path).stat().st_size
-    except OSError:
+        with open_image_file(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(DIGESTED_BYTES)
+            file.seek(max(len(first), size - DIGESTED_BYTES))
+            return digest(size.to_bytes(8, "little"), first, file.read(DIGESTED_BYTES))
+    except (OSError, UnreadableImageError):
         return 0

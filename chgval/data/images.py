@@ -29,6 +29,8 @@ PROBED_IMAGES = 512
 MEMORY_SHARE = 0.25
 MEMORY_BYTES = 2**30
 DECODED_AT_A_TIME = 512
+# Bytes of encoded images that wait to be decoded, at most, besides the last of them.
+WAITING_BYTES = 64 * 2**20
 # Bytes of a file: the most pixels that are accepted, at 16 bits in four channels, and some more.
 LARGEST_ENCODED = 2**31
 
@@ -37,11 +39,10 @@ Encoded = bytes | UnreadableImageError
 
 @dataclass(frozen=True, slots=True)
 class LoadedImages:
-    """Images ready for a model, why some rows are not, and how many bytes each was encoded in."""
+    """Images ready for a model, and why some rows are not."""
 
     content: PixelImages | LargeImages
     problems: dict[int, str]
-    encoded_sizes: list[int]
 
 
 def choose_size(probed: Iterable[Encoded], largest: int, max_pixels: int) -> int:
@@ -64,7 +65,7 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels:
     """Decode every image of the stream, in order, on all cores."""
     pixels_N3SS = _allocate(num_rows, size)
     problems: dict[int, str] = {}
-    sizes: list[int] = []
+    row = 0
 
     def decode(encoded: Encoded) -> Pixels | UnreadableImageError:
         if isinstance(encoded, UnreadableImageError):
@@ -75,27 +76,23 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for group in _grouped(stream, DECODED_AT_A_TIME):
-            for row, decoded in enumerate(pool.map(decode, group), start=len(sizes)):
+        for group in _grouped(stream):
+            for decoded in pool.map(decode, group):
                 if isinstance(decoded, UnreadableImageError):
                     problems[row] = str(decoded)
                 else:
                     pixels_N3SS[row] = decoded
-            sizes.extend(
-                0 if isinstance(encoded, UnreadableImageError) else len(encoded) for encoded in group
-            )
-    return LoadedImages(PixelImages(pixels_N3SS), problems, sizes)
+                row += 1
+    return LoadedImages(PixelImages(pixels_N3SS), problems)
 
 
-def keep_encoded(
-    images: EncodedImages, sizes: list[int], size: int, problems: dict[int, str], max_pixels: int
-) -> LoadedImages:
+def keep_encoded(images: EncodedImages, size: int, problems: dict[int, str], max_pixels: int) -> LoadedImages:
     """Leave large images encoded. Where no header can be read at all, every row is checked."""
     probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
     problems = {**problems, **_unreadable_headers(images, probed, max_pixels)}
     if len(images) and all(row in problems for row in probed):
         problems.update(_unreadable_headers(images, range(len(images)), max_pixels))
-    return LoadedImages(LargeImages(images, size, max_pixels), problems, sizes)
+    return LoadedImages(LargeImages(images, size, max_pixels), problems)
 
 
 def _unreadable_headers(images: EncodedImages, rows: Iterable[int], max_pixels: int) -> dict[int, str]:
@@ -116,7 +113,8 @@ class SpooledImages:
     """
 
     def __init__(self, stream: Iterable[Encoded]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="chgval-")
+        with spooling():
+            self._folder = tempfile.TemporaryDirectory(prefix="chgval-")
         self._path = Path(self._folder.name) / "images"
         self.problems: dict[int, str] = {}
         ends = [0]
@@ -132,15 +130,9 @@ class SpooledImages:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of every image."""
-        sizes: list[int] = np.diff(self._ends).tolist()
-        return sizes
-
     def read(self, row: int) -> bytes:
-        """Return the bytes of one image."""
-        with self._path.open("rb") as file:
+        """Return the bytes of one image. Raises OutputError where the file was tidied away."""
+        with spooling(), self._path.open("rb") as file:
             file.seek(int(self._ends[row]))
             return file.read(int(self._ends[row + 1] - self._ends[row]))
 
@@ -180,10 +172,17 @@ def read_image_file(path: Path) -> bytes:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
 
-def _grouped(stream: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
-    iterator = iter(stream)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
+def _grouped(stream: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+    """Gather images for all cores, but not more of them than memory should hold."""
+    group: list[Encoded] = []
+    waiting = 0
+    for encoded in stream:
+        group.append(encoded)
+        waiting += 0 if isinstance(encoded, UnreadableImageError) else len(encoded)
+        if len(group) == DECODED_AT_A_TIME or waiting >= WAITING_BYTES:
+            yield group
+            group, waiting = [], 0
+    yield group
 
 
 def _allocate(num_rows: int, size: int) -> Pixels | PixelFile:

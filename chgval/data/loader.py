@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
 from chgval.data.pixel_file import PixelFile
-from chgval.errors import DataError, first_line
+from chgval.errors import DataError, OutputError, first_line
 from chgval.interruption import ignore_signals, leaving_child_signals
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -291,6 +291,10 @@ class DecodingLoader:
                             "mend it, or leave out --on-error fail."
                         )
                 yield indices_B, pixels_B
+        except OutputError as error:
+            # torch puts the traceback of the worker before the message.
+            message = str(error).strip().splitlines()[-1]
+            raise OutputError(message.removeprefix(f"{OutputError.__module__}.OutputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

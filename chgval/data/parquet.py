@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,15 @@ from chgval.data.columns import (
     is_image,
     is_vector,
 )
-from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages, class_indices, fingerprint
+from chgval.data.dataset import (
+    Dataset,
+    Embeddings,
+    LargeImages,
+    PixelImages,
+    class_indices,
+    digest,
+    fingerprint,
+)
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
@@ -52,6 +60,19 @@ READ_BUFFER = 65_536
 # A split in a file name stands between delimiters: train-00000-of-00002, my_train.parquet.
 _TRAIN = re.compile(r"(^|[-._ /])(train|training)($|[-._ /0-9])")
 _OTHER_SPLIT = re.compile(r"(^|[-._ /])(validation|valid|val|dev|test|testing|eval|evaluation)($|[-._ /0-9])")
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImages:
+    """Paths, and digests of the bytes, of images that were read: what the fingerprint is made of."""
+
+    paths: list[str | None] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+
+    def add(self, path: str | None, encoded: Encoded | None) -> None:
+        """Take in the next image."""
+        self.paths.append(path)
+        self.digests.append(digest(encoded) if isinstance(encoded, bytes) else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +152,19 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         contents: Sequence[int] | bytes = vectors_ND.tobytes()
     else:
         image_column = find_image_column(source, shards.schema, config.image_column)
-        paths: list[str | None] = []
+        seen = SeenImages()
         size = config.image_size
         if size is None:
-            probed = _encoded(shards, image_column, [], limit=PROBED_IMAGES)
+            probed = _encoded(shards, image_column, SeenImages(), limit=PROBED_IMAGES)
             size = choose_size(probed, largest_size, config.max_pixels)
-        stream = _encoded(shards, image_column, paths)
+        stream = _encoded(shards, image_column, seen)
         if size <= LARGEST_KEPT_SIZE:
             loaded = decode_once(stream, len(rows), size, config.max_pixels)
         else:
             spooled = SpooledImages(stream)
-            loaded = keep_encoded(spooled, spooled.sizes, size, spooled.problems, config.max_pixels)
-        content, problems, contents = loaded.content, loaded.problems, loaded.encoded_sizes
-        ids = rows.ids or ids_from_paths(paths)
+            loaded = keep_encoded(spooled, size, spooled.problems, config.max_pixels)
+        content, problems, contents = loaded.content, loaded.problems, seen.digests
+        ids = rows.ids or ids_from_paths(seen.paths)
 
     labels_N, names_C = class_indices(rows.raw_labels, rows.class_names, source, ids)
     return Dataset(
@@ -294,6 +315,7 @@ def read_batches(
             with shards.filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
                 for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
+                    batch.validate(full=True)  # nothing else looks whether text is UTF-8
                     yield path, batch if columns is None else batch.select(columns)
         except (OSError, KeyError, pa.ArrowException) as error:
             what = "it" if columns is None else ", ".join(columns)
@@ -315,22 +337,22 @@ def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> p
 
 
 def _encoded(
-    shards: pads.FileSystemDataset, column: str, paths: list[str | None], limit: int | None = None
+    shards: pads.FileSystemDataset, column: str, seen: SeenImages, limit: int | None = None
 ) -> Iterator[Encoded]:
-    """Yield every image's bytes; append its path inside the column, if it has one, to `paths`."""
+    """Yield every image's bytes, and note them."""
     is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
     rows = (
         (Path(file).parent, image)
         for file, batch in read_batches(shards, [column], IMAGE_ROWS)
-        for image in batch.column(0).to_pylist()
+        for image in map(pa.Scalar.as_py, batch.column(0))  # one at a time: they may be large
     )
     for folder, image in itertools.islice(rows, limit):
         encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        paths.append(path)
-        if encoded is None and path and is_local:
-            yield read_beside(folder, path)
-        else:
-            yield UnreadableImageError("no image in this row") if encoded is None else encoded
+        if encoded is None:
+            nothing = UnreadableImageError("no image in this row")
+            encoded = read_beside(folder, path) if path and is_local else nothing
+        seen.add(path, encoded)
+        yield encoded
 
 
 def read_beside(folder: Path, path: str) -> Encoded:

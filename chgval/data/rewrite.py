@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -22,13 +21,14 @@ from chgval.config import DataConfig, Link
 from chgval.data.columns import find_image_column, huggingface_features, is_image, is_text, original_column
 from chgval.data.dataset import class_indices, fingerprint
 from chgval.data.decode import UnreadableImageError
-from chgval.data.image_folder import FolderRows, as_text, file_size, list_image_folder
+from chgval.data.image_folder import FolderRows, as_text, folder_fingerprint, list_image_folder
 from chgval.data.images import leads_into, open_image_file
 from chgval.data.open import kind_of
 from chgval.data.parquet import (
     COLUMN_ROWS,
     IMAGE_ROWS,
     ParquetRows,
+    SeenImages,
     ids_from_paths,
     is_part_of,
     open_parquet,
@@ -36,7 +36,15 @@ from chgval.data.parquet import (
     read_beside,
 )
 from chgval.errors import DataError, OutputError, SettingsError, first_line
-from chgval.files import check_free, check_new_folder, check_writable, could_not_write, new_folder, replacing
+from chgval.files import (
+    check_free,
+    check_new_folder,
+    check_writable,
+    could_not_write,
+    new_folder,
+    replacing,
+    sync,
+)
 from chgval.records import IntArray
 from chgval.spreadsheets import with_marks
 
@@ -44,6 +52,7 @@ from chgval.spreadsheets import with_marks
 ROW_GROUP_BYTES = 32 * 2**20
 SHARD_BYTES = 500 * 10**6
 RELABELLED_FILE = "relabelled.csv"
+# Bytes of a name that become part of another one.
 LONGEST_STEM = 50
 ADVICE = "it changed since, or was another dataset. Value it anew"
 
@@ -165,8 +174,8 @@ def rewrite(data: DataConfig, known: Known, changes: Changes, target: Path, link
 def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Path, link: Link) -> Rewritten:
     rows = list_image_folder(Path(data.source))
     _check_rows(data.source, known, rows.ids, rows.labels_N)
-    sizes = [file_size(path) for path in rows.paths]
-    _check_fingerprint(data.source, known, fingerprint(rows.ids, rows.labels_N, rows.class_names, sizes))
+    _check_fingerprint(data.source, known, folder_fingerprint(rows))
+    _check_classes(data.source, changes, rows.class_names)
     readable_N = np.array([_is_readable(Path(path)) for path in rows.paths])
     is_moved_N = changes.new_labels_N >= 0
     relabelled = []
@@ -225,10 +234,16 @@ def _new_place(folder: Path, place: Path, class_folder: str) -> Path:
     """Return where a relabelled image goes: below its new class, its old one in its name."""
     new_place = Path(class_folder, *place.parts[1:])
     # Names may have 255 bytes; what they end in tells the class.
-    stem = f"{place.stem[:LONGEST_STEM]}.was-{place.parts[0][:LONGEST_STEM]}"
+    stem = f"{_cut(place.stem)}.was-{_cut(place.parts[0])}"
     while (folder / new_place.with_name(stem + place.suffix)).exists():
         stem += "-too"
     return new_place.with_name(stem + place.suffix)
+
+
+def _cut(name: str) -> str:
+    """Return as much of a name as fits into LONGEST_STEM bytes, in whole characters."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST_STEM else encoded[:LONGEST_STEM].decode("utf-8", "ignore")
 
 
 def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], path: Path) -> None:
@@ -241,12 +256,14 @@ def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], p
         }
     )
     pacsv.write_csv(with_marks(table), path)
+    sync(path)
 
 
 def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: Path) -> Rewritten:
     rows, labels_N, class_names = _open_same(data, known)
+    _check_classes(data.source, changes, class_names)
     schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
-    seen = _Seen()
+    seen = SeenImages()
     groups = _row_groups(_changed(data, rows, changes, schema, labels_N, class_names, seen))
     with could_not_write(target):
         if _is_one_file(target):
@@ -310,14 +327,6 @@ def _stored_labels(
     return {**dict(enumerate(unseen)), **dict(zip(labels_N.tolist(), rows.raw_labels, strict=True))}
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """Paths and sizes of the images that were read: what the fingerprint is made of, besides labels."""
-
-    paths: list[str | None] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-
 def _changed(
     data: DataConfig,
     rows: ParquetRows,
@@ -325,7 +334,7 @@ def _changed(
     schema: pa.Schema,
     labels_N: IntArray,
     class_names: Sequence[str],
-    seen: _Seen,
+    seen: SeenImages,
 ) -> Iterator[pa.Table]:
     """Yield the rows that are kept, a few at a time, with their new labels and all their images embedded."""
     label, original = rows.label_column, _original_column(schema, rows.label_column)
@@ -360,11 +369,12 @@ def _changed(
             raise DataError(f"{path}: does not fit the other files ({first_line(error)}).") from error
 
 
-def _note_images(images: pa.Array, seen: _Seen) -> None:
-    encoded = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-    seen.sizes.extend(pc.fill_null(pc.binary_length(encoded), 0).to_pylist())
-    has_path = pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0
-    seen.paths.extend(pc.struct_field(images, "path").to_pylist() if has_path else [None] * len(images))
+def _note_images(images: pa.Array, seen: SeenImages) -> None:
+    for image in map(pa.Scalar.as_py, images):
+        if isinstance(image, dict):
+            seen.add(image.get("path"), image.get("bytes"))
+        else:
+            seen.add(None, image)
 
 
 def _embedded(images: pa.Array, folder: Path) -> pa.Array:
@@ -411,6 +421,7 @@ def _write_shards(folder: Path, schema: pa.Schema, groups: Iterator[pa.Table]) -
         parts.append(folder / f"{len(parts)}.part")
         with parts[-1].open("wb") as file:
             group = _write_shard(file, schema, group, groups, SHARD_BYTES)
+        sync(parts[-1])
     for number, part in enumerate(parts):
         part.rename(folder / f"train-{number:05d}-of-{len(parts):05d}.parquet")
 
@@ -465,17 +476,27 @@ def _check_seen(
     rows: ParquetRows,
     labels_N: IntArray,
     class_names: Sequence[str],
-    seen: _Seen,
+    seen: SeenImages,
 ) -> None:
     """Raise DataError where images were not those of the report, although their labels were."""
     if data.features_column is None:
         ids = rows.ids or ids_from_paths(seen.paths)
-        _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, seen.sizes))
+        _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, seen.digests))
 
 
 def _check_fingerprint(source: str, known: Known, found: str) -> None:
     if known.fingerprint is not None and found != known.fingerprint:
         raise DataError(f"{source}: its images or class names are not those of the report; {ADVICE}.")
+
+
+def _check_classes(source: str, changes: Changes, class_names: Sequence[str]) -> None:
+    """Raise DataError where rows shall get a class that the dataset does not have."""
+    largest = int(changes.new_labels_N.max(initial=-1))
+    if largest >= len(class_names):
+        raise DataError(
+            f"{source}: the report suggests class {largest:,} where there are {len(class_names):,}; value it "
+            "anew."
+        )
 
 
 def _rewritten(

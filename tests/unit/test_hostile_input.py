@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import socket
 import string
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from chgval.data.decode import UnreadableImageError, decode_centre
 from chgval.spreadsheets import with_marks, without_marks
 from tests.conftest import write_folder
 
+DAMAGED = Path(__file__).parent / "damaged"
 # Damaged images that the decoder is tried on here; `pytest -m long` tries many more.
 INPUTS = 3_000
 FAST = ["--arch", "resnet8", "--epochs", "2", "-q"]
@@ -32,8 +34,10 @@ def invoke(*args):
     return CliRunner().invoke(app, list(map(str, args)))
 
 
-def fuzz(seed, count):
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzzing", str(seed), str(count)]
+def fuzz(seed, count, code="from tests import fuzzing"):
+    """Try damaged images in a process of its own; code may replace some of the program first."""
+    code += "; from tests.fuzzing import main; import sys; main(int(sys.argv[1]), int(sys.argv[2]))"
+    command = [sys.executable, "-X", "faulthandler", "-c", code, str(seed), str(count)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
@@ -42,6 +46,34 @@ def fuzz(seed, count):
 def test_damaged_images_are_decoded_or_refused():
     found = fuzz(0, INPUTS)
     assert found["decoded"] + found["refused"] == INPUTS and min(found["decoded"], found["refused"]) > 100
+    assert found["growth_MiB"] < 64
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("import time; D.shorter_side = lambda *_: time.sleep(9)", "Timeout"),
+        # Nothing of Python runs meanwhile.
+        ("import ctypes; D.shorter_side = lambda *_: ctypes.PyDLL(None).sleep(9)", "Timeout"),
+        ("import ctypes; D.shorter_side = lambda *_: ctypes.string_at(0)", "Segmentation fault"),
+        ("D.shorter_side = lambda *_: 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_the_search_for_faults_finds_those_that_are_there(code, fault):
+    with pytest.raises(AssertionError, match=fault):
+        fuzz(0, 5, f"import tests.fuzzing as D; D.SECONDS_PER_INPUT = 0.5; {code}")
+
+
+@pytest.mark.parametrize("path", sorted(DAMAGED.iterdir()), ids=lambda path: path.name)
+def test_images_that_were_found_odd_stay_decoded_or_refused(path):
+    """The slowest ones, and those that need most memory, of the long search; in silence."""
+    code = (
+        "import sys; from pathlib import Path; from tests.fuzzing import outcome; import faulthandler;"
+        "faulthandler.dump_traceback_later(20, exit=True);"
+        "print(outcome(Path(sys.argv[1]).read_bytes(), 0))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout in ("decoded\n", "refused\n"), result.stderr
 
 
 @pytest.mark.long
@@ -67,7 +99,8 @@ def test_a_bomb_costs_a_row_and_no_memory(tmp_path):
     Image.new("1", (12_000, 12_000)).save(root / "cat" / "bomb.png")
     assert (root / "cat" / "bomb.png").stat().st_size < 30_000
     out = tmp_path / "v.parquet"
-    assert invoke("value", root, *FAST, "-o", out).exit_code == 0
+    code, said, peak = run_measured("value", root, *FAST, "-o", out)
+    assert code == 0 and peak < 1.5, (said, peak)
     bomb = next(row for row in pq.read_table(out).to_pylist() if row["id"] == "cat/bomb.png")
     assert bomb["status"] == "unreadable"
     assert bomb["reason"] == "144,000,000 pixels, more than --max-pixels 100,000,000"
@@ -77,6 +110,28 @@ def test_a_bomb_costs_a_row_and_no_memory(tmp_path):
     assert statuses.count("unreadable") == 1 and len(statuses) == 13
     refused = invoke("value", root, *FAST, "--max-pixels", 10**9, "-o", out)
     assert refused.exit_code == 2 and "must be from 1 to 178,956,970" in refused.stderr
+
+
+def test_16_bit_images_take_their_memory_once(tmp_path):
+    """Three PNGs of some hundred kilobytes each, of nearly as many pixels as are accepted, on all cores."""
+    root = write_folder(tmp_path / "images", 6)
+    for number in range(3):
+        large = Image.fromarray(np.full((9_990, 10_000), 20_000 * number, np.uint16))
+        large.save(root / "cat" / f"large-{number}.png")
+    code, said, peak = run_measured("value", root, *FAST, "-o", tmp_path / "v.parquet")
+    assert code == 0 and peak < 2, (said, peak)
+    assert pq.read_table(tmp_path / "v.parquet")["status"].to_pylist() == ["valued"] * 15
+
+
+def test_encoded_images_wait_for_their_turn_on_disk(tmp_path):
+    """24 files that claim 200 MiB each and hold nothing on disk: 4.7 GiB if all were read before any."""
+    root = write_folder(tmp_path / "images", 6)
+    for number in range(24):
+        path = root / "cat" / f"large-{number:02d}.png"
+        path.write_bytes((root / "cat" / "000.png").read_bytes())
+        os.truncate(path, 200 * 2**20)
+    code, said, peak = run_measured("value", root, *FAST, "-o", tmp_path / "v.parquet")
+    assert code == 0 and peak < 1.5, (said, peak)
 
 
 @given(st.lists(st.text(alphabet=st.sampled_from("=+-@'\t\r a1.é\"\n,"), max_size=6)))
@@ -161,6 +216,103 @@ def test_parquet_paths_that_lead_away_are_not_opened(tmp_path):
     assert [image["bytes"] for image in images if image["path"] in paths[:3]] == [None] * 3
 
 
+def test_a_report_whose_offsets_lead_out_of_it_is_an_error_of_one_line(tmp_path):
+    """Arrow looks at them only when it is asked to; a read past the end of the file would follow."""
+    report = tmp_path / "v.arrow"
+    assert invoke("value", "builtin:digits", "--epochs", 1, "-q", "-o", report).exit_code == 0
+    data = bytearray(report.read_bytes())
+    offsets = pa.ipc.open_file(report).read_all()["id"].chunk(0).buffers()[1]
+    at = bytes(data).index(offsets.to_pybytes()[:400])
+    data[at + 40 : at + 44] = (2 * 10**9).to_bytes(4, "little")
+    report.write_bytes(bytes(data))
+    command = [
+        sys.executable,
+        "-m",
+        "chgval",
+        "select",
+        report,
+        "--fraction",
+        "0.5",
+        "-o",
+        tmp_path / "s.csv",
+    ]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "v.arrow: cannot be read as a values report" in result.stderr
+
+
+@pytest.mark.parametrize("column", ["label", "id", "image"])
+def test_text_that_is_no_utf8_is_an_error_of_one_line(column, tmp_path):
+    """Parquet says that it is; nothing but a look at it tells."""
+    files = sorted(write_folder(tmp_path / "images", 4).glob("*/*.png"))
+    bad = pa.array([b"a\xff", *[f"b{number % 2}".encode() for number in range(7)]])
+    texts = pa.Array.from_buffers(pa.string(), 8, bad.buffers())
+    images = [file.read_bytes() for file in files]
+    columns = {"image": pa.array(images), "label": pa.array([0, 1] * 4), "id": pa.array(list("abcdefgh"))}
+    columns[column] = texts
+    if column == "image":
+        columns[column] = pa.StructArray.from_arrays([pa.array(images), texts], ["bytes", "path"])
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    result = invoke("value", tmp_path / "d.parquet", *FAST, "-o", tmp_path / "v.parquet")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "Invalid UTF8" in result.stderr and f"reading {column}" in result.stderr.replace(
+        "label, id", column
+    )
+
+
+def test_a_class_that_a_report_suggests_and_the_dataset_has_not(tmp_path):
+    root, report = write_folder(tmp_path / "images", 6), tmp_path / "v.parquet"
+    assert invoke("value", root, *FAST, "-o", report).exit_code == 0
+    table = pq.read_table(report)
+    for name, column in (("suggested_label", [99] * 12), ("suggested_probability", [1.0] * 12)):
+        column = pa.array(column, table.schema.field(name).type)
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    pq.write_table(table, report)
+    result = invoke("detect-noise", report, "--threshold", 0, "--cleaned", tmp_path / "clean", "--relabel", 0,
+                    "-o", tmp_path / "s.parquet")  # fmt: skip
+    assert result.exit_code == 1 and "suggests class 99 where there are 2" in result.stderr
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_report_names_no_machine_to_fetch_from(tmp_path):
+    """Only the user does: --dataset says where the dataset is, which may also have moved."""
+    root, report = write_folder(tmp_path / "images", 6), tmp_path / "v.parquet"
+    assert invoke("value", root, *FAST, "-o", report).exit_code == 0
+    table = pq.read_table(report)
+    metadata = json.loads(table.schema.metadata[b"chgval"])
+    metadata["settings"]["data"]["source"] = "s3://bucket/data?endpoint_override=localhost:9&scheme=http"
+    evil = table.replace_schema_metadata({"chgval": json.dumps(metadata)})
+    pq.write_table(evil, tmp_path / "evil.parquet")
+    args = ["select", tmp_path / "evil.parquet", "--fraction", 0.5, "-o", tmp_path / "s.parquet"]
+    with socket.create_server(("localhost", 0)) as server:
+        server.settimeout(0.5)
+        address = f"localhost:{server.getsockname()[1]}"
+        evil = metadata["settings"]["data"]["source"].replace("localhost:9", address)
+        metadata["settings"]["data"]["source"] = evil
+        pq.write_table(table.replace_schema_metadata({"chgval": json.dumps(metadata)}), args[1])
+        for command in (
+            [*args, "--materialize", tmp_path / "pruned.parquet"],
+            ["detect-noise", args[1], "--cleaned", tmp_path / "pruned.parquet", "-o", tmp_path / "n.csv"],
+        ):
+            result = invoke(*command)
+            assert result.exit_code == 1 and "nothing is fetched because a report says so" in result.stderr
+        with pytest.raises(TimeoutError):
+            server.accept()
+    moved = root.rename(tmp_path / "moved")
+    result = invoke(*args, "--materialize", tmp_path / "pruned", "--dataset", moved)
+    assert result.exit_code == 0 and len(list((tmp_path / "pruned").glob("*/*.png"))) == 6
+    result = invoke("select", report, "--fraction", 0.5, "--materialize", tmp_path / "again",
+                    "-o", tmp_path / "t.parquet")  # fmt: skip
+    assert result.exit_code == 1 and "pass --dataset if it has moved" in result.stderr
+    for wrong, said in (
+        ([*args[:-1], tmp_path / "u.parquet", "--dataset", moved], "pass that too"),
+        (["select", moved, "--fraction", 0.5, "--materialize", tmp_path / "again", "--dataset", moved],
+         "is for a report"),
+    ):  # fmt: skip
+        result = invoke(*wrong)
+        assert result.exit_code == 2 and said in result.stderr
+
+
 # A process of its own in between: what a process is forked from counts as its memory, and tests may be large.
 MEASURE = """
 import resource, subprocess, sys
@@ -177,7 +329,17 @@ def run_measured(*args):
     return code, result.stderr, kibibytes / 2**20
 
 
-@pytest.mark.parametrize("what", ["rows", "page size", "footer size", "dictionary", "nested", "half of it"])
+def with_a_huge_page(data, offset):
+    """Claim in the header of the last page, which is a Thrift struct, two gigabytes of content."""
+    # Field 1 is the kind; fields 2 and 3 are the sizes before and after compression, as zigzag varints.
+    assert data[offset] == 0x15 and data[offset + 2] == 0x15
+    end = next(at for at in range(offset + 3, len(data)) if data[at] < 0x80) + 1
+    return data[: offset + 3] + b"\xfe\xff\xff\xff\x0f" + data[end:]
+
+
+@pytest.mark.parametrize(
+    "what", ["rows", "page", "page size", "footer size", "dictionary", "nested", "half of it"]
+)
 def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
     """Counts and sizes in headers are overwritten; nothing is allocated by them, and nothing crashes."""
     path = tmp_path / "d.parquet"
@@ -188,7 +350,8 @@ def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
         for _ in range(150):
             kind = pa.list_(kind)
         table = pa.table({"image": pa.nulls(100, kind), "label": labels})
-    pq.write_table(table, path, compression="none", use_dictionary=what == "dictionary")
+    compression = "snappy" if what == "page size" else "none"
+    pq.write_table(table, path, compression=compression, use_dictionary=what == "dictionary")
     data = bytearray(path.read_bytes())
     footer = int.from_bytes(data[-8:-4], "little")
     rng = np.random.default_rng(0)
@@ -197,6 +360,8 @@ def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
             start = len(data) - 8 - footer
             data[start:-8] = bytes(data[start:-8]).replace(b"\xc8\x01", b"\xfe\x7f")
         case "page size":
+            data = with_a_huge_page(data, pq.read_metadata(path).row_group(0).column(1).data_page_offset)
+        case "page":
             data[4:24] = bytes(rng.integers(128, 256, 20, dtype=np.uint8))
         case "footer size":
             data[-8:-4] = (2**31 - 1).to_bytes(4, "little")
@@ -211,8 +376,24 @@ def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
     assert peak < 1.5 and not (tmp_path / "v.parquet").exists()
 
 
+def without_network():
+    """Return what to put before a command, if the machine allows it."""
+    command = ["unshare", "--user", "--map-root-user", "--net"]
+    try:
+        possible = subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    return command if possible else []
+
+
+NO_NETWORK = without_network()
+
+
 def test_nothing_reaches_for_a_network(image_folder, tmp_path):
-    """Every connection and every lookup of a name is forbidden, by the interpreter's audit events."""
+    """Every connection and every lookup of a name is forbidden, by the interpreter's audit events.
+
+    What is not Python's finds no network at all, where the system lets a test take it away.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "def forbid(event, args):\n"
@@ -222,15 +403,26 @@ def test_nothing_reaches_for_a_network(image_folder, tmp_path):
         "            raise RuntimeError(f'network: {event} {args}')\n"
         "sys.addaudithook(forbid)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("HF_HUB_OFFLINE", None)
     for args in (
         ["value", image_folder, *FAST, "-o", tmp_path / "v.parquet"],
         ["detect-noise", tmp_path / "v.parquet", "-o", tmp_path / "s.parquet"],
-        ["select", tmp_path / "v.parquet", "--fraction", 0.5, "-o", tmp_path / "m.parquet"],
+        ["detect-noise", tmp_path / "v.parquet", "--cleaned", tmp_path / "c", "-o", tmp_path / "t.parquet"],
+        [
+            "select",
+            tmp_path / "v.parquet",
+            "--fraction",
+            0.5,
+            "--materialize",
+            tmp_path / "p",
+            "-o",
+            tmp_path / "m.parquet",
+        ],
         ["train", image_folder, *FAST, "--subset", tmp_path / "m.parquet", "-o", tmp_path / "trained"],
     ):
-        command = [sys.executable, "-m", "chgval", *map(str, args)]
+        command = [*NO_NETWORK, sys.executable, "-m", "chgval", *map(str, args)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr
     # The hook does see it where a URI asks for it in Python.

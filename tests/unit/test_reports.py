@@ -13,7 +13,14 @@ from chgval.config import OutputConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.errors import OutputError, SettingsError
 from chgval.records import EpochRecord, EpochSignals, NoiseSignals, RunSignals
-from chgval.reports import METADATA_KEY, ReportWriter, read_report, values_table
+from chgval.reports import (
+    METADATA_KEY,
+    VALUES_SCHEMA,
+    ReportWriter,
+    read_report,
+    values_table,
+    write_table,
+)
 
 NAN = float("nan")
 
@@ -149,3 +156,16 @@ def test_outputs_that_cannot_be_written_are_found_at_once(tmp_path):
         OutputConfig(path="report.xlsx")
     assert OutputConfig(path="report.xlsx", report_format="csv").resolved_format == "csv"
     assert OutputConfig(path="-").resolved_format == "parquet"
+
+
+def test_many_names_of_several_lines_come_back_from_csv(tmp_path):
+    """More than a block of them: readers split a file where a line ends, unless they are told."""
+    names = [f"a\nb,{'x' * 40}\n{number}" for number in range(60_000)]
+    count = len(names)
+    table = pa.table(
+        {"index": range(count), "id": names, "label": [0] * count},
+        schema=pa.schema([VALUES_SCHEMA.field(name) for name in ("index", "id", "label")]),
+    )
+    write_table(OutputConfig(path=str(tmp_path / "v.csv")), table)
+    read, _ = read_report(str(tmp_path / "v.csv"), ("index", "id", "label"))
+    assert read.equals(table)

@@ -351,3 +351,19 @@ def test_images_come_through_untouched(folder, tmp_path):
         assert file.read_bytes() == (folder / file.relative_to(tmp_path / "new")).read_bytes()
     with Image.open(tmp_path / "new" / "cat" / "000.png") as image:
         assert image.size == (SIZE, SIZE)
+
+
+def test_names_of_many_bytes_stay_within_what_a_file_system_takes(tmp_path):
+    """Of relabelled images: the name has characters of three bytes, and so has the class it came from."""
+    root = tmp_path / "images"
+    for label, name in enumerate(("猫" * 80, "dog")):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            (root / name / f"{number}{'像' * 80}.png").write_bytes(png(label, number))
+    data = DataConfig(source=str(root))
+    ids = open_dataset(data, SIZE).ids
+    first = next(row for row, name in enumerate(ids) if name.startswith("猫"))
+    result = rewrite(data, *changes_of(data, [], {first: 0}), tmp_path / "new")
+    assert result.num_written == 6
+    moved = next((tmp_path / "new" / "dog").glob("*.was-*"))
+    assert moved.name == f"0{'像' * 16}.was-{'猫' * 16}.png"
