@@ -26,8 +26,10 @@ from chgval.config import (
     ValueConfig,
 )
 from chgval.options import (
+    DATASET_PANEL,
     EXIT_TOO_NOISY,
     OUTPUT_PANEL,
+    DatasetOfReport,
     KeptValues,
     LabelledDataset,
     LinkName,
@@ -81,7 +83,7 @@ def _root(
     """
 
 
-VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL, CLEANED_PANEL = "Values", "Detection", "Rows", "Cleaned dataset"
+VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL = "Values", "Detection", "Rows"
 
 
 @app.command(cls=PanelCommand)
@@ -152,7 +154,7 @@ def value(
     if plan:
         run_plan(config, console)
     else:
-        with running(config.outputs, config.state_file, _command_line()):
+        with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
             run_value(config, console, command=_command_line())
 
 
@@ -214,7 +216,7 @@ def detect_noise(
         typer.Option(
             metavar="DIR|FILE",
             help="Write the dataset without the flagged rows: to a new folder, or one .parquet file.",
-            rich_help_panel=CLEANED_PANEL,
+            rich_help_panel=DATASET_PANEL,
         ),
     ] = None,
     relabel: Annotated[
@@ -222,9 +224,10 @@ def detect_noise(
         typer.Option(
             help="Keep flagged rows in it under their suggested label if that is right with this "
             "probability.",
-            rich_help_panel=CLEANED_PANEL,
+            rich_help_panel=DATASET_PANEL,
         ),
     ] = None,
+    dataset: DatasetOfReport = None,
 ) -> None:
     """List the samples of INPUT whose label is probably wrong, worst first.
 
@@ -253,10 +256,11 @@ def detect_noise(
         fail_over=fail_over,
         cleaned=cleaned,
         relabel=relabel,
+        dataset=dataset,
     )
     from chgval.runs.detect_noise import run_detect_noise
 
-    with running(config.outputs, config.state_file, _command_line()):
+    with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
         rate = run_detect_noise(config, console, command=_command_line())
     if config.fail_over is not None and rate.rate > config.fail_over:
         console.fail(
@@ -265,7 +269,7 @@ def detect_noise(
         raise typer.Exit(EXIT_TOO_NOISY)
 
 
-SELECTION_PANEL, DATASET_PANEL = "Selection", "Selected dataset"
+SELECTION_PANEL = "Selection"
 
 
 @app.command(cls=PanelCommand)
@@ -352,6 +356,7 @@ def select(
         LinkName | None,
         typer.Option(help="How images of a folder get there. Default: copy.", rich_help_panel=DATASET_PANEL),
     ] = None,
+    dataset: DatasetOfReport = None,
     end_with_null: Annotated[
         bool,
         typer.Option(
@@ -394,8 +399,9 @@ def select(
         weights=weights,
         materialize=materialize,
         link=None if link is None else link.value,
+        dataset=dataset,
     )
-    with running(config.outputs, config.state_file, _command_line()):
+    with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
         run_select(config, console, command=_command_line())
 
 
@@ -503,7 +509,7 @@ def train_model(
         test_every=test_every,
         target_accuracy=target_accuracy,
     )
-    with running(config.outputs, config.state_file, _command_line()):
+    with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
         run_train(config, console, command=_command_line())
 
 

@@ -259,6 +259,7 @@ class DetectConfig:
         cleaned: where the dataset is written without its flagged rows.
         relabel: probability of a suggested label from which on a flagged row is not left out of it, but gets
             that label.
+        dataset: where the dataset of a report is; None takes where it was when it was valued.
     """
 
     value: ValueConfig
@@ -273,6 +274,7 @@ class DetectConfig:
     fail_over: float | None = None
     cleaned: Path | None = None
     relabel: float | None = None
+    dataset: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("--top", self.top, 1)
@@ -285,6 +287,8 @@ class DetectConfig:
                 raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
         if self.relabel is not None and self.cleaned is None:
             raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
+        if self.dataset is not None and self.cleaned is None:
+            raise SettingsError("--dataset: is what --cleaned writes anew; pass that too.")
         if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
@@ -334,6 +338,7 @@ class SelectConfig:
         weights: whether kept rows weigh by their figure (else 1).
         materialize: folder, or Parquet file, that the kept rows of the dataset are written to.
         link: how files of a folder get there; None copies.
+        dataset: where the dataset of a report is; None takes where it was when it was valued.
     """
 
     value: ValueConfig
@@ -351,6 +356,7 @@ class SelectConfig:
     weights: bool = False
     materialize: Path | None = None
     link: Link | None = None
+    dataset: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("fraction", "count", "min_value") if getattr(self, name) is not None]
@@ -373,6 +379,8 @@ class SelectConfig:
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
         if self.link is not None and self.materialize is None:
             raise SettingsError("--link: says how --materialize places files; pass that too.")
+        if self.dataset is not None and self.materialize is None:
+            raise SettingsError("--dataset: is what --materialize writes anew; pass that too.")
 
     @property
     def outputs(self) -> list[Path]:

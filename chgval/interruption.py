@@ -82,17 +82,27 @@ def at_once() -> Iterator[None]:
 
 
 @contextmanager
-def telling_how_to_go_on(state_file: Path | None, command: str) -> Iterator[None]:
+def telling_how_to_go_on(state_file: Path | None, command: str, *, resumes: bool) -> Iterator[None]:
     """Say in the message of an interruption what is kept, and how to go on."""
+    # What is there before anything was kept is of an earlier run, unless that is gone on with.
+    before = None if resumes else _changed_at(state_file)
     try:
         yield
     except Interrupted as interruption:
-        if state_file is None or not state_file.exists():
+        if state_file is None or _changed_at(state_file) in (None, before):
             raise
         words = shlex.split(command)
         command = shlex.join(words if "--resume" in words else [*words, "--resume"])
         message = f"interrupted; what was done so far is kept in {state_file}; go on with: {command}"
         raise Interrupted(interruption.signum, message) from interruption
+
+
+def _changed_at(path: Path | None) -> int | None:
+    """Return when a file was written, in nanoseconds; None where there is none."""
+    try:
+        return None if path is None else path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 @contextmanager

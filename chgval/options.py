@@ -63,6 +63,16 @@ KeptValues = Annotated[
         metavar="FILE", help="Keep the values report of a dataset here.", rich_help_panel=OUTPUT_PANEL
     ),
 ]
+DATASET_PANEL = "Dataset"
+DatasetOfReport = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="DATA",
+        help="Where the dataset of a report is now. Default: where it was valued.",
+        rich_help_panel=DATASET_PANEL,
+    ),
+]
 
 
 class PanelCommand(TyperCommand):
@@ -223,28 +233,37 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
         # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
-    except RuntimeError as error:
-        torch = sys.modules.get("torch")
-        if debug or torch is None or not isinstance(error, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
             raise
         console.fail(
-            f"the device is out of memory ({first_line(error)}); pass a smaller --batch-size, --arch or "
-            "--image-size."
+            f"out of memory ({first_line(error)}); pass a smaller --batch-size, --arch or --image-size, or "
+            "fewer --workers."
         )
         raise typer.Exit(EXIT_FAILED) from error
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error of torch, which for the host's memory has no class of its own, is about memory."""
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or on_device or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
-def running(outputs: Sequence[Path], state_file: Path | None, command: str) -> Iterator[None]:
+def running(
+    outputs: Sequence[Path], state_file: Path | None, command: str, *, resumes: bool
+) -> Iterator[None]:
     """Hold what a command writes for it alone, and say how to go on where it is interrupted.
 
     Args:
         outputs: what it writes.
         state_file: where it keeps the state of its runs.
         command: the command line.
+        resumes: whether it goes on with a state that is there.
     """
     state_files = () if state_file is None else (state_file,)
-    with claimed(*outputs, *state_files), telling_how_to_go_on(state_file, command):
+    with claimed(*outputs, *state_files), telling_how_to_go_on(state_file, command, resumes=resumes):
         yield
 
 

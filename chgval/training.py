@@ -133,6 +133,11 @@ class Trainer:
         self._begun: _Epoch | None = None
 
     @property
+    def is_over(self) -> bool:
+        """Whether all epochs have been trained."""
+        return self.finished_epochs == self._recipe.epochs
+
+    @property
     def position(self) -> tuple[int, int]:
         """Epochs that are finished, and steps that were made in the next one."""
         return self.finished_epochs, 0 if self._begun is None else self._begun.step
@@ -147,7 +152,7 @@ class Trainer:
             DataError: no sample is left that can be read.
             DeviceMemoryError: the device has no memory even for small parts of a batch.
         """
-        while self.finished_epochs < self._recipe.epochs:
+        while not self.is_over:
             yield from self._train_epoch(self.finished_epochs + 1, is_stopped)
             if is_stopped():
                 return

@@ -66,7 +66,7 @@ class Unfinished:
         command: its name.
         path: a file; None keeps nothing.
         outputs: files and folders that the command writes.
-        written_before: those of the run that is there, if the user wants to go on with it; else None.
+        before: what the state tells of the run that is there, if the user wants to go on with it.
     """
 
     def __init__(
@@ -74,13 +74,15 @@ class Unfinished:
         command: str = "",
         path: Path | None = None,
         outputs: Sequence[Path] = (),
-        written_before: Sequence[str] | None = None,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         self.command = command
-        self.resumes = written_before is not None
-        self.outputs = sorted({*(written_before or ()), *(str(output.absolute()) for output in outputs)})
+        self.resumes = before is not None
+        named_before = [] if before is None else [str(output) for output in before["outputs"]]
+        self.outputs = sorted({*named_before, *(str(output.absolute()) for output in outputs)})
         self._path = path
-        self._own = set(written_before or ())
+        # Nothing is written before the (first) run has ended.
+        self._own = set(named_before if before is not None and before["is_over"] else ())
 
     def file(self, name: str) -> Path | None:
         """Return where the run of that name is kept, if it is."""
@@ -137,7 +139,7 @@ def find_unfinished(
         )
     if is_there and resume.resume:
         with _taking_up(path), safe_open(path, framework="pt") as file:
-            return Unfinished(command, path, outputs, [str(output) for output in _header(file)["outputs"]])
+            return Unfinished(command, path, outputs, _header(file))
     if resume.resume:
         console.say(f"note: no unfinished run at {path}; starting from the beginning")
     return Unfinished(command, path, outputs)
@@ -179,7 +181,7 @@ class Checkpoint:
         self._outputs = unfinished.outputs
         self._trainer = trainer
         self._parts = {**parts, "trainer": trainer}
-        self._identity = {"command": unfinished.command, **_identity(metadata), **(digests or {})}
+        self._identity = {"command": unfinished.command, **(digests or {}), **_identity(metadata)}
         self._machine = {"torch": metadata["libraries"]["torch"], "threads": torch.get_num_threads()}
         self._seconds_between = 60 * config.minutes
         self._console = console
@@ -236,6 +238,7 @@ class Checkpoint:
             "identity": self._identity,
             "machine": self._machine,
             "outputs": self._outputs,
+            "is_over": self._trainer.is_over,
             "seconds": self.seconds,
             "state": _without_tensors(state, "", tensors, set()),
         }
@@ -318,8 +321,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _differences(kept: dict[str, Any], own: dict[str, Any]) -> str:
     """Name the first difference; say nothing where there is none."""
-    for name, value in own.items():
-        if name in kept and kept[name] == value:
+    for name in {**kept, **own}:
+        if name in kept and name in own and kept[name] == own[name]:
             continue
         if name == "dataset":
             return "another dataset, or one that has changed since"
@@ -328,7 +331,7 @@ def _differences(kept: dict[str, Any], own: dict[str, Any]) -> str:
         if name == "subset":
             return "another subset"
         option = name.rpartition(".")[2].replace("_", "-")
-        return f"{option} {kept.get(name)}, not {value}"
+        return f"{option} {kept.get(name)}, not {own.get(name)}"
     return ""
 
 

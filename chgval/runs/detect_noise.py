@@ -57,6 +57,8 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     source = config.value.data.source
     if config.cleaned is not None:
         check_apart(config.cleaned, config.files)
+    if config.dataset is not None and not is_report(source):
+        raise SettingsError(f"--dataset: is for a report; {source} is a dataset itself.")
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report = given.report
     assessment = assess(report, config, given.aum_flags_N)
@@ -116,7 +118,14 @@ def _read_report(config: DetectConfig) -> _Input:
     if config.cleaned is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
-        data = dataset_behind(source, report, metadata, config.cleaned, overwrite=config.output.overwrite)
+        data = dataset_behind(
+            source,
+            report,
+            metadata,
+            config.cleaned,
+            dataset=config.dataset,
+            overwrite=config.output.overwrite,
+        )
     return _Input(report, metadata, data)
 
 

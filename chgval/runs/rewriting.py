@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from chgval.console import Console
 from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
 from chgval.errors import DataError
 from chgval.records import IntArray
-from chgval.reports import dataset_of
+from chgval.reports import dataset_of, report_name
 from chgval.runs.checkpoint import Unfinished
 
 
 def dataset_behind(
-    source: str, report: pa.Table, metadata: dict[str, Any], target: Path, *, overwrite: bool
+    source: str,
+    report: pa.Table,
+    metadata: dict[str, Any],
+    target: Path,
+    *,
+    dataset: str | None,
+    overwrite: bool,
 ) -> DataConfig:
     """Return the dataset that a report is about, if it can be written anew at the target.
 
@@ -28,17 +35,28 @@ def dataset_behind(
         report: `id` and `label` of every row.
         metadata: of the report.
         target: where the dataset shall be written.
+        dataset: where the user says that it is; None takes where the report says that it was.
         overwrite: whether a file may be replaced.
     Raises:
-        ChgvalError: the report does not say, the dataset is not there or another by now, or the target is
-            not free.
+        ChgvalError: the report does not say, or names another machine, the dataset is not there or another
+            by now, or the target is not free.
     """
     data = dataset_of(metadata, source)
+    if dataset is not None:
+        data = dataclasses.replace(data, source=dataset)
+    elif "://" in data.source:  # a report from a stranger could name any machine
+        raise DataError(
+            f"{report_name(source)}: says that its dataset is {data.source}; nothing is fetched because a "
+            "report says so. If you trust that place, pass it as --dataset."
+        )
     try:
         check_rewritable(data, target, overwrite=overwrite)
         check_same(data, _known(report, metadata))
     except DataError as error:
-        raise DataError(f"{error} {source} was made from it, under this name.") from error
+        if dataset is not None:
+            raise
+        message = f"{error} {report_name(source)} was made from it; pass --dataset if it has moved."
+        raise DataError(message) from error
     return data
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig, SelectConfig
 from chgval.console import Console
-from chgval.errors import DataError
+from chgval.errors import DataError, SettingsError
 from chgval.files import check_apart
 from chgval.records import FloatArray, IntArray, SelectedClass
 from chgval.reports import (
@@ -51,6 +51,8 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
     source = config.value.data.source
     if config.materialize is not None:
         check_apart(config.materialize, config.files)
+    if config.dataset is not None and not is_report(source):
+        raise SettingsError(f"--dataset: is for a report; {source} is a dataset itself.")
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report, rng = given.report, np.random.default_rng(config.value.train.seed)
     dropped_N = np.zeros(report.num_rows, dtype=bool)
@@ -140,7 +142,14 @@ def _read_report(config: SelectConfig) -> _Input:
     if config.materialize is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
-        data = dataset_behind(source, report, metadata, config.materialize, overwrite=config.output.overwrite)
+        data = dataset_behind(
+            source,
+            report,
+            metadata,
+            config.materialize,
+            dataset=config.dataset,
+            overwrite=config.output.overwrite,
+        )
     return _Input(report, metadata, data)
 
 

@@ -166,7 +166,7 @@ def run_plan(config: ValueConfig, console: Console) -> None:
 def check_outputs(config: ValueConfig, output: OutputConfig | None, unfinished: Unfinished) -> None:
     """Raise OutputError, before anything is read, where something cannot be written."""
     if output is not None:
-        ReportWriter.check(output, config.data.source)
+        ReportWriter.check(output, config.data.source, goes_on=unfinished.resumes)
     if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
         check_free(config.pred_probs, overwrite=config.output.overwrite)
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chgval.cli import app
 from chgval.data import loader
 from chgval.reports import ReportWriter
 from chgval.runs import value
+from chgval.training import Trainer
 from tests.conftest import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
@@ -127,24 +129,102 @@ def test_an_output_folder_that_vanishes_is_made_anew(image_folder, tmp_path, mon
     ]  # fmt: skip
 
 
-def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["detect-noise", "select", "train"])
+def test_an_output_folder_that_vanishes_under_another_command(command, image_folder, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     folder.mkdir()
-    if os.geteuid() == 0:
-        pytest.skip("root writes into read-only folders")
-    original = ReportWriter.write
+    original = Trainer.records
 
-    def write(self, table, metadata):
-        folder.chmod(0o500)
-        original(self, table, metadata)
+    def records(self, *args):
+        yield from original(self, *args)
+        folder.rename(tmp_path / "elsewhere")
 
+    monkeypatch.setattr(Trainer, "records", records)
+    more = ["--fraction", 0.5] if command == "select" else []
+    result = invoke(command, image_folder, *FAST, *more, "-q", "-o", folder / "out.parquet")
+    assert result.exit_code == 0, result.stderr
+    assert files_in(folder) == ["out.parquet"]
+
+
+def obeying_permissions(command):
+    """Let a command run as somebody who may not write where permissions say so, even if that is root."""
+    if os.geteuid() != 0:
+        return command
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+
+
+READ_ONLY = """
+import sys, tempfile
+from pathlib import Path
+import {module} as module
+original = module.{name}
+def read_only(*args):
+    Path({folder!r}).chmod(0o500)
+    return original(*args)
+module.{name} = read_only
+from chgval.cli import main
+main()
+"""
+
+
+def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
     args = ["value", image_folder, *FAST, "-q", "-o", folder / "v.parquet"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ReportWriter, "write", write)
-        result = invoke(*args)
+    code = READ_ONLY.format(module="chgval.runs.value", name="read_noise", folder=str(folder))
+    command = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     folder.chmod(0o700)
-    assert result.exit_code == 1 and "v.parquet: cannot be written (Permission denied)" in result.stderr
-    assert invoke(*args, "--resume").exit_code == 0 and files_in(folder) == ["v.epochs", "v.parquet"]
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "v.parquet: cannot be written (Permission denied)" in result.stderr
+    assert invoke(*args, "--resume").exit_code == 0
+    assert {"v.epochs", "v.parquet"} <= set(files_in(folder))
+
+
+def test_a_folder_for_outputs_or_temporary_files_that_is_read_only_is_told_before_all(image_folder, tmp_path):
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    table = tmp_path / "d.parquet"
+    files = sorted(write_folder(tmp_path / "images", 4, size=90).glob("*/*.png"))
+    pq.write_table(pa.table({"image": [file.read_bytes() for file in files], "label": [0, 1] * 4}), table)
+    for source, out, temporary, said in (
+        (image_folder, folder / "v.parquet", tmp_path, "v.parquet: cannot be written (Permission denied)"),
+        (table, tmp_path / "v.parquet", folder, "images cannot be kept there"),
+    ):
+        command = chgval("value", source, *FAST, "--image-size", 90, "-q", "-o", out)
+        # Python takes the next folder where it can write nothing into the one that TMPDIR names.
+        code = f"import tempfile; tempfile.tempdir = {str(temporary)!r}; from chgval.cli import main; main()"
+        command = [sys.executable, "-c", code, *command[3:]]
+        result = subprocess.run(
+            obeying_permissions(command), capture_output=True, text=True, timeout=120, cwd=tmp_path
+        )
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert said in result.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_temporary_copy_that_is_tidied_away_is_told(workers, tmp_path, monkeypatch):
+    """What was done so far is kept; --resume copies the images again."""
+    files = sorted(write_folder(tmp_path / "images", 12, size=90).glob("*/*.png"))
+    table = pa.table({"image": [file.read_bytes() for file in files], "label": [0] * 12 + [1] * 12})
+    pq.write_table(table, tmp_path / "d.parquet")
+    args = ["value", tmp_path / "d.parquet", "--image-size", 70, "--workers", workers, *FAST, "-q"]
+    args += ["-o", tmp_path / "v.parquet"]
+    original = loader.DecodingLoader.training_batches
+
+    def training_batches(self, *args, **options):
+        for copy in tmp_path.glob("chgval-*/images"):
+            copy.unlink()
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.DecodingLoader, "training_batches", training_batches)
+        result = invoke(*args)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "images cannot be kept there while they are used (No such file or directory)" in result.stderr
+    assert (tmp_path / "v.checkpoint").exists() and invoke(*args, "--resume").exit_code == 0
+    assert set(pq.read_table(tmp_path / "v.parquet")["status"].to_pylist()) == {"valued"}
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(image_folder, tmp_path):
@@ -283,12 +363,31 @@ def test_a_temporary_folder_that_is_full_is_told(tmp_path):
         assert "Traceback" not in result.stderr
 
 
-def test_out_of_memory_outside_of_steps_is_an_error_of_one_line(image_folder, tmp_path, monkeypatch):
-    def observe_average(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def no_device_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+
+def no_host_memory(*_):
+    torch.empty(2**55, dtype=torch.uint8)
+
+
+def no_memory_for_an_array(*_):
+    np.ones(2**55, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("observe_average", "said"),
+    [
+        (no_device_memory, "CUDA out of memory."),
+        (no_host_memory, "can't allocate memory"),
+        (no_memory_for_an_array, "Unable to allocate"),
+    ],
+)
+def test_out_of_memory_outside_of_steps_is_an_error_of_one_line(
+    observe_average, said, image_folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(value, "observe_average", observe_average)
     result = invoke("value", image_folder, *FAST, "-q", "-o", tmp_path / "v.parquet")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert "the device is out of memory (CUDA out of memory." in result.stderr
+    assert "out of memory (" in result.stderr and said in result.stderr
     assert (tmp_path / "v.checkpoint").exists()

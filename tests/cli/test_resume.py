@@ -1,6 +1,7 @@
 """Runs that are stopped and gone on with end as those that were not, to the last bit."""
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -11,16 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from chgval import reports
 from chgval.cli import app
 from chgval.config import STRATEGIES
 from chgval.interruption import SIGNALS, Interruption
-from chgval.runs import checkpoint
+from chgval.runs import checkpoint, value
 from tests.conftest import write_folder
 
 SMALL = ["--arch", "resnet8", "--epochs", "3", "--batch-size", "8", "-q"]
@@ -147,6 +151,8 @@ def test_a_subset_goes_on_with_its_weights(image_folder, tmp_path, monkeypatch):
     refused = invoke(*args, subset, "-o", tmp_path / "parts", "--resume")
     assert refused.exit_code == 1 and "has another subset" in refused.stderr
     subset.write_bytes(kept)
+    refused = invoke(*args[:-1], "-o", tmp_path / "parts", "--resume")
+    assert refused.exit_code == 1 and "has another subset" in refused.stderr
     assert invoke(*args, subset, "-o", tmp_path / "parts", "--resume").exit_code == 0
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
     assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0])
@@ -195,6 +201,93 @@ def test_starting_anew_forgets_the_unfinished_run(image_folder, tmp_path, monkey
     assert invoke(*args, "--resume").exit_code == 0
     assert invoke(*args[:-1], tmp_path / "whole.parquet").exit_code == 0
     assert_same_report(tmp_path / "whole.parquet", out)
+
+
+@pytest.mark.parametrize("size", [12, 90])
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_other_images_of_the_same_size_are_another_dataset(kind, size, tmp_path, monkeypatch):
+    """Uncompressed files are: here two change places, which no mean of all pixels tells."""
+    root = write_folder(tmp_path / "images", 6, size=size)
+    files = sorted(root.glob("*/*.png"))
+    for number, file in enumerate(files):
+        files[number] = file.with_suffix(".bmp")
+        Image.open(file).save(files[number])
+        file.unlink()
+    source = root
+    if kind == "parquet":
+        source = tmp_path / "d.parquet"
+        table = pa.table({"image": [file.read_bytes() for file in files], "label": [0] * 6 + [1] * 6})
+    args = ["value", source, *SMALL, "--image-size", size, "--workers", 0, "-o", tmp_path / "v.parquet"]
+    if kind == "parquet":
+        pq.write_table(table, source)
+    with stopping_after(2, monkeypatch):
+        assert invoke(*args).exit_code == 143
+    one, other = files[0].read_bytes(), files[-1].read_bytes()
+    if kind == "folder":
+        files[0].write_bytes(other)
+        files[-1].write_bytes(one)
+    else:
+        images = [other, *table["image"].to_pylist()[1:-1], one]
+        pq.write_table(table.set_column(0, "image", pa.array(images)), source)
+    refused = invoke(*args, "--resume")
+    assert refused.exit_code == 1 and "another dataset, or one that has changed" in refused.stderr
+
+
+def test_an_older_state_is_not_taken_for_the_runs_own(image_folder, tmp_path, monkeypatch):
+    """A signal that comes while a run with --overwrite still reads: what is there is not of that run."""
+    args = ["value", image_folder, *SMALL, "-o", tmp_path / "v.parquet"]
+    with stopping_after(7, monkeypatch):
+        assert invoke(*args).exit_code == 143
+
+    def reading(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(value, "read_dataset", reading)
+        result = invoke(*args, "--overwrite", "--seed", 1)
+    assert result.exit_code == 143 and result.stderr == "error: interrupted\n"
+    assert invoke(*args, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "no header", "no state", "other shapes", "wrong kind"])
+def test_a_damaged_state_is_an_error_of_one_line(damage, image_folder, tmp_path, monkeypatch):
+    state, args = tmp_path / "v.checkpoint", ["value", image_folder, *SMALL, "-o", tmp_path / "v.parquet"]
+    with stopping_after(7, monkeypatch):
+        assert invoke(*args).exit_code == 143
+    with safe_open(state, framework="np") as file:
+        header = json.loads(file.metadata()["chgval"])
+    tensors = load_file(state)
+    match damage:
+        case "cut":
+            os.truncate(state, state.stat().st_size // 2)
+        case "no header":
+            save_file(tensors, state)
+        case "no state":
+            del header["state"]["trainer"]
+        case "other shapes":
+            tensors = {name: np.zeros((2, 3, 4), np.float32) for name in tensors}
+        case "wrong kind":
+            header["state"]["trainer"]["finished_epochs"] = {"tensor": "nowhere"}
+    if damage not in ("cut", "no header"):
+        save_file(tensors, state, {"chgval": json.dumps(header)})
+    result = invoke(*args, "--resume")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "v.checkpoint: cannot be taken up" in result.stderr
+    assert invoke(*args, "--overwrite").exit_code == 0
+
+
+def test_time_is_not_read_from_a_clock_that_can_be_set(image_folder, tmp_path, monkeypatch):
+    """A machine's time that jumps by a year, to and fro, changes neither states nor figures."""
+    args = ["value", image_folder, *SMALL, "--checkpoint-minutes", 0.0001]
+    assert invoke(*args, "-o", tmp_path / "whole.parquet").exit_code == 0
+    jumps = itertools.cycle([0, 3e7, -3e7])
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
+    assert run_in_parts(3, monkeypatch, *args, "-o", tmp_path / "parts.parquet") >= 4
+    assert_same_report(tmp_path / "whole.parquet", tmp_path / "parts.parquet")
+    metadata = json.loads(pq.read_schema(tmp_path / "parts.parquet").metadata[b"chgval"])
+    assert 0 < metadata["wall_seconds"] < 1000
 
 
 def test_where_there_is_nothing_to_go_on_with(image_folder, tmp_path):
@@ -355,7 +448,11 @@ def test_only_what_the_run_wrote_is_replaced(image_folder, tmp_path, monkeypatch
     for more in (["-o", "v.csv"], ["-o", "v.parquet", "--pred-probs", "mine.npy"]):
         refused = invoke(*args, *more, "--resume")
         assert refused.exit_code == 1 and "exists already" in refused.stderr
-    assert invoke(*args, "-o", "v.parquet", "--resume").exit_code == 0
+    (tmp_path / "v.parquet").write_text("precious")
+    refused = invoke(*args, "-o", "v.parquet", "--resume")
+    assert refused.exit_code == 1 and "v.parquet: exists already" in refused.stderr
+    assert (tmp_path / "v.parquet").read_text() == "precious"
+    assert invoke(*args, "-o", "v.parquet", "--resume", "--overwrite").exit_code == 0
     assert (tmp_path / "v.csv").read_text() == (tmp_path / "mine.npy").read_text() == "precious"
 
 
@@ -479,12 +576,21 @@ def run_killed(kind, epochs, out, moments):
 
 @pytest.mark.parametrize("kind", ["value", "train"])
 def test_a_killed_run_goes_on(kind, tmp_path):
-    """Twice, at whatever step it is then."""
-    began = time.monotonic()
-    assert run_killed(kind, 12, tmp_path / "whole.parquet", []) == 0
-    seconds = time.monotonic() - began
-    assert run_killed(kind, 12, tmp_path / "parts.parquet", [0.6 * seconds, 0.8 * seconds]) >= 1
-    assert results_of(kind, tmp_path / "parts.parquet") == results_of(kind, tmp_path / "whole.parquet")
+    """Twice, at whatever step it is then: half a second after a state is there, and after it has changed."""
+    whole, out = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
+    assert run_killed(kind, 12, whole, []) == 0
+    state = out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
+    for _ in range(2):
+        before = state.read_bytes() if state.exists() else b""
+        process = start_killable(kind, 12, out, "--resume", "--checkpoint-minutes", 0.002)
+        while process.poll() is None and (not state.exists() or state.read_bytes() == before):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.kill()
+        process.communicate()
+        assert state.exists()
+    run_killed(kind, 12, out, [])
+    assert results_of(kind, out) == results_of(kind, whole)
 
 
 @pytest.mark.long
