@@ -342,9 +342,9 @@ def _encoded(
     """Yield every image's bytes, and note them."""
     is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
     rows = (
-        (Path(file).parent, image)
+        (Path(file).parent, cell.as_py())  # one at a time: they may be large
         for file, batch in read_batches(shards, [column], IMAGE_ROWS)
-        for image in map(pa.Scalar.as_py, batch.column(0))  # one at a time: they may be large
+        for cell in batch.column(0)
     )
     for folder, image in itertools.islice(rows, limit):
         encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)

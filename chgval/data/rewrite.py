@@ -370,7 +370,8 @@ def _changed(
 
 
 def _note_images(images: pa.Array, seen: SeenImages) -> None:
-    for image in map(pa.Scalar.as_py, images):
+    for cell in images:
+        image = cell.as_py()
         if isinstance(image, dict):
             seen.add(image.get("path"), image.get("bytes"))
         else:
