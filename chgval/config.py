@@ -288,7 +288,9 @@ class DetectConfig:
         if self.relabel is not None and self.cleaned is None:
             raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
         if self.dataset is not None and self.cleaned is None:
-            raise SettingsError("--dataset: is what --cleaned writes anew; pass that too.")
+            raise SettingsError(
+                "--dataset: says where the dataset is that --cleaned writes anew; pass that too."
+            )
         if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
@@ -380,7 +382,9 @@ class SelectConfig:
         if self.link is not None and self.materialize is None:
             raise SettingsError("--link: says how --materialize places files; pass that too.")
         if self.dataset is not None and self.materialize is None:
-            raise SettingsError("--dataset: is what --materialize writes anew; pass that too.")
+            raise SettingsError(
+                "--dataset: says where the dataset is that --materialize writes anew; pass that too."
+            )
 
     @property
     def outputs(self) -> list[Path]:

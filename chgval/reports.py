@@ -190,18 +190,17 @@ def with_metadata(table: pa.Table, metadata: dict[str, object]) -> pa.Table:
 class ReportWriter:
     """Writes a run's report and, for a report in a file, one part per epoch beside it.
 
-    `check` lets a run find out before it reads and trains what it may not write; creating the writer makes
-    the folder of the parts.
+    `check` lets a run find out before it reads and trains what it may not write; creating the writer deletes
+    the parts of an earlier run.
 
     Args:
         config: where to write.
         goes_on: whether parts are there already that belong to the run.
     Raises:
-        OutputError: the output exists and may not be replaced, or cannot be written.
+        OutputError: they cannot be deleted.
     """
 
     def __init__(self, config: OutputConfig, *, goes_on: bool = False) -> None:
-        self.check(config, goes_on=goes_on)
         self._config = config
         self.epochs_folder: Path | None = None
         if not config.to_stdout:
@@ -212,7 +211,10 @@ class ReportWriter:
 
     @staticmethod
     def check(config: OutputConfig, source: str = "", *, goes_on: bool = False) -> None:
-        """Raise OutputError where the output cannot be written, or is the dataset; leave all as it is."""
+        """Raise OutputError where the output cannot be written, or is the dataset; leave all as it is.
+
+        Parts may be there where a run `goes_on`.
+        """
         check_output(config, source, *([] if config.to_stdout or goes_on else [epochs_folder(config)]))
 
     def write_epoch(self, record: EpochRecord, metadata: dict[str, object]) -> None:

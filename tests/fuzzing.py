@@ -28,7 +28,7 @@ KINDS = [
     ("GIF", "P", {}), ("BMP", "RGB", {}), ("BMP", "P", {}), ("TIFF", "RGB", {}),
     ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "L", {"compression": "tiff_adobe_deflate"}),
     ("TIFF", "1", {"compression": "group4"}), ("PPM", "RGB", {}), ("JPEG2000", "RGB", {}),
-    ("ICO", "RGBA", {}), ("TGA", "RGB", {"compression": "tga_rle"}), ("AVIF", "RGB", {}),
+    ("TGA", "RGB", {"compression": "tga_rle"}), ("AVIF", "RGB", {}),
     ("DIB", "RGB", {}), ("MPO", "RGB", {"save_all": True}), ("GIF", "P", {"save_all": True}),
     ("WEBP", "RGB", {"save_all": True}), ("TIFF", "RGB", {"save_all": True}),
 ]  # fmt: skip

@@ -132,9 +132,11 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Say whether a type can hold encoded images: a struct with bytes, or binary."""
+    """Say whether a type can hold encoded images: a struct with bytes (and a path), or binary."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+        has_bytes = kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+        path = kind.field("path").type if kind.get_field_index("path") >= 0 else pa.null()
+        return has_bytes and (is_text(path) or pa.types.is_null(path))
     return _is_binary(kind)
 
 

@@ -204,9 +204,9 @@ def fingerprint(
     ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
 ) -> str:
     """Return a hash of rows, labels and classes, and of their contents or (for images) their digests."""
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for text in (*class_names, "", *ids):
-        digest.update(text.encode() + b"\0")
-    digest.update(np.ascontiguousarray(labels_N, dtype="<i8").tobytes())
-    digest.update(contents if isinstance(contents, bytes) else np.asarray(contents, dtype="<i8").tobytes())
-    return digest.hexdigest()
+        hashed.update(text.encode() + b"\0")
+    hashed.update(np.ascontiguousarray(labels_N, dtype="<i8").tobytes())
+    hashed.update(contents if isinstance(contents, bytes) else np.asarray(contents, dtype="<i8").tobytes())
+    return hashed.hexdigest()

@@ -27,17 +27,41 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # What is odd about an image, such as its EXIF data, does not matter as long as it can be decoded.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# What Pillow decodes without other programs (as EPS needs), in the formats that datasets come in.
-_KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+# What Pillow decodes without other programs (as EPS needs), in the formats that datasets come in. Not ICO:
+# Pillow decodes it before it tells how large it is.
+_KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 Image.init()
 FORMATS = [name for name in _KNOWN if name in Image.OPEN]
 
-# Images of more pixels are decoded one at a time in each process: one takes up to ten bytes a pixel.
-_LARGE_PIXELS = 2**24
-_one_large_image = threading.Lock()
+# Pixels that the threads of a process decode at a time, unless one image alone has more. A pixel takes up to
+# 20 bytes meanwhile, with some formats.
+_PIXELS_AT_A_TIME = 2**25
 
 # A 16-bit sample is scaled to 8 bits; 65535 becomes 255.
 _SIXTEEN_TO_EIGHT_BITS = 257
+
+
+class _Pixels:
+    """How many pixels are being decoded, so that threads wait for each other before they fill the memory."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, count: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count or self._count + count <= _PIXELS_AT_A_TIME)
+            self._count += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= count
+                self._changed.notify_all()
+
+
+_pixels = _Pixels()
 
 
 class UnreadableImageError(Exception):
@@ -101,10 +125,12 @@ def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image
     image = _opened(encoded, max_pixels)
     with ExitStack() as stack:
         try:
+            whole = image.width * image.height
             # The factor of two leaves the final scaling something to smooth.
             image.draft("RGB", (2 * size, 2 * size))
-            if image.width * image.height > _LARGE_PIXELS:
-                stack.enter_context(_one_large_image)
+            # Of a progressive JPEG, all coefficients are held whatever the scale.
+            taken = whole if "progressive" in image.info else image.width * image.height
+            stack.enter_context(_pixels.taking(taken))
             image = _to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:
             raise UnreadableImageError(_reason(encoded, error)) from error

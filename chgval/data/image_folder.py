@@ -30,7 +30,7 @@ from chgval.records import IntArray
 
 # Of each end of a file.
 DIGESTED_BYTES = 4096
-DIGESTS_AT_A_TIME = 4096
+DIGESTS_AT_A_TIME = 64
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
@@ -198,11 +198,15 @@ def as_text(name: str) -> str:
 
 def folder_fingerprint(rows: FolderRows) -> str:
     """Return the fingerprint of a dataset of these rows, without reading large files whole."""
-    digests: list[int] = []
+    starts = range(0, len(rows.paths), DIGESTS_AT_A_TIME)
+    parts = (rows.paths[start : start + DIGESTS_AT_A_TIME] for start in starts)
     with ThreadPoolExecutor() as pool:  # on a network's disk, each file is waited for
-        for start in range(0, len(rows.paths), DIGESTS_AT_A_TIME):
-            digests.extend(pool.map(_file_digest, rows.paths[start : start + DIGESTS_AT_A_TIME]))
+        digests = list(itertools.chain.from_iterable(pool.map(_file_digests, parts)))
     return fingerprint(rows.ids, rows.labels_N, rows.class_names, digests)
+
+
+def _file_digests(paths: Sequence[str]) -> list[int]:
+    return [_file_digest(path) for path in paths]
 
 
 def _file_digest(path: str) -> int:

@@ -29,8 +29,8 @@ PROBED_IMAGES = 512
 MEMORY_SHARE = 0.25
 MEMORY_BYTES = 2**30
 DECODED_AT_A_TIME = 512
-# Bytes of encoded images that wait to be decoded, at most, besides the last of them.
-WAITING_BYTES = 64 * 2**20
+# Bytes of encoded images that wait for each core to decode them, at most, besides the last of them.
+WAITING_BYTES = 16 * 2**20
 # Bytes of a file: the most pixels that are accepted, at 16 bits in four channels, and some more.
 LARGEST_ENCODED = 2**31
 
@@ -175,11 +175,11 @@ def read_image_file(path: Path) -> bytes:
 def _grouped(stream: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     """Gather images for all cores, but not more of them than memory should hold."""
     group: list[Encoded] = []
-    waiting = 0
+    waiting, most = 0, WAITING_BYTES * (os.cpu_count() or 1)
     for encoded in stream:
         group.append(encoded)
         waiting += 0 if isinstance(encoded, UnreadableImageError) else len(encoded)
-        if len(group) == DECODED_AT_A_TIME or waiting >= WAITING_BYTES:
+        if len(group) == DECODED_AT_A_TIME or waiting >= most:
             yield group
             group, waiting = [], 0
     yield group

@@ -315,8 +315,12 @@ def read_batches(
             with shards.filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
                 for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
-                    batch.validate(full=True)  # nothing else looks whether text is UTF-8
+                    for column in batch.columns:  # nothing else looks whether text is UTF-8
+                        # A dictionary, which comes with every batch, is looked at where it is used.
+                        column.validate(full=columns is not None or not pa.types.is_dictionary(column.type))
                     yield path, batch if columns is None else batch.select(columns)
+        except MemoryError:
+            raise
         except (OSError, KeyError, pa.ArrowException) as error:
             what = "it" if columns is None else ", ".join(columns)
             raise DataError(

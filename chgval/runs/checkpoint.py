@@ -67,6 +67,7 @@ class Unfinished:
         path: a file; None keeps nothing.
         outputs: files and folders that the command writes.
         before: what the state tells of the run that is there, if the user wants to go on with it.
+        overwrite: whether the user lets outputs be replaced.
     """
 
     def __init__(
@@ -75,14 +76,18 @@ class Unfinished:
         path: Path | None = None,
         outputs: Sequence[Path] = (),
         before: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> None:
         self.command = command
         self.resumes = before is not None
         named_before = [] if before is None else [str(output) for output in before["outputs"]]
         self.outputs = sorted({*named_before, *(str(output.absolute()) for output in outputs)})
+        self.overwrites = overwrite or (before is not None and bool(before["overwrites"]))
         self._path = path
         # Nothing is written before the (first) run has ended.
-        self._own = set(named_before if before is not None and before["is_over"] else ())
+        is_over = before is not None and bool(before["is_over"])
+        self._own = set(named_before if is_over or self.overwrites else ())
 
     def file(self, name: str) -> Path | None:
         """Return where the run of that name is kept, if it is."""
@@ -139,10 +144,10 @@ def find_unfinished(
         )
     if is_there and resume.resume:
         with _taking_up(path), safe_open(path, framework="pt") as file:
-            return Unfinished(command, path, outputs, _header(file))
+            return Unfinished(command, path, outputs, _header(file), overwrite=overwrite)
     if resume.resume:
         console.say(f"note: no unfinished run at {path}; starting from the beginning")
-    return Unfinished(command, path, outputs)
+    return Unfinished(command, path, outputs, overwrite=overwrite)
 
 
 class Checkpoint:
@@ -179,6 +184,7 @@ class Checkpoint:
     ) -> None:
         self._path = unfinished.file(name)
         self._outputs = unfinished.outputs
+        self._overwrites = unfinished.overwrites
         self._trainer = trainer
         self._parts = {**parts, "trainer": trainer}
         self._identity = {"command": unfinished.command, **(digests or {}), **_identity(metadata)}
@@ -238,6 +244,7 @@ class Checkpoint:
             "identity": self._identity,
             "machine": self._machine,
             "outputs": self._outputs,
+            "overwrites": self._overwrites,
             "is_over": self._trainer.is_over,
             "seconds": self.seconds,
             "state": _without_tensors(state, "", tensors, set()),

@@ -44,7 +44,9 @@ def dataset_behind(
     data = dataset_of(metadata, source)
     if dataset is not None:
         data = dataclasses.replace(data, source=dataset)
-    elif "://" in data.source:  # a report from a stranger could name any machine
+    elif "://" in data.source and not data.source.startswith(
+        "file://"
+    ):  # a report from a stranger could name any machine
         raise DataError(
             f"{report_name(source)}: says that its dataset is {data.source}; nothing is fetched because a "
             "report says so. If you trust that place, pass it as --dataset."

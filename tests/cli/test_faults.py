@@ -3,6 +3,7 @@
 import os
 import pty
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,7 +151,10 @@ def obeying_permissions(command):
     """Let a command run as somebody who may not write where permissions say so, even if that is root."""
     if os.geteuid() != 0:
         return command
-    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    prefix = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    if not shutil.which("setpriv") or subprocess.run([*prefix, "true"]).returncode:
+        pytest.skip("root writes into read-only folders, and cannot give that up here")
+    return [*prefix, *command]
 
 
 READ_ONLY = """

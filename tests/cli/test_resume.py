@@ -423,6 +423,30 @@ def test_a_run_killed_in_its_first_step_can_be_gone_on_with(command, image_folde
     assert result.exit_code == 0, result.stderr
 
 
+def test_a_run_killed_between_its_first_epoch_and_the_state_goes_on(image_folder, tmp_path, monkeypatch):
+    """The epoch is there, the state is that of the start; and what the run may replace, it still may."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v.parquet").write_text("of before")
+    slow = """
+from chgval.reports import ReportWriter
+write_epoch = ReportWriter.write_epoch
+def slow(self, *args):
+    write_epoch(self, *args)
+    open("slow", "w").close()
+    time.sleep(30)
+ReportWriter.write_epoch = slow
+"""
+    process = patched(slow, "value", image_folder, *SMALL, "-o", "v.parquet", "--overwrite")
+    wait_for(tmp_path / "slow", process)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "v.epochs" / "epoch=1").exists()
+    result = invoke("value", image_folder, *SMALL, "-o", "v.parquet", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert invoke("value", image_folder, *SMALL, "-o", "whole.parquet").exit_code == 0
+    assert_same_report(tmp_path / "whole.parquet", tmp_path / "v.parquet")
+
+
 def test_nothing_is_said_to_be_kept_that_is_not(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = SLOW_STEPS.replace("30", "1") + (
@@ -576,16 +600,19 @@ def run_killed(kind, epochs, out, moments):
 
 @pytest.mark.parametrize("kind", ["value", "train"])
 def test_a_killed_run_goes_on(kind, tmp_path):
-    """Twice, at whatever step it is then: half a second after a state is there, and after it has changed."""
+    """Twice, each time after it has kept its state twice."""
     whole, out = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
     assert run_killed(kind, 12, whole, []) == 0
     state = out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
     for _ in range(2):
-        before = state.read_bytes() if state.exists() else b""
         process = start_killable(kind, 12, out, "--resume", "--checkpoint-minutes", 0.002)
-        while process.poll() is None and (not state.exists() or state.read_bytes() == before):
-            time.sleep(0.02)
-        time.sleep(0.5)
+        kept = {state.stat().st_mtime_ns} if state.exists() else set()
+        most = len(kept) + 2
+        while len(kept) < most:
+            assert process.poll() is None, process.communicate()
+            if state.exists():
+                kept.add(state.stat().st_mtime_ns)
+            time.sleep(0.005)
         process.kill()
         process.communicate()
         assert state.exists()

@@ -118,7 +118,8 @@ def test_an_output_in_the_way_is_not_replaced_unless_asked(tmp_path):
     first = ReportWriter(OutputConfig(path=str(path)))
     first.write_epoch(epoch_record(1), {})
     with pytest.raises(OutputError, match=r"v\.epochs: exists already; pass --overwrite"):
-        ReportWriter(OutputConfig(path=str(path)))
+        ReportWriter.check(OutputConfig(path=str(path)))
+    ReportWriter.check(OutputConfig(path=str(path)), goes_on=True)
     first.write(report(), {})
     with pytest.raises(OutputError, match=r"v\.parquet: exists already"):
         ReportWriter.check(OutputConfig(path=str(path)))
