@@ -241,6 +241,18 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
             "fewer --workers."
         )
         raise typer.Exit(EXIT_FAILED) from error
+    finally:
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """End processes that decode images and are still there, as what holds a traceback holds them.
+
+    They heed no signal that can be ignored, and Python would wait for them before it ends.
+    """
+    processes = sys.modules.get("multiprocessing")
+    for child in [] if processes is None else processes.active_children():
+        child.kill()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -206,26 +205,37 @@ def test_a_folder_for_outputs_or_temporary_files_that_is_read_only_is_told_befor
         assert said in result.stderr and not out.exists()
 
 
+TIDYING = """
+import tempfile
+from pathlib import Path
+from chgval.data import loader
+original = loader.DecodingLoader.training_batches
+def training_batches(*args, **options):
+    for copy in Path(tempfile.gettempdir()).glob("chgval-*/images"):
+        copy.unlink()
+    return original(*args, **options)
+loader.DecodingLoader.training_batches = training_batches
+from chgval.cli import main
+main()
+"""
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_temporary_copy_that_is_tidied_away_is_told(workers, tmp_path, monkeypatch):
-    """What was done so far is kept; --resume copies the images again."""
+def test_a_temporary_copy_that_is_tidied_away_is_told(workers, tmp_path):
+    """What was done so far is kept; --resume copies the images again. Nothing waits for the workers."""
     files = sorted(write_folder(tmp_path / "images", 12, size=90).glob("*/*.png"))
     table = pa.table({"image": [file.read_bytes() for file in files], "label": [0] * 12 + [1] * 12})
     pq.write_table(table, tmp_path / "d.parquet")
     args = ["value", tmp_path / "d.parquet", "--image-size", 70, "--workers", workers, *FAST, "-q"]
     args += ["-o", tmp_path / "v.parquet"]
-    original = loader.DecodingLoader.training_batches
-
-    def training_batches(self, *args, **options):
-        for copy in tmp_path.glob("chgval-*/images"):
-            copy.unlink()
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(loader.DecodingLoader, "training_batches", training_batches)
-        result = invoke(*args)
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", TIDYING, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "images cannot be kept there while they are used (No such file or directory)" in result.stderr
     assert (tmp_path / "v.checkpoint").exists() and invoke(*args, "--resume").exit_code == 0
     assert set(pq.read_table(tmp_path / "v.parquet")["status"].to_pylist()) == {"valued"}
