@@ -86,8 +86,8 @@ class Unfinished:
         self.overwrites = overwrite or (before is not None and bool(before["overwrites"]))
         self._path = path
         # Nothing is written before the (first) run has ended.
-        is_over = before is not None and bool(before["is_over"])
-        self._own = set(named_before if is_over or self.overwrites else ())
+        self.is_over = before is not None and bool(before["is_over"])
+        self._own = set(named_before if self.is_over or self.overwrites else ())
 
     def file(self, name: str) -> Path | None:
         """Return where the run of that name is kept, if it is."""
@@ -95,7 +95,7 @@ class Unfinished:
         return path if path is None or not name else path.with_name(f"{path.stem}.{name}{path.suffix}")
 
     def is_own(self, path: Path) -> bool:
-        """Say whether what is under that name, if anything, was written by the run that is gone on with."""
+        """Say whether the run that is gone on with has written what is under that name, or may replace it."""
         return str(path.absolute()) in self._own
 
     def replaceable(self, output: OutputConfig) -> OutputConfig:

@@ -57,8 +57,6 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     source = config.value.data.source
     if config.cleaned is not None:
         check_apart(config.cleaned, config.files)
-    if config.dataset is not None and not is_report(source):
-        raise SettingsError(f"--dataset: is for a report; {source} is a dataset itself.")
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report = given.report
     assessment = assess(report, config, given.aum_flags_N)
@@ -138,11 +136,13 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     from chgval.runs.threshold_samples import check_enough, run_margins, threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
+    if config.dataset is not None:
+        raise SettingsError(f"--dataset: is for a report; {config.value.data.source} is a dataset itself.")
     unfinished = find_unfinished(
         "detect-noise", config, config.value.resume, console, overwrite=config.output.overwrite
     )
     if config.cleaned is not None and not is_written(config.cleaned, unfinished):
-        check_rewritable(config.value.data, config.cleaned, overwrite=config.output.overwrite)
+        check_rewritable(config.value.data, config.cleaned, overwrite=unfinished.overwrites)
     check_output(unfinished.replaceable(config.output), config.value.data.source)
     values = None if config.values is None else unfinished.replaceable(config.values)
     check_outputs(config.value, values, unfinished)

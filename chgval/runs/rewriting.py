@@ -44,9 +44,8 @@ def dataset_behind(
     data = dataset_of(metadata, source)
     if dataset is not None:
         data = dataclasses.replace(data, source=dataset)
-    elif "://" in data.source and not data.source.startswith(
-        "file://"
-    ):  # a report from a stranger could name any machine
+    elif "://" in data.source and not data.source.startswith("file://"):
+        # A report from a stranger could name any machine.
         raise DataError(
             f"{report_name(source)}: says that its dataset is {data.source}; nothing is fetched because a "
             "report says so. If you trust that place, pass it as --dataset."
@@ -63,8 +62,13 @@ def dataset_behind(
 
 
 def is_written(target: Path, unfinished: Unfinished | None) -> bool:
-    """Say whether a run that is gone on with has written the new dataset already: it appears complete."""
-    return unfinished is not None and unfinished.is_own(target) and target.exists()
+    """Say whether a run that is gone on with has written the new dataset already: it appears complete.
+
+    A file may be one of before that is to be replaced; a folder never is.
+    """
+    if unfinished is None or not (unfinished.is_over and unfinished.is_own(target) and target.exists()):
+        return False
+    return not (unfinished.overwrites and target.is_file())
 
 
 def _known(report: pa.Table, metadata: dict[str, Any]) -> Known:

@@ -51,8 +51,6 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
     source = config.value.data.source
     if config.materialize is not None:
         check_apart(config.materialize, config.files)
-    if config.dataset is not None and not is_report(source):
-        raise SettingsError(f"--dataset: is for a report; {source} is a dataset itself.")
     given = _read_report(config) if is_report(source) else _value_dataset(config, console, command)
     report, rng = given.report, np.random.default_rng(config.value.train.seed)
     dropped_N = np.zeros(report.num_rows, dtype=bool)
@@ -172,13 +170,15 @@ def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Inp
     from chgval.runs.rewriting import is_written
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
+    if config.dataset is not None:
+        raise SettingsError(f"--dataset: is for a report; {config.value.data.source} is a dataset itself.")
     data = config.value.data
     unfinished = find_unfinished(
         "select", config, config.value.resume, console, overwrite=config.output.overwrite
     )
     if config.materialize is not None and not is_written(config.materialize, unfinished):
         check_rewritable(
-            data, config.materialize, overwrite=config.output.overwrite, link=config.link or "copy"
+            data, config.materialize, overwrite=unfinished.overwrites, link=config.link or "copy"
         )
     for output in (config.output, config.with_random):
         if output is not None:

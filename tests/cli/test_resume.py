@@ -501,6 +501,23 @@ def test_a_command_that_failed_after_its_first_outputs_goes_on(image_folder, tmp
     assert {path.name for path in tmp_path.iterdir()} == {"r.parquet", "s.parquet", "pruned"}
 
 
+def test_a_dataset_of_before_is_not_taken_for_the_new_one(image_folder, tmp_path, monkeypatch):
+    """With --overwrite the old file is there until the new one is."""
+    images = [file.read_bytes() for file in sorted(image_folder.glob("*/*.png"))]
+    table = pa.table({"image": images, "label": [number // 20 for number in range(len(images))]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    clean = tmp_path / "clean.parquet"
+    clean.write_text("of before")
+    args = ["detect-noise", tmp_path / "d.parquet", *SMALL, "--cleaned", clean, "-o", tmp_path / "s.parquet"]
+    with stopping_after(7, monkeypatch):
+        assert invoke(*args, "--overwrite").exit_code == 143
+    assert clean.read_text() == "of before"
+    result = invoke(*args, "--resume")
+    assert result.exit_code == 0, result.stderr
+    flagged = pq.read_table(tmp_path / "s.parquet").num_rows
+    assert pq.read_table(clean).num_rows == len(images) - flagged
+
+
 def test_outputs_that_share_their_state_are_not_written_at_once(image_folder, tmp_path):
     process = start("value", image_folder, *SMALL[:2], "--epochs", 5000, "-q", "-o", tmp_path / "v.parquet")
     wait_for(tmp_path / "v.checkpoint", process)
