@@ -346,17 +346,26 @@ def _encoded(
     """Yield every image's bytes, and note them."""
     is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
     rows = (
-        (Path(file).parent, cell.as_py())  # one at a time: they may be large
+        (Path(file).parent, cell)
         for file, batch in read_batches(shards, [column], IMAGE_ROWS)
         for cell in batch.column(0)
     )
-    for folder, image in itertools.islice(rows, limit):
-        encoded, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        if encoded is None:
-            nothing = UnreadableImageError("no image in this row")
-            encoded = read_beside(folder, path) if path and is_local else nothing
+    for folder, cell in itertools.islice(rows, limit):
+        embedded, path = bytes_and_path(cell)
+        if embedded is not None:
+            encoded: Encoded = embedded
+        elif path and is_local:
+            encoded = read_beside(folder, path)
+        else:
+            encoded = UnreadableImageError("no image in this row")
         seen.add(path, encoded)
         yield encoded
+
+
+def bytes_and_path(cell: pa.Scalar) -> tuple[bytes | None, str | None]:
+    """Return what one cell of an image column holds; asked for one at a time, as images may be large."""
+    image = cell.as_py()
+    return (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
 
 
 def read_beside(folder: Path, path: str) -> Encoded:

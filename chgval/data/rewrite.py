@@ -29,6 +29,7 @@ from chgval.data.parquet import (
     IMAGE_ROWS,
     ParquetRows,
     SeenImages,
+    bytes_and_path,
     ids_from_paths,
     is_part_of,
     open_parquet,
@@ -371,11 +372,8 @@ def _changed(
 
 def _note_images(images: pa.Array, seen: SeenImages) -> None:
     for cell in images:
-        image = cell.as_py()
-        if isinstance(image, dict):
-            seen.add(image.get("path"), image.get("bytes"))
-        else:
-            seen.add(None, image)
+        encoded, path = bytes_and_path(cell)
+        seen.add(path, encoded)
 
 
 def _embedded(images: pa.Array, folder: Path) -> pa.Array:
