@@ -39,4 +39,5 @@ class OutputError(ChgvalError):
 
 def first_line(error: Exception, longest: int = 200) -> str:
     """Return what another library's error says, short enough to stand inside a message of one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:longest]
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

@@ -195,7 +195,10 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
             filesystem = pafs.LocalFileSystem()
             base, files = _local_files(source)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{source}: cannot be opened ({first_line(error)}).") from error
+        raise DataError(
+            f"{source}: cannot be opened ({first_line(error)}); expected a file, a glob or a folder of "
+            "*.parquet, on this machine or as a URI of s3://, gs://, abfs://, hdfs:// or file://."
+        ) from error
     if not files:
         raise DataError(
             f"{source}: no Parquet files found; expected a file, a glob or a folder of *.parquet."

@@ -280,6 +280,7 @@ def test_file_names_that_are_no_text_come_out_in_every_format(tmp_path, form):
         (["builtin:digits", "--device", "cuda:00"], 2, "expected auto, cpu"),
         (["x" * 300], 1, "cannot be opened (File name too long)"),
         ([""], 1, "no such file or folder"),
+        (["https://example.invalid/x.parquet"], 1, "or as a URI of s3://, gs://, abfs://, hdfs:// or file://"),
         (["builtin:digits", "-o", "/dev/null", "--format", "csv", "--overwrite"], 1, "is no regular file"),
         (["builtin:digits", "--nonsense"], 2, "No such option"),
         ([], 2, "Missing argument"),
