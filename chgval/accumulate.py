@@ -237,7 +237,14 @@ class ValueAccumulator:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of another accumulator of the same run."""
+        """Go on from the state of another accumulator of the same run.
+
+        Raises:
+            ValueError: it is no state of such a run.
+        """
+        count_N = state["sums"]["count"]
+        if count_N.min() < 0 or count_N.max() > state["num_epochs"]:
+            raise ValueError("counts of epochs that there were not")
         self._num_epochs = state["num_epochs"]
         for name, mean in self._means.items():
             mean.mean_N.copy_(state["means"][name]["mean"])

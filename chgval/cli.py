@@ -5,6 +5,7 @@ Annotations are evaluated as they stand: with_options reads them.
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from io import TextIOWrapper
@@ -519,6 +520,13 @@ def _command_line() -> str:
 
 def main() -> None:
     """Run the command line."""
+    for descriptor in range(3):  # a file that got the number of a closed stream would be written to as that
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end the run.
         if isinstance(stream, TextIOWrapper):

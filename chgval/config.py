@@ -23,6 +23,10 @@ PILLOW_MAX_PIXELS = 178_956_970
 METADATA_KEY = b"chgval"
 # What files end in that hold the state of unfinished runs.
 STATE_ENDING = ".checkpoint"
+# What folders end in that hold the values of each epoch.
+EPOCHS_ENDING = ".epochs"
+# What is in the folder of a training from its start, and holds its state while it is unfinished.
+TRAINING_FILE, TRAINING_STATE_FILE = "training.json", f"training{STATE_ENDING}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +165,14 @@ class OutputConfig:
         return path.with_name(f"{path.stem}{STATE_ENDING}")
 
     @property
+    def epochs_folder(self) -> Path | None:
+        """Where the values of each epoch go: values.epochs beside values.parquet."""
+        if self.to_stdout:
+            return None
+        path = Path(self.path)
+        return path.with_name(f"{path.stem}{EPOCHS_ENDING}")
+
+    @property
     def to_stdout(self) -> bool:
         """Whether the report goes to standard output."""
         return self.path == STANDARD_STREAM
@@ -295,6 +307,7 @@ class DetectConfig:
             raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
         if self.expected_noise is not None and self.rule != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
+        _check_one_stream({"--output": self.output, "--values": self.values})
 
     @property
     def outputs(self) -> list[Path]:
@@ -304,12 +317,12 @@ class DetectConfig:
     @property
     def state_file(self) -> Path | None:
         """Where the runs behind it keep their state, if the input is a dataset."""
-        return (self.values or self.output).state_file
+        return _state_file(self.values, self.output)
 
     @property
     def files(self) -> list[Path]:
-        """Files that the command reads or writes, besides the cleaned dataset."""
-        return _files(self.value.data.source, self.output, self.values)
+        """Files and folders that the command reads or writes, besides the cleaned dataset."""
+        return _files(self.value.data.source, self.output, self.values, _epochs_of(self.values))
 
 
 # What samples can be ranked by, besides at random: figures of the values report.
@@ -385,6 +398,9 @@ class SelectConfig:
             raise SettingsError(
                 "--dataset: says where the dataset is that --materialize writes anew; pass that too."
             )
+        _check_one_stream(
+            {"--output": self.output, "--values": self.values, "--with-random": self.with_random}
+        )
 
     @property
     def outputs(self) -> list[Path]:
@@ -394,12 +410,13 @@ class SelectConfig:
     @property
     def state_file(self) -> Path | None:
         """Where the run behind it keeps its state, if the input is a dataset."""
-        return (self.values or self.output).state_file
+        return _state_file(self.values, self.output)
 
     @property
     def files(self) -> list[Path]:
-        """Files that the command reads or writes, besides the pruned dataset."""
-        return _files(self.value.data.source, self.output, self.values, self.with_random, self.drop)
+        """Files and folders that the command reads or writes, besides the pruned dataset."""
+        tables = (self.output, self.values, self.with_random)
+        return _files(self.value.data.source, *tables, self.drop, _epochs_of(self.values))
 
 
 Strategy = Literal[
@@ -473,12 +490,30 @@ class TrainingConfig:
     @property
     def state_file(self) -> Path:
         """Where the run keeps its state."""
-        return self.folder / f"training{STATE_ENDING}"
+        return self.folder / TRAINING_STATE_FILE
 
 
 def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
     names = [item.path if isinstance(item, OutputConfig) else str(item or "") for item in named]
     return [Path(name) for name in names if name and name != STANDARD_STREAM and "://" not in name]
+
+
+def _epochs_of(output: OutputConfig | None) -> Path | None:
+    return None if output is None else output.epochs_folder
+
+
+def _state_file(*outputs: OutputConfig | None) -> Path | None:
+    """Return where the state is kept: beside the first of the outputs that is a file."""
+    files = (output.state_file for output in outputs if output is not None)
+    return next((file for file in files if file is not None), None)
+
+
+def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:
+    to_stdout = [option for option, output in outputs.items() if output is not None and output.to_stdout]
+    if len(to_stdout) > 1:
+        raise SettingsError(
+            f"{', '.join(to_stdout)}: only one output can go to standard output; name files for the others."
+        )
 
 
 def _check_at_least(option: str, value: int | None, least: int) -> None:

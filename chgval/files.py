@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import shutil
 import tempfile
@@ -23,6 +24,17 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{path}: exists already; pass --overwrite, or another name.")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where a file cannot be written, or something is in the way; leave all as it is."""
+    with could_not_write(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; pass the name of a file.")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is no regular file; pass another name.")
+    check_free(path, overwrite=overwrite)
+    check_writable(path)
 
 
 def check_new_folder(path: Path) -> None:
@@ -53,14 +65,21 @@ def claimed(*paths: Path) -> Iterator[None]:
 
     The locks are files beside them, gone with the last of their holders; one that a killed run left behind
     holds nothing.
+
+    Raises:
+        OutputError: another run holds one of them, or two are the same.
     """
     from filelock import FileLock, Timeout  # as long as all else that --help imports
 
+    places = [Path(os.path.realpath(path.parent), path.name) for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise OutputError(f"{path}: is named as two outputs; give each a name of its own.")
     with ExitStack() as held:
-        for path in {path.absolute(): path for path in paths}.values():
+        for path in paths:
             if not (path.name and path.parent.is_dir()):
                 continue  # nothing can be written there, as will be told
-            lock = path.with_name(f".{path.name}.lock")
+            lock = lock_of(path)
             with could_not_write(path):
                 try:
                     held.enter_context(FileLock(lock, timeout=0))
@@ -87,7 +106,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
     """Name a file to write, which takes the path's name when it was written whole and lies on the disk."""
-    part = _part(path)
+    part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)  # it may have vanished since the run began
     try:
         yield part
@@ -102,20 +121,35 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that takes its name, which is free or an empty folder's, only when it is complete.
 
-    Whoever fills it forces the files in it to the disk, if that is worth the time.
+    A folder that holds the same already is left as it is. Whoever fills the new one forces the files in it to
+    the disk, if that is worth the time.
+
+    Raises:
+        OutputError: a folder that holds something else has got the name.
     """
-    part = _part(path)
+    part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if part.exists():  # left over by a process that was killed
             shutil.rmtree(part)
         part.mkdir()
         yield part
+        if path.is_dir() and any(path.iterdir()):
+            if not _hold_the_same(filecmp.dircmp(part, path, ignore=[], hide=[])):
+                raise OutputError(f"{path}: holds something else by now; pass another name, or take it away.")
+            return
         sync(part)
         part.replace(path)
         sync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _hold_the_same(folders: filecmp.dircmp[str]) -> bool:
+    differences = (folders.left_only, folders.right_only, folders.diff_files, folders.funny_files)
+    return not (any(differences) or folders.common_funny) and all(
+        map(_hold_the_same, folders.subdirs.values())
+    )
 
 
 @contextmanager
@@ -143,6 +177,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _part(path: Path) -> Path:
+def lock_of(path: Path) -> Path:
+    """Return the file that is locked while a run writes the path."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def part_of(path: Path) -> Path:
+    """Return the name of an output until it is complete."""
     # Always the same: one run at a time writes there, and what a killed one left is replaced.
     return path.with_name(f".{path.name}.part")

@@ -92,7 +92,9 @@ def telling_how_to_go_on(state_file: Path | None, command: str, *, resumes: bool
         if state_file is None or _changed_at(state_file) in (None, before):
             raise
         words = shlex.split(command)
-        command = shlex.join(words if "--resume" in words else [*words, "--resume"])
+        if "--resume" not in words:
+            words.insert(2, "--resume")  # after the command's name: what follows may end in -- and arguments
+        command = shlex.join(words)
         message = f"interrupted; what was done so far is kept in {state_file}; go on with: {command}"
         raise Interrupted(interruption.signum, message) from interruption
 

@@ -6,7 +6,6 @@ Annotations are evaluated as they stand: with_options reads them.
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -229,10 +228,6 @@ def reporting_errors(console: "Console", *, debug: bool) -> Iterator[None]:
     except Interrupted as error:
         console.fail(str(error))
         raise typer.Exit(128 + error.signum) from error
-    except BrokenPipeError as error:
-        # The reader of standard output has seen enough; nothing more may be flushed into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from error
     except (MemoryError, RuntimeError) as error:
         if debug or not _is_out_of_memory(error):
             raise

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from chgval.config import METADATA_KEY, STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
-from chgval.files import check_free, check_writable, could_not_write, replacing
+from chgval.files import check_file, check_free, could_not_write, replacing
 from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, NoiseSignals, RunSignals
 from chgval.spreadsheets import with_marks, without_marks
 
@@ -202,9 +203,8 @@ class ReportWriter:
 
     def __init__(self, config: OutputConfig, *, goes_on: bool = False) -> None:
         self._config = config
-        self.epochs_folder: Path | None = None
-        if not config.to_stdout:
-            self.epochs_folder = epochs_folder(config)
+        self.epochs_folder = config.epochs_folder
+        if self.epochs_folder is not None:
             with could_not_write(self.epochs_folder):
                 for part in [] if goes_on else self.epochs_folder.glob("epoch=*"):
                     shutil.rmtree(part)
@@ -215,7 +215,9 @@ class ReportWriter:
 
         Parts may be there where a run `goes_on`.
         """
-        check_output(config, source, *([] if config.to_stdout or goes_on else [epochs_folder(config)]))
+        check_output(config, source)
+        if config.epochs_folder is not None and not goes_on:
+            check_free(config.epochs_folder, overwrite=config.overwrite)
 
     def write_epoch(self, record: EpochRecord, metadata: dict[str, object]) -> None:
         """Put one epoch's values where a reader finds them at once: epochs/epoch=3/values.parquet."""
@@ -233,16 +235,17 @@ class ReportWriter:
         write_table(self._config, with_metadata(table, metadata))
 
 
-def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
+def check_output(config: OutputConfig, *sources: str) -> None:
     """Raise OutputError where a table cannot be written; leave all as it is.
 
     Args:
         config: where the table shall go.
-        source: what it is made from, which it may not replace.
-        beside: what else will be written.
+        sources: what it is made from, which it may not replace.
     """
     path, report_format = Path(config.path), config.resolved_format
     if config.to_stdout:
+        if sys.stdout is None:
+            raise OutputError("--output -: standard output is closed; open it, or name a file.")
         if config.listing is None and sys.stdout.isatty() and report_format in ("parquet", "arrow"):
             raise OutputError(
                 f"--output -: standard output is a terminal, and {report_format} is not text; "
@@ -250,16 +253,10 @@ def check_output(config: OutputConfig, source: str, *beside: Path) -> None:
             )
     else:
         with could_not_write(path):
-            if path.is_dir():
-                raise OutputError(f"{path}: is a folder; --output needs a file name.")
-            if path.exists() and not path.is_file():
-                raise OutputError(f"{path}: is no regular file; --output - writes to standard output.")
-            if source and path.exists() and Path(source).exists() and path.samefile(source):
-                raise OutputError(f"{path}: is the input itself; pass another --output.")
-            check_free(path, overwrite=config.overwrite)
-            check_writable(path)
-    for other in beside:
-        check_free(other, overwrite=config.overwrite)
+            for source in filter(None, sources):
+                if path.exists() and Path(source).exists() and path.samefile(source):
+                    raise OutputError(f"{path}: is the input itself; pass another --output.")
+        check_file(path, overwrite=config.overwrite)
 
 
 def write_table(config: OutputConfig, table: pa.Table) -> None:
@@ -289,12 +286,31 @@ def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
 def _standard_output() -> Iterator[BinaryIO]:
     try:
         with could_not_write(Path("standard output")):
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
-    except OutputError:
+            stream = sys.stdout.buffer
+            yield cast(BinaryIO, _Printable(stream)) if sys.stdout.isatty() else stream
+            stream.flush()
+    except (OutputError, BrokenPipeError) as error:
         # What could not be written must not be tried again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        # A reader that has seen enough is no error: other outputs are to be written all the same.
+        if isinstance(error, OutputError):
+            raise
+
+
+class _Printable:
+    """A terminal that names in a table cannot act upon: control characters but line ends are written out."""
+
+    _CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(self._CONTROL.sub(lambda found: b"\\x%02x" % found[0][-1], bytes(data)))
+        return len(data)
 
 
 def write_array(path: Path, array: NDArray[np.float32]) -> None:
@@ -338,6 +354,8 @@ def read_report(
     """
     name = report_name(source)
     wanted = pa.schema([kind.schema.field(column) for column in columns])
+    if source == STANDARD_STREAM and sys.stdin is None:
+        raise DataError(f"{name}: is closed; pipe {kind.what} into it, or name a file.")
     try:
         buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
         table = _parse(pa.BufferReader(buffer) if source == STANDARD_STREAM else buffer, wanted)
@@ -348,15 +366,31 @@ def read_report(
                 f"{name}: no column '{missing[0]}'; expected {kind.what} of this version of chgval. Make "
                 f"it anew with chgval {kind.command}."
             )
-        metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        return table.select(columns).cast(wanted), metadata
+        return table.select(columns).cast(wanted), _metadata(table.schema)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file; expected the output of chgval {kind.command}.") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise DataError(
             f"{name}: cannot be read as {kind.what} ({first_line(error)}); expected the output of chgval "
             f"{kind.command}, as Parquet, CSV, JSON lines or Arrow."
         ) from error
+
+
+def in_input_order(report: pa.Table, source: str) -> pa.Table:
+    """Sort a report that is in another order, such as that of suspects.
+
+    Raises:
+        DataError: it lacks rows, or has some twice.
+    """
+    report = report.sort_by("index")
+    if not np.array_equal(report["index"].to_numpy(), np.arange(report.num_rows)):
+        raise DataError(
+            f"{report_name(source)}: is not the whole report (its {report.num_rows:,} rows have numbers "
+            f"up to {report['index'][-1].as_py():,}), so that shares and places in it say nothing. "
+            "Pass the report of chgval value; suspects go to select --drop, or are whole with detect-noise "
+            "--all."
+        )
+    return report
 
 
 def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
@@ -371,12 +405,23 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     try:
         data = metadata["settings"]["data"]
         columns = ("image_column", "label_column", "id_column", "features_column")
-        return DataConfig(source=data["source"], **{column: data[column] for column in columns})
+        named = {column: data[column] for column in columns}
+        if not (isinstance(data["source"], str) and all(isinstance(n, str | None) for n in named.values())):
+            raise TypeError("names are text")
+        return DataConfig(source=data["source"], **named)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "
             "pass the report as Parquet or Arrow."
         ) from error
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    names = ("root", "fingerprint", "command")
+    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(n), str | None) for n in names):
+        raise ValueError("what it says of its run is not in the form that chgval writes")
+    return metadata
 
 
 def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
@@ -404,12 +449,6 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema) -> pa.Table:
     )
     parse = pacsv.ParseOptions(newlines_in_values=True)
     return without_marks(pacsv.read_csv(file, parse_options=parse, convert_options=convert))
-
-
-def epochs_folder(config: OutputConfig) -> Path:
-    """Return the folder of the per-epoch parts: values.epochs beside values.parquet."""
-    path = Path(config.path)
-    return path.with_name(f"{path.stem}.epochs")
 
 
 def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None:

@@ -135,7 +135,7 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Whether all epochs have been trained."""
-        return self.finished_epochs == self._recipe.epochs
+        return self.finished_epochs >= self._recipe.epochs
 
     @property
     def position(self) -> tuple[int, int]:
@@ -178,7 +178,19 @@ class Trainer:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of another trainer of the same run."""
+        """Go on from the state of another trainer of the same run.
+
+        Raises:
+            ValueError: it is no state of such a run.
+        """
+        finished, parts = state["finished_epochs"], state["num_parts"]
+        if not (
+            isinstance(finished, int)
+            and isinstance(parts, int)
+            and 0 <= finished <= self._recipe.epochs
+            and 1 <= parts <= self._recipe.batch_size
+        ):
+            raise ValueError(f"{finished} epochs in {parts} parts of batches")
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.model.load_state_dict(state["average"])
@@ -189,7 +201,7 @@ class Trainer:
         if self._accumulator is not None:
             self._accumulator.load_state_dict(state["accumulator"])
         self._begun = None if state["begun"] is None else _Epoch.from_state_dict(state["begun"], self._device)
-        self.finished_epochs, self._num_parts = state["finished_epochs"], state["num_parts"]
+        self.finished_epochs, self._num_parts = finished, parts
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         if self._on_cuda:
@@ -385,6 +397,8 @@ class _Epoch:
     @classmethod
     def from_state_dict(cls, state: State, device: torch.device) -> _Epoch:
         now = time.perf_counter()
+        if not (isinstance(state["step"], int) and 0 <= state["step"] <= len(state["losses_S"])):
+            raise ValueError("a step that the epoch has not")
         on_device = {name: state[name].to(device) for name in ("losses_S", "loss_sum", "right")}
         clocks = {name: now - state[name] for name in ("started", "training_started")}
         return cls(**{**state, **on_device, **clocks})

@@ -18,7 +18,7 @@ def huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
     """Return what the metadata of Hugging Face datasets says of every column, if anything."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
     return {name: hint for name, hint in features if isinstance(hint, dict)}
 

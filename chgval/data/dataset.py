@@ -128,8 +128,15 @@ class Dataset:
         return {"problems": {str(row): reason for row, reason in self.problems.items()}}
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what another run found out about the same samples."""
-        self.problems.update({int(row): reason for row, reason in state["problems"].items()})
+        """Take over what another run found out about the same samples.
+
+        Raises:
+            ValueError: it is no state of such a run.
+        """
+        problems = {int(row): reason for row, reason in state["problems"].items()}
+        if not all(0 <= row < len(self) and isinstance(reason, str) for row, reason in problems.items()):
+            raise ValueError("problems of samples that there are not")
+        self.problems.update(problems)
 
     def check(self, least_classes: int = 2) -> None:
         """Raise DataError where there is nothing to learn from; for tests one class is enough."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from chgval.config import DataConfig
+from chgval.config import EPOCHS_ENDING, TRAINING_FILE, TRAINING_STATE_FILE, DataConfig
 from chgval.data.dataset import Dataset, digest, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
@@ -26,6 +26,7 @@ from chgval.data.images import (
     read_image_file,
 )
 from chgval.errors import DataError
+from chgval.files import part_of
 from chgval.records import IntArray
 
 # Of each end of a file.
@@ -98,6 +99,9 @@ def list_image_folder(root: Path) -> FolderRows:
         root = root / "train"
         notes.append(f"reading {root} only (the folder holds a train folder)")
     folders = _subfolders(root)
+    own = [name for name in _all_subfolders(root) if _is_output(root / name)]
+    if own:
+        notes.append(f"{len(own)} folders that chgval wrote are no classes ({', '.join(own[:3])})")
     if not folders:
         raise DataError(
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
@@ -166,12 +170,24 @@ def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Data
 
 
 def _subfolders(root: Path) -> list[str]:
-    """Return the folders that may be classes: not hidden ones, nor the parts of a report."""
+    """Return the folders that may be classes: not hidden ones, nor what chgval wrote."""
+    return [name for name in _all_subfolders(root) if not _is_output(root / name)]
+
+
+def _all_subfolders(root: Path) -> list[str]:
     try:
         names = find_classes(root)[0]
     except FileNotFoundError:
         return []
-    return [name for name in names if not name.startswith(".") and not name.endswith(".epochs")]
+    return [name for name in names if not name.startswith(".")]
+
+
+def _is_output(folder: Path) -> bool:
+    """Say whether a folder holds the epochs of a report, or a training."""
+    if folder.suffix == EPOCHS_ENDING:
+        return any(folder.glob("epoch=*"))
+    state_file = folder / TRAINING_STATE_FILE
+    return any(path.exists() for path in (folder / TRAINING_FILE, state_file, part_of(state_file)))
 
 
 def _is_split(root: Path) -> bool:

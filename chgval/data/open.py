@@ -6,12 +6,13 @@ import glob
 from pathlib import Path
 from typing import Literal
 
-from chgval.config import DataConfig
+from chgval.config import DataConfig, OutputConfig
 from chgval.data.dataset import Dataset
 from chgval.data.digits import read_digits
-from chgval.data.image_folder import holds_images, read_image_folder
-from chgval.data.parquet import has_images, parquet_files, read_parquet
-from chgval.errors import DataError, SettingsError
+from chgval.data.image_folder import EXTENSIONS, holds_images, list_image_folder, read_image_folder
+from chgval.data.parquet import has_images, local_files, parquet_files, read_parquet
+from chgval.errors import DataError, OutputError, SettingsError
+from chgval.files import could_not_write
 
 Kind = Literal["digits", "parquet", "folder"]
 
@@ -64,6 +65,23 @@ def kind_of(config: DataConfig) -> Kind:
     if config.names_columns:
         raise SettingsError(f"{source} is a folder of images; only Parquet files have columns to name.")
     return "folder"
+
+
+def check_not_read(config: DataConfig, output: OutputConfig) -> None:
+    """Raise OutputError where an output would replace a file of the dataset."""
+    path = Path(output.path)
+    with could_not_write(path):
+        if output.to_stdout or not path.is_file():
+            return
+        match kind_of(config):
+            case "parquet":
+                files = local_files(config.source)
+            case "folder" if path.suffix.lower() in EXTENSIONS:
+                files = {Path(file).resolve() for file in list_image_folder(Path(config.source)).paths}
+            case _:
+                files = set()
+        if path.resolve() in files:
+            raise OutputError(f"{path}: is a file of the dataset {config.source}; pass another --output.")
 
 
 def _read(config: DataConfig, largest_size: int) -> Dataset:

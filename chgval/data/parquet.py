@@ -146,7 +146,7 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
     shards = rows.shards
     problems: dict[int, str]
     if config.features_column is not None:
-        vectors_ND, problems = _read_vectors(source, shards, config.features_column, len(rows))
+        vectors_ND, problems = read_vectors(source, shards, config.features_column, len(rows))
         ids = rows.ids or rows.row_numbers()
         content: PixelImages | LargeImages | Embeddings = Embeddings(vectors_ND)
         contents: Sequence[int] | bytes = vectors_ND.tobytes()
@@ -188,12 +188,13 @@ def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
 def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
     """Find the files that a path, glob, folder or URI names, sorted; of several splits the training one."""
     try:
-        if "://" in source:
+        path = _local_path(source)
+        if path is None:
             filesystem, root = pafs.FileSystem.from_uri(source)
             base, files = _remote_files(filesystem, root)
         else:
             filesystem = pafs.LocalFileSystem()
-            base, files = _local_files(source)
+            base, files = _local_files(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"{source}: cannot be opened ({first_line(error)}); expected a file, a glob or a folder of "
@@ -224,7 +225,7 @@ def parquet_files(folder: Path) -> list[str]:
     files = []
     for file in sorted(folder.rglob("*.parquet")):
         parts = file.relative_to(folder).parts
-        hidden = any(part.startswith((".", "_")) or part.endswith(".epochs") for part in parts)
+        hidden = any(part.startswith((".", "_")) for part in parts)
         if not hidden and file.is_file() and not _is_report(file):
             files.append(str(file))
     return files
@@ -253,21 +254,34 @@ def _local_files(source: str) -> tuple[str, list[str]]:
     if path.is_file():
         return str(path.parent), [source]
     found = glob.glob(source, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
-    return _before_magic(source), sorted(file for file in found if Path(file).is_file())
+    files = sorted(file for file in found if Path(file).is_file() and not _is_report(Path(file)))
+    return _before_magic(source), files
+
+
+def local_files(source: str) -> set[Path]:
+    """Return what the user named on this machine: files, without links."""
+    path = _local_path(source)
+    return set() if path is None else {Path(file).resolve() for file in _local_files(path)[1]}
+
+
+def _local_path(source: str) -> str | None:
+    """Return a path or glob as it is, that of a URI of this machine, and None for other machines."""
+    if source.startswith("file://"):
+        path: str = pafs.FileSystem.from_uri(source)[1]
+        return path
+    return None if "://" in source else source
 
 
 def is_part_of(source: str, target: Path) -> bool:
     """Say whether a local file or folder is, or would be, among the files that the user named."""
-    if source.startswith("file://"):
-        _, source = pafs.FileSystem.from_uri(source)
-    elif "://" in source:
+    path = _local_path(source)
+    if path is None:
         return False
-    if Path(source).exists():
-        return target.resolve().is_relative_to(Path(source).resolve())
-    found = {Path(file).resolve() for file in _local_files(source)[1]}
-    pattern, new = str(Path(source).absolute()), (target.absolute(), target.absolute() / "train.parquet")
+    if Path(path).exists():
+        return target.resolve().is_relative_to(Path(path).resolve())
+    pattern, new = str(Path(path).absolute()), (target.absolute(), target.absolute() / "train.parquet")
     matches = (fnmatch.fnmatch(str(f), pattern) if "**" in pattern else f.match(pattern) for f in new)
-    return target.resolve() in found or any(matches)
+    return target.resolve() in local_files(path) or any(matches)
 
 
 def _remote_files(filesystem: pafs.FileSystem, root: str) -> tuple[str, list[str]]:
@@ -384,9 +398,14 @@ def read_beside(folder: Path, path: str) -> Encoded:
         return UnreadableImageError(f"{path}: {error}")
 
 
-def _read_vectors(
+def read_vectors(
     source: str, shards: pads.FileSystemDataset, column: str, num_rows: int
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Return the embeddings, shape (N, D), zeros where there are none, and why a row has none, by row.
+
+    Raises:
+        DataError: the column is missing, holds no numbers, or not as many in every row.
+    """
     check_column(source, shards.schema, "--features-column", column, is_vector, "lists of numbers")
     vectors_ND: NDArray[np.float32] | None = None
     problems: dict[int, str] = {}

@@ -35,12 +35,12 @@ from chgval.data.parquet import (
     open_parquet,
     read_batches,
     read_beside,
+    read_vectors,
 )
 from chgval.errors import DataError, OutputError, SettingsError, first_line
 from chgval.files import (
-    check_free,
+    check_file,
     check_new_folder,
-    check_writable,
     could_not_write,
     new_folder,
     replacing,
@@ -102,7 +102,9 @@ class Rewritten:
     notes: Sequence[str]
 
 
-def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool, link: Link = "copy") -> None:
+def check_rewritable(
+    data: DataConfig, target: Path, *, overwrite: bool, link: Link = "copy", may_be_there: bool = False
+) -> None:
     """Raise an error where the dataset could not be written there; leave all as it is.
 
     Args:
@@ -110,6 +112,8 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool, link: L
         target: a folder; or, for Parquet, one file that ends in .parquet.
         overwrite: whether a file may be replaced.
         link: how the files of a folder get there.
+        may_be_there: whether it may have been written there already; whether it was is seen when it has been
+            written again.
     Raises:
         DataError: the dataset does not exist, or has links that lead out of it.
         SettingsError: it is built in, or a folder of images shall become a file.
@@ -132,13 +136,10 @@ def check_rewritable(data: DataConfig, target: Path, *, overwrite: bool, link: L
         if kind == "folder" and link != "sym":
             for path in rows.paths:
                 _check_inside(Path(path), rows.root)
-    if not _is_one_file(target):
+    if _is_one_file(target):
+        check_file(target, overwrite=overwrite or may_be_there)
+    elif not (may_be_there and target.is_dir()):
         check_new_folder(target)
-        return
-    check_free(target, overwrite=overwrite)
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder; pass another name.")
-    check_writable(target)
 
 
 def check_same(data: DataConfig, known: Known) -> None:
@@ -477,15 +478,19 @@ def _check_seen(
     class_names: Sequence[str],
     seen: SeenImages,
 ) -> None:
-    """Raise DataError where images were not those of the report, although their labels were."""
+    """Raise DataError where contents were not those of the report, although their labels were."""
     if data.features_column is None:
         ids = rows.ids or ids_from_paths(seen.paths)
-        _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, seen.digests))
+        contents: Sequence[int] | bytes = seen.digests
+    else:
+        ids = rows.ids or rows.row_numbers()
+        contents = read_vectors(data.source, rows.shards, data.features_column, len(rows))[0].tobytes()
+    _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, contents))
 
 
 def _check_fingerprint(source: str, known: Known, found: str) -> None:
     if known.fingerprint is not None and found != known.fingerprint:
-        raise DataError(f"{source}: its images or class names are not those of the report; {ADVICE}.")
+        raise DataError(f"{source}: its contents or class names are not those of the report; {ADVICE}.")
 
 
 def _check_classes(source: str, changes: Changes, class_names: Sequence[str]) -> None:

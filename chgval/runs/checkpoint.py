@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from chgval.config import OutputConfig, ResumeConfig
+from chgval.config import DetectConfig, OutputConfig, ResumeConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.console import Console
 from chgval.errors import DataError, NonFiniteError, OutputError, SettingsError, first_line
 from chgval.files import could_not_write, replacing_by_name
@@ -25,8 +25,11 @@ from chgval.training import Trainer
 HEADER_KEY = "chgval"
 # Settings that may change while a run is unfinished: where things are, and what does not enter its figures.
 # What tests and subsets hold is compared, not where they are.
-FREE_SETTINGS = {"data.source", "data.workers", "pred_probs", "folder", "overwrite", "test", "subset"}
-FREE_GROUPS = ("output.", "resume.")
+FREE_SETTINGS = {
+    *("data.source", "data.workers", "pred_probs", "folder", "overwrite", "test", "subset", "dataset"),
+    *("values", "with_random", "cleaned", "materialize", "drop", "fail_over"),
+}
+FREE_GROUPS = ("output.", "resume.", "values.", "with_random.")
 # Names of the runs that a command may consist of; the first is that of the values, or the training.
 RUN_NAMES = ("", "threshold-1", "threshold-2")
 # What another library, or a file that is not what it should be, raises when a state is taken up.
@@ -45,25 +48,12 @@ class HasState(Protocol):
         ...
 
 
-class HasOutputs(Protocol):
-    """Settings of a command."""
-
-    @property
-    def outputs(self) -> list[Path]:
-        """Files and folders that it writes."""
-        ...
-
-    @property
-    def state_file(self) -> Path | None:
-        """Where it keeps the state of its runs."""
-        ...
-
-
 class Unfinished:
     """Where a command keeps the state of its runs until all that comes of them is written.
 
     Args:
         command: its name.
+        settings: of the command, beyond those of its runs, by name.
         path: a file; None keeps nothing.
         outputs: files and folders that the command writes.
         before: what the state tells of the run that is there, if the user wants to go on with it.
@@ -73,6 +63,7 @@ class Unfinished:
     def __init__(
         self,
         command: str = "",
+        settings: Mapping[str, Any] | None = None,
         path: Path | None = None,
         outputs: Sequence[Path] = (),
         before: Mapping[str, Any] | None = None,
@@ -80,14 +71,15 @@ class Unfinished:
         overwrite: bool = False,
     ) -> None:
         self.command = command
+        self.settings = settings or {}
         self.resumes = before is not None
         named_before = [] if before is None else [str(output) for output in before["outputs"]]
         self.outputs = sorted({*named_before, *(str(output.absolute()) for output in outputs)})
         self.overwrites = overwrite or (before is not None and bool(before["overwrites"]))
         self._path = path
         # Nothing is written before the (first) run has ended.
-        self.is_over = before is not None and bool(before["is_over"])
-        self._own = set(named_before if self.is_over or self.overwrites else ())
+        self._is_over = before is not None and bool(before["is_over"])
+        self._own = set(named_before if self._is_over or self.overwrites else ())
 
     def file(self, name: str) -> Path | None:
         """Return where the run of that name is kept, if it is."""
@@ -98,6 +90,10 @@ class Unfinished:
         """Say whether the run that is gone on with has written what is under that name, or may replace it."""
         return str(path.absolute()) in self._own
 
+    def may_have_written(self, folder: Path) -> bool:
+        """Say whether the run that is gone on with had come to write a folder: none is ever replaced."""
+        return self._is_over and self.is_own(folder)
+
     def replaceable(self, output: OutputConfig) -> OutputConfig:
         """Return an output as it is to be checked: what the run itself has written may be replaced."""
         own = not output.to_stdout and self.is_own(Path(output.path))
@@ -105,7 +101,14 @@ class Unfinished:
 
     def remove(self) -> None:
         """Delete the files, once there is nothing to go on with."""
-        for name in RUN_NAMES:
+        self._remove(RUN_NAMES)
+
+    def remove_later(self) -> None:
+        """Delete those of later runs, which an earlier command may have left, before the first one starts."""
+        self._remove(RUN_NAMES[1:])
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
             path = self.file(name)
             if path is not None:
                 with could_not_write(path):
@@ -113,7 +116,12 @@ class Unfinished:
 
 
 def find_unfinished(
-    command: str, config: HasOutputs, resume: ResumeConfig, console: Console, *, overwrite: bool
+    command: str,
+    config: ValueConfig | DetectConfig | SelectConfig | TrainingConfig,
+    resume: ResumeConfig,
+    console: Console,
+    *,
+    overwrite: bool,
 ) -> Unfinished:
     """Look for a run to go on with.
 
@@ -129,6 +137,7 @@ def find_unfinished(
         SettingsError: there can be none.
     """
     path, outputs = config.state_file, config.outputs
+    settings = {} if isinstance(config, ValueConfig | TrainingConfig) else _own_settings(config)
     if path is None:
         if resume.resume:
             raise SettingsError(
@@ -144,10 +153,15 @@ def find_unfinished(
         )
     if is_there and resume.resume:
         with _taking_up(path), safe_open(path, framework="pt") as file:
-            return Unfinished(command, path, outputs, _header(file), overwrite=overwrite)
+            return Unfinished(command, settings, path, outputs, _header(file), overwrite=overwrite)
     if resume.resume:
         console.say(f"note: no unfinished run at {path}; starting from the beginning")
-    return Unfinished(command, path, outputs, overwrite=overwrite)
+    return Unfinished(command, settings, path, outputs, overwrite=overwrite)
+
+
+def _own_settings(config: DetectConfig | SelectConfig) -> dict[str, Any]:
+    """Return what a command adds to the settings of the run whose values it takes."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "value"}
 
 
 class Checkpoint:
@@ -187,7 +201,12 @@ class Checkpoint:
         self._overwrites = unfinished.overwrites
         self._trainer = trainer
         self._parts = {**parts, "trainer": trainer}
-        self._identity = {"command": unfinished.command, **(digests or {}), **_identity(metadata)}
+        self._identity = {
+            "command": unfinished.command,
+            **(digests or {}),
+            **_compared(unfinished.settings),
+            **_identity(metadata),
+        }
         self._machine = {"torch": metadata["libraries"]["torch"], "threads": torch.get_num_threads()}
         self._seconds_between = 60 * config.minutes
         self._console = console
@@ -196,6 +215,8 @@ class Checkpoint:
         if self._path is not None and unfinished.resumes and self._path.exists():
             self._restore(self._path)
         elif self._path is not None:
+            if not name:
+                unfinished.remove_later()
             self._keep(self._path)
 
     @property
@@ -301,22 +322,26 @@ def _header(file: Any) -> dict[str, Any]:
 
 def _identity(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return what must stay the same while a run is unfinished, by name, as JSON has it."""
-    settings = {
-        name: value
-        for name, value in _flat(metadata["settings"]).items()
-        if name not in FREE_SETTINGS and not name.startswith(FREE_GROUPS)
-    }
     identity = {
         "version": metadata["version"],
         "dataset": metadata["fingerprint"],
         "classes": metadata["class_names"],
-        **settings,
+        **_compared(metadata["settings"]),
     }
     same: dict[str, Any] = json.loads(json.dumps(identity))
     return same
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not change while a run is unfinished, by name."""
+    return {
+        name: value
+        for name, value in _flat(settings).items()
+        if name not in FREE_SETTINGS and not name.startswith(FREE_GROUPS)
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

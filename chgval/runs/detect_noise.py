@@ -21,6 +21,7 @@ from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, Suspec
 from chgval.reports import (
     SUSPECTS_SCHEMA,
     check_output,
+    in_input_order,
     is_report,
     read_report,
     report_name,
@@ -116,6 +117,7 @@ def _read_report(config: DetectConfig) -> _Input:
     if config.cleaned is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
+        report = in_input_order(report, source)
         data = dataset_behind(
             source,
             report,
@@ -129,10 +131,10 @@ def _read_report(config: DetectConfig) -> _Input:
 
 def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Input:
     # These import torch, which reports do without.
+    from chgval.data.open import check_not_read
     from chgval.data.rewrite import check_rewritable
     from chgval.runs.checkpoint import find_unfinished
     from chgval.runs.duplicates import check_images, find_duplicates
-    from chgval.runs.rewriting import is_written
     from chgval.runs.threshold_samples import check_enough, run_margins, threshold_flags
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
@@ -141,9 +143,16 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     unfinished = find_unfinished(
         "detect-noise", config, config.value.resume, console, overwrite=config.output.overwrite
     )
-    if config.cleaned is not None and not is_written(config.cleaned, unfinished):
-        check_rewritable(config.value.data, config.cleaned, overwrite=unfinished.overwrites)
-    check_output(unfinished.replaceable(config.output), config.value.data.source)
+    data = config.value.data
+    if config.cleaned is not None:
+        check_rewritable(
+            data,
+            config.cleaned,
+            overwrite=unfinished.overwrites,
+            may_be_there=unfinished.may_have_written(config.cleaned),
+        )
+    check_output(unfinished.replaceable(config.output), data.source)
+    check_not_read(data, config.output)
     values = None if config.values is None else unfinished.replaceable(config.values)
     check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
@@ -159,7 +168,7 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     return _Input(
         report=valued.table.select(COLUMNS),
         metadata=valued.metadata,
-        data=config.value.data,
+        data=data,
         aum_flags_N=threshold_flags(dataset, config.value.train.seed, margins_of)
         if config.rule == "aum"
         else None,
@@ -172,10 +181,8 @@ def _write_cleaned(
     given: _Input, flagged_N: NDArray[np.bool_], target: Path, relabel: float | None, console: Console
 ) -> None:
     """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
-    from chgval.runs.rewriting import is_written, rewrite_rows  # imports torch
+    from chgval.runs.rewriting import rewrite_rows  # imports torch
 
-    if is_written(target, given.unfinished):
-        return
     report = given.report
     sure_N = np.zeros(len(flagged_N), dtype=bool)
     if relabel is not None:

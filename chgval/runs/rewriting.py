@@ -16,7 +16,6 @@ from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, re
 from chgval.errors import DataError
 from chgval.records import IntArray
 from chgval.reports import dataset_of, report_name
-from chgval.runs.checkpoint import Unfinished
 
 
 def dataset_behind(
@@ -59,16 +58,6 @@ def dataset_behind(
         message = f"{error} {report_name(source)} was made from it; pass --dataset if it has moved."
         raise DataError(message) from error
     return data
-
-
-def is_written(target: Path, unfinished: Unfinished | None) -> bool:
-    """Say whether a run that is gone on with has written the new dataset already: it appears complete.
-
-    A file may be one of before that is to be replaced; a folder never is.
-    """
-    if unfinished is None or not (unfinished.is_over and unfinished.is_own(target) and target.exists()):
-        return False
-    return not (unfinished.overwrites and target.is_file())
 
 
 def _known(report: pa.Table, metadata: dict[str, Any]) -> Known:

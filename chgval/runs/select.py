@@ -20,6 +20,7 @@ from chgval.reports import (
     MANIFEST_SCHEMA,
     SUSPECTS,
     check_output,
+    in_input_order,
     is_report,
     read_report,
     report_name,
@@ -75,14 +76,13 @@ def run_select(config: SelectConfig, console: Console, *, command: str) -> None:
         write_table(config.with_random, with_metadata(random, {**metadata, "selection": {"by": "random"}}))
     _tell(config, console, report, kept_N, dropped_N)
     if config.materialize is not None:
-        from chgval.runs.rewriting import is_written, rewrite_rows  # imports torch
+        from chgval.runs.rewriting import rewrite_rows  # imports torch
 
         link = config.link or "copy"
-        if not is_written(config.materialize, given.unfinished):
-            written = rewrite_rows(
-                given.data, report, given.metadata, kept_N, config.materialize, console, link=link
-            )
-            console.say(f"{written:,} rows -> {config.materialize}")
+        written = rewrite_rows(
+            given.data, report, given.metadata, kept_N, config.materialize, console, link=link
+        )
+        console.say(f"{written:,} rows -> {config.materialize}")
     if given.unfinished is not None:
         given.unfinished.remove()
 
@@ -131,11 +131,11 @@ def _columns(config: SelectConfig) -> list[str]:
 
 def _read_report(config: SelectConfig) -> _Input:
     source = config.value.data.source
-    check_output(config.output, source)
-    if config.with_random is not None:
-        check_output(config.with_random, source)
+    for output in (config.output, config.with_random):
+        if output is not None:
+            check_output(output, source, config.drop or "")
     report, metadata = read_report(source, _columns(config))
-    report = _in_input_order(report, source)
+    report = in_input_order(report, source)
     data = config.value.data
     if config.materialize is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
@@ -151,23 +151,11 @@ def _read_report(config: SelectConfig) -> _Input:
     return _Input(report, metadata, data)
 
 
-def _in_input_order(report: pa.Table, source: str) -> pa.Table:
-    """Sort a report that is in another order, such as that of suspects; refuse one that lacks rows."""
-    report = report.sort_by("index")
-    if not np.array_equal(report["index"].to_numpy(), np.arange(report.num_rows)):
-        raise DataError(
-            f"{report_name(source)}: is not the whole report (its {report.num_rows:,} rows have numbers "
-            f"up to {report['index'][-1].as_py():,}), so that shares of it say nothing. "
-            "Pass the report of chgval value; suspects go to --drop, or are whole with detect-noise --all."
-        )
-    return report
-
-
 def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Input:
     # These import torch, which reports do without.
+    from chgval.data.open import check_not_read
     from chgval.data.rewrite import check_rewritable
     from chgval.runs.checkpoint import find_unfinished
-    from chgval.runs.rewriting import is_written
     from chgval.runs.value import check_outputs, read_dataset, value_dataset
 
     if config.dataset is not None:
@@ -176,13 +164,18 @@ def _value_dataset(config: SelectConfig, console: Console, command: str) -> _Inp
     unfinished = find_unfinished(
         "select", config, config.value.resume, console, overwrite=config.output.overwrite
     )
-    if config.materialize is not None and not is_written(config.materialize, unfinished):
+    if config.materialize is not None:
         check_rewritable(
-            data, config.materialize, overwrite=unfinished.overwrites, link=config.link or "copy"
+            data,
+            config.materialize,
+            overwrite=unfinished.overwrites,
+            link=config.link or "copy",
+            may_be_there=unfinished.may_have_written(config.materialize),
         )
     for output in (config.output, config.with_random):
         if output is not None:
-            check_output(unfinished.replaceable(output), config.value.data.source)
+            check_output(unfinished.replaceable(output), data.source, config.drop or "")
+            check_not_read(data, output)
     values = None if config.values is None else unfinished.replaceable(config.values)
     check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
@@ -218,8 +211,9 @@ def _figures(report: pa.Table, config: SelectConfig, rng: np.random.Generator) -
 
 
 def _groups(report: pa.Table) -> IntArray:
-    """Return the class of every row; rows without one have no figure either, and join the first."""
-    groups: IntArray = np.maximum(report["label"].to_numpy(), 0)
+    """Return the class of every row, numbered from 0; rows without one have no figure and join the first."""
+    # A report can claim labels of any size; there are no more classes than rows.
+    groups: IntArray = np.unique(np.maximum(report["label"].to_numpy(), 0), return_inverse=True)[1]
     return groups
 
 

@@ -41,6 +41,8 @@ from chgval.training import Subset
 
 # Missing classes that are named.
 SHOWN_CLASSES = 5
+# Of a sample in a manifest; losses of larger ones could not be told from a training that diverged.
+LARGEST_WEIGHT = 1e6
 
 
 def hold_out(
@@ -140,6 +142,13 @@ def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
     rows: IntArray = kept["index"].to_numpy()
     weights_N = np.zeros(len(dataset))
     weights_N[rows] = pc.fill_null(kept["weight"], 1.0).to_numpy()
+    wrong_N = ~((weights_N >= 0) & (weights_N <= LARGEST_WEIGHT))
+    if wrong_N.any():
+        row = int(wrong_N.argmax())
+        raise DataError(
+            f"{name}: '{dataset.ids[row]}' has the weight {weights_N[row]:g}; weights are from 0 to "
+            f"{LARGEST_WEIGHT:,.0f}, and 1 is that of a sample in full training."
+        )
     return rows, torch.from_numpy(weights_N)
 
 

@@ -15,19 +15,17 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from chgval.config import OutputConfig, TrainingConfig
+from chgval.config import TRAINING_FILE, OutputConfig, TrainingConfig
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
-from chgval.files import check_new_folder, could_not_write, replacing
+from chgval.files import check_new_folder, check_writable, could_not_write, lock_of, part_of, replacing
 from chgval.models import SplitModel
 from chgval.records import EpochRecord, Evaluation, State
 from chgval.reports import MANIFEST, with_metadata, write_table
 from chgval.runs.choosing import Chooser
 from chgval.training import Subset
 
-MODEL_FILE, TRAINING_FILE, METRICS_FILE, SUBSETS_FOLDER = (
-    "model.safetensors", "training.json", "metrics.parquet", "subsets",
-)  # fmt: skip
+MODEL_FILE, METRICS_FILE, SUBSETS_FOLDER = "model.safetensors", "metrics.parquet", "subsets"
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -157,7 +155,15 @@ def check_training_folder(config: TrainingConfig) -> None:
     folder = config.folder
     if config.overwrite and ((folder / TRAINING_FILE).is_file() or config.state_file.is_file()):
         return
-    if config.overwrite and folder.is_dir() and any(folder.iterdir()):
+    state_file = config.state_file
+    with could_not_write(folder):
+        # The lock of this run, and what is left of one that was killed while it wrote its first state.
+        own = {lock_of(state_file), part_of(state_file)}
+        is_there = folder.is_dir() and not folder.is_symlink()
+        if is_there and own.issuperset(folder.iterdir()):
+            check_writable(state_file)
+            return
+    if config.overwrite and is_there:
         raise OutputError(
             f"{folder}: holds no {TRAINING_FILE}, so it is no earlier training; pass another name."
         )

@@ -25,9 +25,9 @@ from chgval.config import OutputConfig, TrainingConfig, ValueConfig
 from chgval.console import Console, histogram
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
-from chgval.data.open import open_dataset
+from chgval.data.open import check_not_read, open_dataset
 from chgval.errors import SettingsError
-from chgval.files import check_free
+from chgval.files import check_file
 from chgval.models import InputShape, SplitModel, build_model, check_names
 from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
@@ -167,8 +167,9 @@ def check_outputs(config: ValueConfig, output: OutputConfig | None, unfinished: 
     """Raise OutputError, before anything is read, where something cannot be written."""
     if output is not None:
         ReportWriter.check(output, config.data.source, goes_on=unfinished.resumes)
+        check_not_read(config.data, output)
     if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
-        check_free(config.pred_probs, overwrite=config.output.overwrite)
+        check_file(config.pred_probs, overwrite=config.output.overwrite)
 
 
 @contextmanager

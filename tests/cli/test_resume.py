@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -249,7 +250,19 @@ def test_an_older_state_is_not_taken_for_the_runs_own(image_folder, tmp_path, mo
     assert invoke(*args, "--resume").exit_code == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "no header", "no state", "other shapes", "wrong kind"])
+WRONG_PARTS = {
+    "more epochs than the run has": ("trainer", "finished_epochs", 7),
+    "half an epoch": ("trainer", "finished_epochs", 1.5),
+    "no number": ("trainer", "num_parts", "x"),
+    "a row that is not there": ("dataset", "problems", {"99999": "x"}),
+    "a reason that is no text": ("dataset", "problems", {"3": 17}),
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "no header", "no state", "other shapes", "wrong kind", "counts below 0", *WRONG_PARTS],
+)
 def test_a_damaged_state_is_an_error_of_one_line(damage, image_folder, tmp_path, monkeypatch):
     state, args = tmp_path / "v.checkpoint", ["value", image_folder, *SMALL, "-o", tmp_path / "v.parquet"]
     with stopping_after(7, monkeypatch):
@@ -268,6 +281,11 @@ def test_a_damaged_state_is_an_error_of_one_line(damage, image_folder, tmp_path,
             tensors = {name: np.zeros((2, 3, 4), np.float32) for name in tensors}
         case "wrong kind":
             header["state"]["trainer"]["finished_epochs"] = {"tensor": "nowhere"}
+        case "counts below 0":
+            tensors["/trainer/accumulator/sums/count"] -= 5
+        case _:
+            part, name, wrong = WRONG_PARTS[damage]
+            header["state"][part][name] = wrong
     if damage not in ("cut", "no header"):
         save_file(tensors, state, {"chgval": json.dumps(header)})
     result = invoke(*args, "--resume")
@@ -499,6 +517,124 @@ def test_a_command_that_failed_after_its_first_outputs_goes_on(image_folder, tmp
     result = invoke(*args, "--resume")
     assert result.exit_code == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"r.parquet", "s.parquet", "pruned"}
+
+
+def killed_at(place, monkeypatch, *args):
+    """Run a command that ends for good at a function of the program, as one that is killed there."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, die)
+        with pytest.raises(Killed):
+            CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("between", ["nothing", "an empty folder", "the same", "something else"])
+def test_a_new_dataset_is_there_and_whole_whatever_was_there_before(
+    between, image_folder, tmp_path, monkeypatch
+):
+    """An empty folder is an allowed place; what a run finds there when it goes on may be anybody's."""
+    monkeypatch.chdir(tmp_path)
+    args = ["select", image_folder, *SMALL, "--fraction", 0.5, "--materialize", "pruned", "-o", "s.parquet"]
+    assert invoke(*args[:-2], "-o", "whole.parquet").exit_code == 0
+    whole = Path("pruned").rename("whole")
+    if between == "an empty folder":
+        Path("pruned").mkdir()
+    killed_at("chgval.runs.select.choose", monkeypatch, *args)
+    if between == "the same":
+        whole.rename("pruned")
+        whole = Path("pruned")
+    if between == "something else":
+        Path("pruned").mkdir()
+        Path("pruned/mine").write_text("precious")
+    result = invoke(*args, "--resume")
+    if between == "something else":
+        assert result.exit_code == 1 and "pruned: holds something else by now" in result.stderr
+        assert [path.name for path in Path("pruned").iterdir()] == ["mine"]
+        Path("pruned").rename("mine")
+        result = invoke(*args, "--resume")
+    assert result.exit_code == 0, result.stderr
+    expected = {path.relative_to(whole): path.read_bytes() for path in whole.glob("*/*.png")}
+    assert len(expected) == 20
+    assert {path.relative_to("pruned"): path.read_bytes() for path in Path("pruned").glob("*/*")} == expected
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "changed", "said"),
+    [
+        (["select", "--fraction", 0.5], "select.choose", ["--fraction", 0.2], "fraction 0.5, not 0.2"),
+        (["detect-noise"], "detect_noise.assess", ["--threshold", "gmm"], "rule auto, not gmm"),
+        (["detect-noise"], "detect_noise.assess", ["--all"], "all-rows False, not True"),
+    ],
+)
+def test_settings_of_the_command_itself_stay_the_same(
+    command, place, changed, said, image_folder, tmp_path, monkeypatch
+):
+    """They are those of the outputs that were written before, and of those that come."""
+    args = [command[0], image_folder, *command[1:], *SMALL, "-o", tmp_path / "s.parquet"]
+    killed_at(f"chgval.runs.{place}", monkeypatch, *args)
+    refused = invoke(*args, *changed, "--resume")
+    assert refused.exit_code == 1 and said in refused.stderr, refused.stderr
+    assert invoke(*args, "--resume").exit_code == 0
+
+
+def test_a_run_with_one_output_in_a_file_keeps_its_state_there(image_folder, tmp_path, monkeypatch):
+    args = ["detect-noise", image_folder, *SMALL, "--values", "-", "-o", tmp_path / "s.csv"]
+    with stopping_after(7, monkeypatch):
+        assert invoke(*args).exit_code == 143
+    result = CliRunner().invoke(app, list(map(str, [*args, "--resume"])))
+    assert result.exit_code == 0 and pq.read_table(pa.BufferReader(result.stdout_bytes)).num_rows == 40
+
+
+def test_trainings_of_an_earlier_run_are_not_gone_on_with(image_folder, tmp_path, monkeypatch):
+    """The first command had come to its second training; the next one starts anew, and is stopped too."""
+    args = ["detect-noise", image_folder, *SMALL, "--threshold", "aum", "-o", tmp_path / "s.parquet"]
+    with stopping_after(4, monkeypatch):
+        assert invoke(*args).exit_code == 143
+        for _ in range(5):
+            assert invoke(*args, "--resume").exit_code == 143
+    assert (tmp_path / "s.threshold-1.checkpoint").exists()
+    with stopping_after(4, monkeypatch):
+        assert invoke(*args, "--seed", 1, "--overwrite").exit_code == 143
+    assert not (tmp_path / "s.threshold-1.checkpoint").exists()
+    result = invoke(*args, "--seed", 1, "--resume")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_training_killed_in_its_first_state_can_be_gone_on_with(image_folder, tmp_path, monkeypatch):
+    code = """
+import os, signal
+import chgval.runs.checkpoint as module
+def die(tensors, path, header):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+module.save_file = die
+"""
+    monkeypatch.chdir(tmp_path)
+    process = patched(code, "train", image_folder, *SMALL, "-o", "t", "--resume")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL and Path("t/.training.checkpoint.part").exists()
+    result = invoke("train", image_folder, *SMALL, "-o", "t", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert Path("t/model.safetensors").exists()
+
+
+def test_the_command_that_goes_on_is_one_that_works(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-odd").symlink_to(image_folder)
+    process = patched(SLOW_STEPS, "value", *SMALL, "-o", "v.parquet", "--", "-odd")
+    wait_for(tmp_path / "stepping", process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    command = shlex.split(stderr.partition("go on with: chgval ")[2])
+    assert process.returncode == 143 and invoke(*command).exit_code == 0, stderr
 
 
 def test_a_dataset_of_before_is_not_taken_for_the_new_one(image_folder, tmp_path, monkeypatch):

@@ -205,8 +205,10 @@ def test_a_glob_without_splits_reads_all_and_a_uri_reads_the_same(tmp_path):
 
 def test_a_reports_own_parts_are_not_data(tmp_path):
     write_rows(tmp_path / "data.parquet", [0, 1])
-    write_rows(tmp_path / "values.epochs/epoch=1/values.parquet", [0, 1, 1])
-    assert len(read(tmp_path)) == 2
+    write_rows(tmp_path / "values.epochs/epoch=1/values.parquet", [0, 1, 1], metadata={b"chgval": b"{}"})
+    assert len(read(tmp_path)) == len(read(f"{tmp_path}/**/*.parquet")) == 2
+    write_rows(tmp_path / "night.epochs/more.parquet", [0, 1, 1])  # is somebody else's
+    assert len(read(tmp_path)) == 5
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from chgval.cli import app
 from chgval.data.decode import UnreadableImageError, decode_centre
+from chgval.reports import VALUES_SCHEMA, with_metadata
 from chgval.spreadsheets import with_marks, without_marks
 from tests.conftest import write_folder
 
@@ -240,6 +241,79 @@ def test_a_report_whose_offsets_lead_out_of_it_is_an_error_of_one_line(tmp_path)
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "v.arrow: cannot be read as a values report" in result.stderr
+
+
+NESTED = b"[" * 200_000 + b"]" * 200_000
+
+
+def write_report(path, label=1, **settings):
+    """A report of forty rows whose metadata say what they are told to."""
+    columns = {name: pa.nulls(40, VALUES_SCHEMA.field(name).type) for name in VALUES_SCHEMA.names} | {
+        "index": range(40),
+        "id": list(map(str, range(40))),
+        "label": [0, label] * 20,
+        "value": np.linspace(-1, 1, 40),
+        "noise_score": np.linspace(1, 0, 40),
+        "num_epochs": [1] * 40,
+        "status": ["valued"] * 40,
+    }
+    pq.write_table(with_metadata(pa.table(columns, schema=VALUES_SCHEMA), settings), path)
+    return path
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"7", NESTED, b'{"root": 5}', b'{"fingerprint": [1]}'])
+def test_reports_whose_metadata_are_odd_are_an_error_of_one_line(text, tmp_path):
+    report = write_report(tmp_path / "v.parquet")
+    pq.write_table(pq.read_table(report).replace_schema_metadata({b"chgval": text}), report)
+    for args in (["detect-noise", report], ["select", report, "--fraction", 0.5, "--format", "paths"]):
+        result = invoke(*args, "-o", tmp_path / "out.csv")
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr[-2000:]
+        assert "v.parquet: cannot be read as a values report" in result.stderr
+
+
+def test_lines_that_nest_without_end_are_no_report(tmp_path):
+    (tmp_path / "v.jsonl").write_bytes(b'{"index": ' + NESTED + b"}\n")
+    result = invoke("detect-noise", tmp_path / "v.jsonl", "-o", tmp_path / "out.csv")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr[-2000:]
+
+
+def test_a_dataset_that_is_no_name_is_none(tmp_path):
+    columns = dict.fromkeys(("image_column", "label_column", "id_column", "features_column"))
+    report = write_report(tmp_path / "v.parquet", settings={"data": {"source": 5, **columns}})
+    result = invoke("detect-noise", report, "--cleaned", tmp_path / "c", "-o", tmp_path / "out.csv")
+    assert result.exit_code == 1 and "does not say which dataset it is about" in result.stderr
+
+
+def test_descriptions_of_columns_that_nest_without_end_are_passed_over(tmp_path):
+    table = pa.table({"x": list(np.eye(8)), "label": [0, 1] * 4})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": NESTED}), tmp_path / "d.parquet")
+    args = ["--features-column", "x", "--epochs", 1, "-q", "-o", tmp_path / "v.parquet"]
+    assert invoke("value", tmp_path / "d.parquet", *args).exit_code == 0
+
+
+@pytest.mark.parametrize("label", [5 * 10**7, 2**36, 2**62])
+def test_a_label_of_any_size_takes_no_memory(label, tmp_path):
+    report = write_report(tmp_path / "v.parquet", label)
+    out, random = tmp_path / "s.parquet", tmp_path / "r.parquet"
+    code, said, peak = run_measured("select", report, "--fraction", 0.5, "-o", out, "--with-random", random)
+    assert code == 0 and peak < 0.5, (said, peak)
+    for manifest in (out, random):
+        kept = pq.read_table(manifest).filter(pa.compute.field("kept"))
+        assert kept["label"].to_pylist().count(label) == kept["label"].to_pylist().count(0) == 10
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.inf, 1e300])
+def test_weights_that_nothing_can_be_trained_with_are_told(weight, tmp_path):
+    root = write_folder(tmp_path / "images", 4)
+    assert invoke("value", root, *FAST, "-o", tmp_path / "v.parquet").exit_code == 0
+    manifest = tmp_path / "m.parquet"
+    assert invoke("select", tmp_path / "v.parquet", "--fraction", 1, "-q", "-o", manifest).exit_code == 0
+    table = pq.read_table(manifest)
+    weights = pa.array([1.0] * 7 + [weight])
+    table = table.set_column(table.schema.get_field_index("weight"), "weight", weights)
+    pq.write_table(table, manifest)
+    result = invoke("train", root, *FAST, "--subset", manifest, "-o", tmp_path / "t")
+    assert result.exit_code == 1 and "m.parquet: 'dog/003.png' has the weight" in result.stderr
 
 
 @pytest.mark.parametrize("column", ["label", "id", "image"])

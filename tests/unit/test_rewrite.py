@@ -222,7 +222,7 @@ def test_another_dataset_is_refused_and_nothing_is_written(folder, hugging_face,
     (folder / "cat" / "004.png").unlink()
     with pytest.raises(DataError, match="has 7 rows where the report has 8"):
         rewrite(data, *changes, tmp_path / "new")
-    with pytest.raises(DataError, match=r"(its images or class names|row 1 )"):
+    with pytest.raises(DataError, match=r"(its contents or class names|row 1 )"):
         rewrite(DataConfig(source=str(hugging_face)), *changes, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "images"]
 
@@ -234,7 +234,7 @@ def test_images_in_another_order_are_noticed_although_the_labels_agree(hugging_f
     pq.write_table(table.take([2, 1, 0, 3]), hugging_face / "train-0.parquet")
     check_same(data, known)  # labels and row numbers say nothing
     for target in ("new", "new.parquet"):
-        with pytest.raises(DataError, match="its images or class names are not those of the report"):
+        with pytest.raises(DataError, match="its contents or class names are not those of the report"):
             rewrite(data, known, changes, tmp_path / target)
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
@@ -312,7 +312,7 @@ def test_where_nothing_may_be_written_is_told_before(folder, hugging_face, tmp_p
             OutputError,
             "is",
         ),
-        (shards, "spark.parquet", OutputError, "exists already"),
+        (shards, "spark.parquet", OutputError, "is a folder"),
     ]:
         with pytest.raises(error, match=message):
             check_rewritable(data, tmp_path / target, overwrite=False)
