@@ -134,6 +134,8 @@ def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image
             image = _to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:
             raise UnreadableImageError(_reason(encoded, error)) from error
+        # Whoever used it may still hold it when the next thread takes memory for its own.
+        stack.callback(image.close)
         yield image
 
 

@@ -262,7 +262,7 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
         (report, ["--cleaned", "new"], "builtin:digits: is built in"),
         ("v.parquet", ["--relabel", "0.9"], "pass that too"),
         ("v.parquet", ["--relabel", "90", "--cleaned", "new"], "--relabel 90: must be a share"),
-        ("v.parquet", ["--cleaned", tmp_path / "t.parquet"], "t.parquet is or goes there"),
+        ("v.parquet", ["--cleaned", tmp_path / "t.parquet"], "t.parquet: is named as two outputs"),
         ("v.parquet", ["--cleaned", "v.parquet", "--overwrite"], "v.parquet is or goes there"),
         (digits_folder, ["--cleaned", digits_folder / "new"], "is part of the dataset"),
     ]:

@@ -631,6 +631,7 @@ def test_the_command_that_goes_on_is_one_that_works(image_folder, tmp_path, monk
     process = patched(SLOW_STEPS, "value", *SMALL, "-o", "v.parquet", "--", "-odd")
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGTERM)
+    time.sleep(1)  # two of a kind that wait together are one
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     command = shlex.split(stderr.partition("go on with: chgval ")[2])
