@@ -159,18 +159,16 @@ class OutputConfig:
     @property
     def state_file(self) -> Path | None:
         """Where a run keeps its state until all is written: values.checkpoint for values.parquet."""
-        if self.to_stdout:
-            return None
-        path = Path(self.path)
-        return path.with_name(f"{path.stem}{STATE_ENDING}")
+        return self._beside(STATE_ENDING)
 
     @property
     def epochs_folder(self) -> Path | None:
         """Where the values of each epoch go: values.epochs beside values.parquet."""
-        if self.to_stdout:
-            return None
+        return self._beside(EPOCHS_ENDING)
+
+    def _beside(self, ending: str) -> Path | None:
         path = Path(self.path)
-        return path.with_name(f"{path.stem}{EPOCHS_ENDING}")
+        return None if self.to_stdout else path.with_name(f"{path.stem}{ending}")
 
     @property
     def to_stdout(self) -> bool:
