@@ -202,7 +202,8 @@ def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
         ) from error
     if not files:
         raise DataError(
-            f"{source}: no Parquet files found; expected a file, a glob or a folder of *.parquet."
+            f"{source}: no Parquet files found, besides reports of chgval; expected a file, a glob or a "
+            "folder of *.parquet."
         )
     # What says which split a file is of lies below what the user named, not above it.
     names = {file: os.path.relpath(file, base).removesuffix(".parquet") for file in files}

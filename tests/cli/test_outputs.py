@@ -143,6 +143,8 @@ def test_reports_in_the_way_of_a_glob_are_no_data(here):
     for pattern in ("*.parquet", "**/*.parquet"):
         result = invoke("value", pattern, *EMBEDDINGS[:-1], "--overwrite")
         assert result.exit_code == 0 and "60 rows (60 valued)" in result.stderr, result.stderr
+    refused = invoke("value", "val*.parquet", *EMBEDDINGS, "--overwrite")
+    assert refused.exit_code == 1 and "no Parquet files found, besides reports" in refused.stderr
 
 
 def test_what_chgval_wrote_into_a_folder_of_images_is_no_class(tmp_path, monkeypatch):
