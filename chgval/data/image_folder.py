@@ -99,7 +99,7 @@ def list_image_folder(root: Path) -> FolderRows:
         root = root / "train"
         notes.append(f"reading {root} only (the folder holds a train folder)")
     folders = _subfolders(root)
-    own = [name for name in _all_subfolders(root) if _is_output(root / name)]
+    own = sorted(set(_all_subfolders(root)) - set(folders))
     if own:
         notes.append(f"{len(own)} folders that chgval wrote are no classes ({', '.join(own[:3])})")
     if not folders:
