@@ -108,16 +108,21 @@ def _changed_at(path: Path | None) -> int | None:
 
 
 @contextmanager
-def leaving_child_signals() -> Iterator[None]:
-    """Keep what happens when a child process ends: torch would raise that in whatever is being done."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    handled = signal.getsignal(signal.SIGCHLD)
+def starting_workers() -> Iterator[None]:
+    """Start child processes in the block which heed no signals, not even before they can say so themselves.
+
+    What happens when one of them ends is kept, too: torch would raise that in whatever is being done.
+    """
+    blocks = hasattr(signal, "pthread_sigmask")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocks else set()
+    handled = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handled)
+        if handled is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handled)
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def ignore_signals(_: int) -> None:

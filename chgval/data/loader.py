@@ -21,7 +21,7 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, OutputError, first_line
-from chgval.interruption import ignore_signals, leaving_child_signals
+from chgval.interruption import ignore_signals, starting_workers
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -279,7 +279,7 @@ class DecodingLoader:
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
-        with leaving_child_signals():
+        with starting_workers():
             decoded = iter(loader)
         try:
             for indices_B, pixels_B, problems in decoded:

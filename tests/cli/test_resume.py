@@ -347,18 +347,19 @@ def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
     signum = getattr(signal, name)
     os.killpg(process.pid, signum)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+    assert process.returncode == 128 + signum, stderr
     assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
     assert not out.exists()
 
 
-def patched(code, *args):
+def patched(code, *args, start_new_session=False):
     """Start a command in which some of the program was replaced."""
     source = f"import time\n{code}\nfrom chgval.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", source, *map(str, args)],
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -372,6 +373,34 @@ def slow(self, *args):
     return step(self, *args)
 Trainer._step = slow
 """
+
+
+STARTING_WORKERS = """
+from torch.utils.data._utils import signal_handling
+handle = signal_handling._set_worker_signal_handlers
+def slow():
+    handle()
+    open("starting", "w").close()
+    time.sleep(1)
+signal_handling._set_worker_signal_handlers = slow
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch):
+    """Which would be told as a process that died for want of memory, and no state kept."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    monkeypatch.chdir(tmp_path)
+    args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL, "-q", "-o", "v.parquet"]
+    process = patched(STARTING_WORKERS, *args, start_new_session=True)
+    wait_for(tmp_path / "v.checkpoint", process)
+    (tmp_path / "starting").unlink(missing_ok=True)
+    wait_for(tmp_path / "starting", process)
+    signum = getattr(signal, name)
+    os.killpg(process.pid, signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, stderr
+    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
 
 
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
