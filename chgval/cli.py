@@ -26,6 +26,7 @@ from chgval.config import (
     TrainingConfig,
     ValueConfig,
 )
+from chgval.interruption import end_at_signals
 from chgval.options import (
     DATASET_PANEL,
     EXIT_TOO_NOISY,
@@ -520,6 +521,7 @@ def _command_line() -> str:
 
 def main() -> None:
     """Run the command line."""
+    end_at_signals()
     for descriptor in range(3):  # a file that got the number of a closed stream would be written to as that
         try:
             os.fstat(descriptor)

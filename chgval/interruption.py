@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from types import FrameType
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Seconds until a signal is sent again that was raised where Python drops exceptions.
+SENT_AGAIN_AFTER = 0.01
 
 
 class Interrupted(BaseException):
@@ -44,16 +48,26 @@ class Interruption:
 _held: list[Interruption] = []
 
 
+def end_at_signals() -> None:
+    """Let a signal that comes while no command runs end the process: at once, without a traceback.
+
+    Such as while Python starts or ends. The exit code is that of an interrupted command.
+    """
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _end)
+
+
 @contextmanager
 def raising_interruptions() -> Iterator[None]:
     """Raise Interrupted, wherever the program is, when a signal comes."""
-    with _handling(_stop):
+    with _handling(_stop), _sending_dropped_signals_again():
         yield
 
 
 @contextmanager
 def holding_back() -> Iterator[Interruption]:
-    """Note the first signal, so that the step at hand can be finished; a second one is raised at once."""
+    """Note the first signal and raise it at the end of the block; a second one is raised at once."""
     interruption = Interruption()
 
     def note(signum: int, _: FrameType | None) -> None:
@@ -67,6 +81,8 @@ def holding_back() -> Iterator[Interruption]:
             yield interruption
     finally:
         _held.remove(interruption)
+    if interruption.signum is not None:
+        raise Interrupted(interruption.signum)
 
 
 @contextmanager
@@ -75,9 +91,9 @@ def at_once() -> Iterator[None]:
     if not _held:
         yield
         return
-    if _held[-1].signum is not None:
-        raise Interrupted(_held[-1].signum)
     with _handling(_stop):
+        if _held[-1].signum is not None:
+            raise Interrupted(_held[-1].signum)
         yield
 
 
@@ -109,20 +125,26 @@ def _changed_at(path: Path | None) -> int | None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Start child processes in the block which heed no signals, not even before they can say so themselves.
+    """Start child processes in the block, which no signal ends, not even before they can ignore it.
 
-    What happens when one of them ends is kept, too: torch would raise that in whatever is being done.
+    Signals to this process wait for the end of the block: it would lose sight of a child that is only half
+    started. What happens when a child ends is kept, too: torch would raise that in whatever is being done.
     """
+    came: list[int] = []
     blocks = hasattr(signal, "pthread_sigmask")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocks else set()
-    handled = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    try:
-        yield
-    finally:
-        if handled is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handled)
-        if blocks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with _handling(lambda signum, _: came.append(signum)):
+        # Children inherit what is blocked. Other threads of this process still take signals.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocks else set()
+        handled = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        try:
+            yield
+        finally:
+            if handled is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handled)
+            if blocks:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for signum in came:
+        signal.raise_signal(signum)
 
 
 def ignore_signals(_: int) -> None:
@@ -133,6 +155,29 @@ def ignore_signals(_: int) -> None:
 
 def _stop(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
+
+
+def _end(signum: int, _: FrameType | None) -> None:
+    os._exit(128 + signum)
+
+
+@contextmanager
+def _sending_dropped_signals_again() -> Iterator[None]:
+    """Send a signal again where Python drops what it raised, as in a finalizer that happened to run."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, Interrupted):
+            threading.Timer(SENT_AGAIN_AFTER, signal.raise_signal, [error.signum]).start()
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def running(
         resumes: whether it goes on with a state that is there.
     """
     state_files = () if state_file is None else (state_file,)
-    with claimed(*outputs, *state_files), telling_how_to_go_on(state_file, command, resumes=resumes):
+    with telling_how_to_go_on(state_file, command, resumes=resumes), claimed(*outputs, *state_files):
         yield
 
 
@@ -354,7 +354,11 @@ def data_options(
     ] = OnError.KEEP,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that decode large images.", min=0, rich_help_panel=DATA_PANEL),
+        typer.Option(
+            help="Processes that decode large images. Default: one per core, at most 8.",
+            min=0,
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     max_pixels: Annotated[
         int,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,33 @@ from PIL import Image
 # Libraries that could reach for a network must not, and output must not depend on who runs the tests.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", NO_COLOR="1", COLUMNS="80", TERM="dumb")
 os.environ.pop("FORCE_COLOR", None)
+# Threads of two runs that share the cores would mostly wait for each other, at full speed.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# What tests start would ignore what is ignored here, as under nohup; handlers it does not inherit.
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, lambda *_: None)
 
 CLASS_NAMES = ["cat", "dog"]
 PIXELS = 12
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kill what a test that failed has left running, as it would slow all others."""
+    started = []
+
+    class Watched(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def imported_by(arguments: list[str]) -> set[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -66,6 +67,11 @@ _pixels = _Pixels()
 
 class UnreadableImageError(Exception):
     """An image cannot be decoded; the reader of the dataset turns it into a status of that row."""
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shorter_side(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int:

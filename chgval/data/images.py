@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
-from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side, usable_cores
 from chgval.data.pixel_file import PixelFile, spooling
 from chgval.records import IntArray
 
@@ -75,7 +75,7 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels:
         except UnreadableImageError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for group in _grouped(stream):
             for decoded in pool.map(decode, group):
                 if isinstance(decoded, UnreadableImageError):
@@ -83,6 +83,7 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels:
                 else:
                     pixels_N3SS[row] = decoded
                 row += 1
+            group.clear()  # it would be held until the next one is whole
     return LoadedImages(PixelImages(pixels_N3SS), problems)
 
 
@@ -175,7 +176,7 @@ def read_image_file(path: Path) -> bytes:
 def _grouped(stream: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     """Gather images for all cores, but not more of them than memory should hold."""
     group: list[Encoded] = []
-    waiting, most = 0, WAITING_BYTES * (os.cpu_count() or 1)
+    waiting, most = 0, WAITING_BYTES * usable_cores()
     for encoded in stream:
         group.append(encoded)
         waiting += 0 if isinstance(encoded, UnreadableImageError) else len(encoded)

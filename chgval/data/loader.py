@@ -6,22 +6,26 @@ Shape legend: N input rows, B rows of one batch, S side of a square image, D num
 from __future__ import annotations
 
 import math
-import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
-from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, decode_random_crop, usable_cores
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, OutputError, first_line
 from chgval.interruption import ignore_signals, starting_workers
+
+# How many processes there are is the user's choice.
+warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -114,7 +118,7 @@ def make_loader(
         case Embeddings() | PixelImages():
             return MemoryLoader(dataset, batch_size, augment, device, mean, std)
         case LargeImages():
-            workers = min(8, os.cpu_count() or 1) if workers is None else workers
+            workers = min(8, usable_cores()) if workers is None else workers
             return DecodingLoader(dataset, batch_size, augment, device, mean, std, workers, fail_on_error)
 
 
@@ -228,7 +232,7 @@ class DecodingLoader:
             _, samples = next(self._decoded([rows.tolist()], seed=None))
             dataset.check()
         else:
-            samples = _NO_PIXELS
+            samples = torch.from_numpy(_NO_PIXELS)
         self.statistics = _statistics(samples, mean, std)
         self._normaliser = _Normaliser(self.statistics, device)
 
@@ -282,15 +286,15 @@ class DecodingLoader:
         with starting_workers():
             decoded = iter(loader)
         try:
-            for indices_B, pixels_B, problems in decoded:
-                for row, reason in problems.items():
+            for batch in decoded:
+                for row, reason in batch.problems.items():
                     self._dataset.problems[row] = reason
                     if self._fail_on_error:
                         raise DataError(
                             f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
                             "mend it, or leave out --on-error fail."
                         )
-                yield indices_B, pixels_B
+                yield torch.as_tensor(batch.indices_B), torch.as_tensor(batch.pixels_B)
         except OutputError as error:
             # torch puts the traceback of the worker before the message.
             message = str(error).strip().splitlines()[-1]
@@ -309,8 +313,26 @@ class DecodingLoader:
         return Batch(indices_B, inputs_B, self._labels[indices_B])
 
 
-_Decoded = tuple[int, Tensor | str]
-_NO_PIXELS = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+_Decoded = tuple[int, Pixels | str]
+_NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodedBatch:
+    """What a worker process sends.
+
+    It sends arrays, through a pipe: tensors would go through shared memory, of which containers often have
+    little, and where there is none left the batch would be waited for for ever.
+    """
+
+    indices_B: NDArray[np.int64] | Tensor
+    pixels_B: Pixels | Tensor
+    problems: dict[int, str]
+
+    def pin_memory(self) -> _DecodedBatch:
+        """Put the batch where a GPU copies it from; the DataLoader calls this, in a thread of its own."""
+        indices_B, pixels_B = torch.as_tensor(self.indices_B), torch.as_tensor(self.pixels_B)
+        return _DecodedBatch(indices_B.pin_memory(), pixels_B.pin_memory(), self.problems)
 
 
 class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
@@ -331,15 +353,15 @@ class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
                 pixels = decode_random_crop(encoded, self._content.size, rng, self._content.max_pixels)
         except UnreadableImageError as error:
             return row, str(error)
-        return row, torch.from_numpy(pixels)
+        return row, pixels
 
 
-def _collate(samples: list[_Decoded]) -> tuple[Tensor, Tensor, dict[int, str]]:
-    good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
+def _collate(samples: list[_Decoded]) -> _DecodedBatch:
+    good = [(row, pixels) for row, pixels in samples if not isinstance(pixels, str)]
     problems = {row: reason for row, reason in samples if isinstance(reason, str)}
-    indices_B = torch.tensor([row for row, _ in good], dtype=torch.int64)
-    pixels_B = torch.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
-    return indices_B, pixels_B, problems
+    indices_B = np.array([row for row, _ in good], dtype=np.int64)
+    pixels_B = np.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
+    return _DecodedBatch(indices_B, pixels_B, problems)
 
 
 class _Normaliser:

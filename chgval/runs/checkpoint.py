@@ -18,7 +18,7 @@ from chgval.config import DetectConfig, OutputConfig, ResumeConfig, SelectConfig
 from chgval.console import Console
 from chgval.errors import DataError, NonFiniteError, OutputError, SettingsError, first_line
 from chgval.files import could_not_write, replacing_by_name
-from chgval.interruption import Interrupted, holding_back
+from chgval.interruption import holding_back
 from chgval.records import EpochRecord, Record, State
 from chgval.training import Trainer
 
@@ -244,10 +244,8 @@ class Checkpoint:
                 if isinstance(record, EpochRecord) or is_due:
                     self._keep(self._path)
                     kept_at = self._trainer.position
-            if interruption.signum is not None:
-                if self._trainer.position != kept_at:
-                    self._keep(self._path)
-                raise Interrupted(interruption.signum)
+            if interruption.signum is not None and self._trainer.position != kept_at:
+                self._keep(self._path)
 
     @contextmanager
     def _of_use(self, path: Path) -> Iterator[None]:

@@ -232,7 +232,7 @@ def test_a_temporary_copy_that_is_tidied_away_is_told(workers, tmp_path):
         [sys.executable, "-c", TIDYING, *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
@@ -287,6 +287,17 @@ def test_ignored_signals_stay_ignored(image_folder, tmp_path):
     wait_for((tmp_path / "v.checkpoint").exists, process)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0 and out.exists()
+
+
+def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
+    """Containers have little of it; torch's sockets lie in the temporary folder, and have short names."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    args = ["value", root, "--image-size", 70, "--workers", 2, *FAST, "-q", "-o", tmp_path / "v.parquet"]
+    environment = {**os.environ, "TMPDIR": str(long)}
+    result = subprocess.run(chgval(*args), capture_output=True, text=True, timeout=120, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):

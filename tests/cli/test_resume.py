@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from chgval import reports
+from chgval import interruption, reports
 from chgval.cli import app
 from chgval.config import STRATEGIES
-from chgval.interruption import SIGNALS, Interruption
+from chgval.interruption import SIGNALS, Interrupted, Interruption, holding_back
 from chgval.runs import checkpoint, value
 from tests.conftest import write_folder
 
@@ -48,12 +48,8 @@ def stopping_after(steps, monkeypatch):
                 self.signum = signal.SIGTERM
             return super().has_come()
 
-    @contextmanager
-    def holding_back():
-        yield Planned()
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "holding_back", holding_back)
+        patch.setattr(interruption, "Interruption", Planned)
         yield
 
 
@@ -320,14 +316,7 @@ def test_where_there_is_nothing_to_go_on_with(image_folder, tmp_path):
 
 def start(*args):
     command = [sys.executable, "-m", "chgval", *map(str, args)]
-    # A shell's background job has SIGINT ignored, and its children inherit that.
-    return subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(path, process):
@@ -346,22 +335,17 @@ def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
     wait_for(tmp_path / "v.checkpoint", process)
     signum = getattr(signal, name)
     os.killpg(process.pid, signum)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, stderr
     assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
     assert not out.exists()
 
 
-def patched(code, *args, start_new_session=False):
+def patched(code, *args):
     """Start a command in which some of the program was replaced."""
     source = f"import time\n{code}\nfrom chgval.cli import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", source, *map(str, args)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=start_new_session,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = [sys.executable, "-c", source, *map(str, args)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 SLOW_STEPS = """
@@ -369,7 +353,7 @@ from chgval.training import Trainer
 step = Trainer._step
 def slow(self, *args):
     open("stepping", "w").close()
-    time.sleep(30)
+    time.sleep(300)
     return step(self, *args)
 Trainer._step = slow
 """
@@ -392,19 +376,19 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
     root = write_folder(tmp_path / "images", 12, size=90)
     monkeypatch.chdir(tmp_path)
     args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL, "-q", "-o", "v.parquet"]
-    process = patched(STARTING_WORKERS, *args, start_new_session=True)
+    process = patched(STARTING_WORKERS, *args)
     wait_for(tmp_path / "v.checkpoint", process)
     (tmp_path / "starting").unlink(missing_ok=True)
     wait_for(tmp_path / "starting", process)
     signum = getattr(signal, name)
     os.killpg(process.pid, signum)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, stderr
     assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
 
 
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
-    """In the middle of a step of 30 seconds; the state is that from before it."""
+    """In the middle of a step of five minutes; the state is that from before it."""
     monkeypatch.chdir(tmp_path)
     process = patched(SLOW_STEPS, "value", image_folder, *SMALL, "-o", "v.parquet")
     wait_for(tmp_path / "stepping", process)
@@ -412,15 +396,121 @@ def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 143 and "v.checkpoint; go on with: " in stderr
     assert invoke("value", image_folder, *SMALL, "--resume", "-o", "v.parquet").exit_code == 0
+
+
+SLOW_ENDS = {
+    # What holds the outputs is let go of.
+    "unwinding": """
+from pathlib import Path
+import chgval.files as module
+def slow(path):
+    if not Path("ending").exists():
+        Path("ending").touch()
+        time.sleep(300)
+module._unlink_if_possible = slow
+""",
+    # Python is about to end.
+    "exit": """
+import atexit
+def slow():
+    open("ending", "w").close()
+    time.sleep(300)
+atexit.register(slow)
+""",
+}
+
+
+@pytest.mark.parametrize("where", SLOW_ENDS)
+def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = patched(
+        SLOW_STEPS.replace("300", "1") + SLOW_ENDS[where], "value", image_folder, *SMALL, "-o", "v.parquet"
+    )
+    wait_for(tmp_path / "stepping", process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(tmp_path / "ending", process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+
+
+def test_a_signal_while_python_starts_is_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slow = "import chgval.cli as module\ndef app():\n    open('slow', 'w').close()\n    time.sleep(300)\n"
+    process = patched(slow + "module.app = app")
+    wait_for(tmp_path / "slow", process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 130
+
+
+DROPPING_AND_STARTING = {
+    # Python drops what is raised in a finalizer.
+    "dropping": """
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
+end = Iterator.__del__
+def slow(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    end(self)
+Iterator.__del__ = slow
+""",
+    # multiprocessing does not know yet of a process that was forked; another thread takes the signal.
+    "starting": """
+import threading
+from multiprocessing.context import ForkProcess
+threading.Thread(target=time.sleep, args=[300], daemon=True).start()
+launch = ForkProcess._Popen
+def slow(process):
+    started = launch(process)
+    open("worker", "w").write(str(started.pid))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    return started
+ForkProcess._Popen = staticmethod(slow)
+""",
+}
+
+
+@pytest.mark.parametrize("when", DROPPING_AND_STARTING)
+def test_a_signal_is_neither_lost_nor_told_twice(when, tmp_path, monkeypatch):
+    """Before the first state, where a signal ends the command wherever it is."""
+    root = write_folder(tmp_path / "images", 12, size=90)
+    monkeypatch.chdir(tmp_path)
+    args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL, "-q", "-o", "v.parquet"]
+    process = patched("import os, signal" + DROPPING_AND_STARTING[when], *args)
+    _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (143, "error: interrupted\n")
+    if when == "starting":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "worker").read_text()), 0)
+
+
+def test_a_signal_that_was_held_back_is_raised_at_the_end():
+    with pytest.raises(Interrupted, match="interrupted"), holding_back() as held:
+        signal.raise_signal(signal.SIGTERM)
+        assert held.has_come()
+
+
+def test_workers_that_outlive_a_killed_run_do_not_hold_its_outputs(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "images", 12, size=90)
+    monkeypatch.chdir(tmp_path)
+    args = ["value", root, "--image-size", 70, *SMALL, "-o", "v.parquet"]
+    process = patched(SLOW_STEPS, *args, "--workers", 2)
+    wait_for(tmp_path / "stepping", process)
+    process.kill()
+    process.wait()
+    result = invoke(*args, "--workers", 0, "--resume")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("where", ["choosing", "testing", "passing", "writing"])
 def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path, monkeypatch):
     """Passes over all samples may take hours; a signal ends them at once, with the state from before."""
-    slow = "def slow(*args, **options):\n    open('slow', 'w').close()\n    time.sleep(60)\n"
+    slow = "def slow(*args, **options):\n    open('slow', 'w').close()\n    time.sleep(300)\n"
     target = {
         "choosing": "import chgval.runs.choosing as module; module.predict = slow",
         "testing": "import chgval.runs.train as module; module.evaluate = slow",
@@ -453,7 +543,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
     process = patched(slow + target, *args)
     wait_for(tmp_path / "slow", process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 143 and ".checkpoint; go on with: " in stderr
     assert invoke(*args, "--resume").exit_code == 0
 
@@ -496,7 +586,7 @@ ReportWriter.write_epoch = slow
 
 def test_nothing_is_said_to_be_kept_that_is_not(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = SLOW_STEPS.replace("30", "1") + (
+    code = SLOW_STEPS.replace("300", "1") + (
         "import chgval.runs.checkpoint as module\n"
         "def full(*_): raise OSError(28, 'No space left on device')\n"
         "module.save_file = full\n"
@@ -504,7 +594,7 @@ def test_nothing_is_said_to_be_kept_that_is_not(image_folder, tmp_path, monkeypa
     process = patched(code, "value", image_folder, *SMALL, "-o", "v.parquet")
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 143 and stderr == "error: interrupted\n"
 
 
@@ -662,7 +752,7 @@ def test_the_command_that_goes_on_is_one_that_works(image_folder, tmp_path, monk
     process.send_signal(signal.SIGTERM)
     time.sleep(1)  # two of a kind that wait together are one
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
     command = shlex.split(stderr.partition("go on with: chgval ")[2])
     assert process.returncode == 143 and invoke(*command).exit_code == 0, stderr
 
@@ -733,7 +823,7 @@ def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):
     second = invoke("value", image_folder, *SMALL, "--resume", "-o", out)
     assert second.exit_code == 1 and "another run is writing it" in second.stderr
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert (tmp_path / ".v.parquet.lock").exists()
     # What a killed run leaves behind does not stand in the way.
     assert invoke("value", image_folder, *SMALL, "--overwrite", "-o", out).exit_code == 0
