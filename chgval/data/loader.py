@@ -9,6 +9,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.reduction import ForkingPickler
 from typing import Literal, Protocol
 
 import numpy as np
@@ -283,8 +285,14 @@ class DecodingLoader:
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
-        with starting_workers():
-            decoded = iter(loader)
+        try:
+            with starting_workers():
+                decoded = iter(loader)
+        except OSError as error:
+            raise DataError(
+                f"{self._dataset.source}: no processes that decode images can be started ({error.strerror}); "
+                "pass fewer --workers, or --workers 0."
+            ) from error
         try:
             for batch in decoded:
                 for row, reason in batch.problems.items():
@@ -319,11 +327,7 @@ _NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class _DecodedBatch:
-    """What a worker process sends.
-
-    It sends arrays, through a pipe: tensors would go through shared memory, of which containers often have
-    little, and where there is none left the batch would be waited for for ever.
-    """
+    """What a worker process sends."""
 
     indices_B: NDArray[np.int64] | Tensor
     pixels_B: Pixels | Tensor
@@ -333,6 +337,32 @@ class _DecodedBatch:
         """Put the batch where a GPU copies it from; the DataLoader calls this, in a thread of its own."""
         indices_B, pixels_B = torch.as_tensor(self.indices_B), torch.as_tensor(self.pixels_B)
         return _DecodedBatch(indices_B.pin_memory(), pixels_B.pin_memory(), self.problems)
+
+
+def _in_shared_memory(pixels_B: Pixels) -> Pixels | Tensor:
+    """Put pixels where the process that trains reads them; where there is no room, leave them to a pipe.
+
+    Containers often have little shared memory. A tensor that a worker finds no room for only when it is sent
+    would be waited for for ever.
+    """
+    if torch.utils.data.get_worker_info() is None or not _tensors_can_be_sent():
+        return pixels_B
+    shared_B = torch.from_numpy(pixels_B)
+    try:
+        shared_B.share_memory_()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError):
+        return pixels_B
+    return shared_B
+
+
+@cache
+def _tensors_can_be_sent() -> bool:
+    """Say whether a worker can send tensors at all, by doing it."""
+    try:
+        ForkingPickler.dumps(torch.zeros(1))
+    except (OSError, RuntimeError):  # such as a temporary folder whose name is too long for a socket in it
+        return False
+    return True
 
 
 class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
@@ -361,7 +391,7 @@ def _collate(samples: list[_Decoded]) -> _DecodedBatch:
     problems = {row: reason for row, reason in samples if isinstance(reason, str)}
     indices_B = np.array([row for row, _ in good], dtype=np.int64)
     pixels_B = np.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
-    return _DecodedBatch(indices_B, pixels_B, problems)
+    return _DecodedBatch(indices_B, _in_shared_memory(pixels_B), problems)
 
 
 class _Normaliser:

@@ -289,15 +289,39 @@ def test_ignored_signals_stay_ignored(image_folder, tmp_path):
     assert process.wait(timeout=120) == 0 and out.exists()
 
 
+def run_with_workers(code, root, out, **environment):
+    """Decode large images in a program that was changed."""
+    command = [sys.executable, "-c", f"{code}\nfrom chgval.cli import main\nmain()", "value", root, *FAST]
+    return subprocess.run(
+        [*map(str, command), "--image-size", "70", "--workers", "2", "-q", "-o", str(out)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
 def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
     """Containers have little of it; torch's sockets lie in the temporary folder, and have short names."""
-    root = write_folder(tmp_path / "images", 12, size=90)
-    long = tmp_path / ("t" * 100)
+    root, long = write_folder(tmp_path / "images", 12, size=90), tmp_path / ("t" * 100)
     long.mkdir()
-    args = ["value", root, "--image-size", 70, "--workers", 2, *FAST, "-q", "-o", tmp_path / "v.parquet"]
-    environment = {**os.environ, "TMPDIR": str(long)}
-    result = subprocess.run(chgval(*args), capture_output=True, text=True, timeout=120, env=environment)
-    assert (result.returncode, result.stderr) == (0, "")
+    full = "import torch\ndef full(self):\n    raise RuntimeError('No space left')\n"
+    results = [
+        run_with_workers("", root, tmp_path / "0.parquet"),
+        run_with_workers("", root, tmp_path / "1.parquet", TMPDIR=str(long)),
+        run_with_workers(f"{full}torch.Tensor.share_memory_ = full", root, tmp_path / "2.parquet"),
+    ]
+    assert [(result.returncode, result.stderr) for result in results] == 3 * [(0, "")]
+    tables = [pq.read_table(tmp_path / f"{number}.parquet") for number in range(3)]
+    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+
+
+def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
+    code = (
+        "from multiprocessing.context import ForkProcess\n"
+        "def full(_):\n    raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "ForkProcess._Popen = staticmethod(full)"
+    )
+    result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "can be started (Resource temporarily unavailable); pass fewer --workers" in result.stderr
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):
