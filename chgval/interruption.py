@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # Seconds until a signal is sent again that was raised where Python drops exceptions.
 SENT_AGAIN_AFTER = 0.01
 
@@ -67,7 +67,7 @@ def raising_interruptions() -> Iterator[None]:
 
 @contextmanager
 def holding_back() -> Iterator[Interruption]:
-    """Note the first signal and raise it at the end of the block; a second one is raised at once."""
+    """Note the first signal and raise it when the block has ended by itself; raise a second one at once."""
     interruption = Interruption()
 
     def note(signum: int, _: FrameType | None) -> None:
@@ -131,20 +131,20 @@ def starting_workers() -> Iterator[None]:
     started. What happens when a child ends is kept, too: torch would raise that in whatever is being done.
     """
     came: list[int] = []
-    blocks = hasattr(signal, "pthread_sigmask")
-    with _handling(lambda signum, _: came.append(signum)):
-        # Children inherit what is blocked. Other threads of this process still take signals.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocks else set()
-        handled = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        try:
-            yield
-        finally:
-            if handled is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handled)
-            if blocks:
+    try:
+        with _handling(lambda signum, _: came.append(signum)):
+            # Children inherit what is blocked. Other threads of this process still take signals.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            handled = signal.getsignal(signal.SIGCHLD)
+            try:
+                yield
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGCHLD, handled)
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for signum in came:
-        signal.raise_signal(signum)
+    finally:
+        for signum in came:
+            signal.raise_signal(signum)
 
 
 def ignore_signals(_: int) -> None:
@@ -169,7 +169,8 @@ def _sending_dropped_signals_again() -> Iterator[None]:
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         error = unraisable.exc_value
         if isinstance(error, Interrupted):
-            threading.Timer(SENT_AGAIN_AFTER, signal.raise_signal, [error.signum]).start()
+            main_thread = threading.main_thread().ident
+            threading.Timer(SENT_AGAIN_AFTER, signal.pthread_kill, [main_thread, error.signum]).start()
         else:
             previous(unraisable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import stat
@@ -18,6 +19,7 @@ import numpy as np
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side, usable_cores
 from chgval.data.pixel_file import PixelFile, spooling
+from chgval.errors import DataError
 from chgval.records import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
@@ -152,6 +154,7 @@ def open_image_file(path: Path) -> BinaryIO:
 
     Raises:
         UnreadableImageError: it cannot be read, would wait for another program, or has no end.
+        DataError: this process has too many files open to read any.
     """
     try:
         status = path.stat()
@@ -160,8 +163,12 @@ def open_image_file(path: Path) -> BinaryIO:
         if status.st_size > LARGEST_ENCODED:
             raise UnreadableImageError(f"{status.st_size:,} bytes, more than an image can have")
         return path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DataError(f"{path}: {error.strerror}; raise the limit (ulimit -n).") from error
+        raise UnreadableImageError(error.strerror or str(error)) from error
+    except ValueError as error:  # a name with a zero byte
+        raise UnreadableImageError(str(error)) from error
 
 
 def read_image_file(path: Path) -> bytes:

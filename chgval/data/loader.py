@@ -6,11 +6,14 @@ Shape legend: N input rows, B rows of one batch, S side of a square image, D num
 from __future__ import annotations
 
 import math
+import shutil
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -42,6 +45,13 @@ ROWS_AT_A_TIME = 4096
 # A pass without gradients takes batches of this size on a CPU, whose caches they fit in; elsewhere it takes
 # twice the training batch.
 PLAIN_BATCH_ON_CPU = 64
+# Batches that a worker makes before they are asked for.
+BATCHES_AHEAD = 2
+# Where Linux keeps shared memory, and the share of what is free there that batches may take.
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (nothing is written by that name)
+SHARED_MEMORY_SHARE = 0.5
+# Characters: the name of a socket has at most 107, of which multiprocessing takes 32.
+LONGEST_SOCKET_FOLDER = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +289,8 @@ class DecodingLoader:
             _DecodingDataset(self._content, seed),
             batch_sampler=batches,
             num_workers=self._workers,
-            collate_fn=_collate,
+            collate_fn=_Collate(shares=self._workers > 0 and _can_share(self._bytes_under_way(batches))),
+            prefetch_factor=BATCHES_AHEAD if self._workers else None,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=ignore_signals,
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
@@ -289,9 +300,11 @@ class DecodingLoader:
             with starting_workers():
                 decoded = iter(loader)
         except OSError as error:
+            with _silent_finalizers():
+                error.__traceback__ = None  # holds torch's iterator, which cannot end when it is half made
             raise DataError(
-                f"{self._dataset.source}: no processes that decode images can be started ({error.strerror}); "
-                "pass fewer --workers, or --workers 0."
+                f"{self._dataset.source}: no processes that decode images can be started "
+                f"({error.strerror or error}); pass fewer --workers, or --workers 0."
             ) from error
         try:
             for batch in decoded:
@@ -303,10 +316,10 @@ class DecodingLoader:
                             "mend it, or leave out --on-error fail."
                         )
                 yield torch.as_tensor(batch.indices_B), torch.as_tensor(batch.pixels_B)
-        except OutputError as error:
+        except (DataError, OutputError) as error:
             # torch puts the traceback of the worker before the message.
-            message = str(error).strip().splitlines()[-1]
-            raise OutputError(message.removeprefix(f"{OutputError.__module__}.OutputError: ")) from error
+            kind, message = type(error), str(error).strip().splitlines()[-1]
+            raise kind(message.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -314,6 +327,11 @@ class DecodingLoader:
                 f"{self._dataset.source}: a process that decodes images died ({first_line(error)}); often "
                 "memory ran out: pass fewer --workers (with --resume, where the run was kept)."
             ) from error
+
+    def _bytes_under_way(self, batches: list[list[int]]) -> int:
+        """Return what the largest batches take that workers have made and the training has not used up."""
+        largest = max(map(len, batches), default=0)
+        return (self._workers * BATCHES_AHEAD + 1) * largest * 3 * self._content.size**2
 
     def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
         indices_B = indices_B.to(self._device, non_blocking=True)
@@ -339,30 +357,13 @@ class _DecodedBatch:
         return _DecodedBatch(indices_B.pin_memory(), pixels_B.pin_memory(), self.problems)
 
 
-def _in_shared_memory(pixels_B: Pixels) -> Pixels | Tensor:
-    """Put pixels where the process that trains reads them; where there is no room, leave them to a pipe.
-
-    Containers often have little shared memory. A tensor that a worker finds no room for only when it is sent
-    would be waited for for ever.
-    """
-    if torch.utils.data.get_worker_info() is None or not _tensors_can_be_sent():
-        return pixels_B
-    shared_B = torch.from_numpy(pixels_B)
+@contextmanager
+def _silent_finalizers() -> Iterator[None]:
+    previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        shared_B.share_memory_()  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError):
-        return pixels_B
-    return shared_B
-
-
-@cache
-def _tensors_can_be_sent() -> bool:
-    """Say whether a worker can send tensors at all, by doing it."""
-    try:
-        ForkingPickler.dumps(torch.zeros(1))
-    except (OSError, RuntimeError):  # such as a temporary folder whose name is too long for a socket in it
-        return False
-    return True
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
@@ -386,12 +387,47 @@ class _DecodingDataset(torch.utils.data.Dataset[_Decoded]):
         return row, pixels
 
 
-def _collate(samples: list[_Decoded]) -> _DecodedBatch:
-    good = [(row, pixels) for row, pixels in samples if not isinstance(pixels, str)]
-    problems = {row: reason for row, reason in samples if isinstance(reason, str)}
-    indices_B = np.array([row for row, _ in good], dtype=np.int64)
-    pixels_B = np.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
-    return _DecodedBatch(indices_B, _in_shared_memory(pixels_B), problems)
+class _Collate:
+    """Gathers the images of a batch, in memory that the process that trains reads, if that is shared.
+
+    Args:
+        shares: whether to share it. What there is no room for goes through a pipe, which is slower.
+    """
+
+    def __init__(self, *, shares: bool) -> None:
+        self._shares = shares
+
+    def __call__(self, samples: list[_Decoded]) -> _DecodedBatch:
+        good = [(row, pixels) for row, pixels in samples if not isinstance(pixels, str)]
+        problems = {row: reason for row, reason in samples if isinstance(reason, str)}
+        indices_B = np.array([row for row, _ in good], dtype=np.int64)
+        pixels_B = np.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
+        return _DecodedBatch(indices_B, self._placed(pixels_B), problems)
+
+    def _placed(self, pixels_B: Pixels) -> Pixels | Tensor:
+        if not self._shares:
+            return pixels_B
+        # Here, as a tensor that torch finds no room for when it is sent is waited for for ever.
+        shared_B = torch.from_numpy(pixels_B)
+        try:
+            shared_B.share_memory_()  # type: ignore[no-untyped-call]
+        except (OSError, RuntimeError):
+            self._shares = False  # torch leaves a file open at each failure
+            return pixels_B
+        return shared_B
+
+
+def _can_share(num_bytes: int) -> bool:
+    """Say whether workers can send so many bytes at a time as tensors.
+
+    Containers often have little shared memory; and torch sends files through sockets in the temporary folder,
+    whose names must not be long.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return False
+    return num_bytes <= SHARED_MEMORY_SHARE * free and len(tempfile.gettempdir()) <= LONGEST_SOCKET_FOLDER
 
 
 class _Normaliser:

@@ -316,7 +316,12 @@ def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
 def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
     code = (
         "from multiprocessing.context import ForkProcess\n"
-        "def full(_):\n    raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "start, started = ForkProcess._Popen, []\n"
+        "def full(process):\n"
+        "    if started:\n"
+        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "    started.append(1)\n"
+        "    return start(process)\n"
         "ForkProcess._Popen = staticmethod(full)"
     )
     result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")

@@ -1,11 +1,14 @@
 import itertools
+import os
+import resource
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from chgval.config import DataConfig
-from chgval.data import images
+from chgval.data import images, loader
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.data.pixel_file import PixelFile
@@ -210,3 +213,45 @@ def test_a_file_of_pixels_is_read_as_an_array_is():
     rows = np.array([4, 1, 0, 4])
     np.testing.assert_array_equal(file[rows], pixels_N3SS[rows])
     assert file.shape == pixels_N3SS.shape and file.nbytes == pixels_N3SS.nbytes
+
+
+def test_workers_find_no_room_once_and_send_the_same_pixels(monkeypatch):
+    """Torch leaves a file open each time that there is no room."""
+    asked = []
+
+    def full(_):
+        asked.append(1)
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    collate = loader._Collate(shares=True)
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    for row in range(3):
+        batch = collate([(row, pixels), (9, "not an image")])
+        assert batch.indices_B.tolist() == [row] and np.array_equal(batch.pixels_B, pixels[None])
+        assert batch.problems == {9: "not an image"}
+    assert len(asked) == 1
+
+
+def test_memory_is_shared_where_half_of_it_holds_the_batches(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    assert loader._can_share(free // 4) and not loader._can_share(free)
+    monkeypatch.setattr(loader, "LONGEST_SOCKET_FOLDER", 1)
+    assert not loader._can_share(1)
+    monkeypatch.setattr(loader, "LONGEST_SOCKET_FOLDER", 1000)
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path / "absent")
+    assert not loader._can_share(1)
+
+
+def test_too_many_open_files_are_no_fault_of_an_image(large_folder):
+    path = next(large_folder.glob("*/*.png"))
+    next_free = os.dup(0)
+    os.close(next_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, hard))
+    try:
+        with pytest.raises(DataError, match=r"Too many open files; raise the limit \(ulimit -n\)"):
+            images.open_image_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
