@@ -17,8 +17,6 @@ from PIL import Image
 # Libraries that could reach for a network must not, and output must not depend on who runs the tests.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", NO_COLOR="1", COLUMNS="80", TERM="dumb")
 os.environ.pop("FORCE_COLOR", None)
-# Threads of two runs that share the cores would mostly wait for each other, at full speed.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 # What tests start would ignore what is ignored here, as under nohup; handlers it does not inherit.
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(signum) is signal.SIG_IGN:
