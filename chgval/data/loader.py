@@ -45,6 +45,8 @@ ROWS_AT_A_TIME = 4096
 # A pass without gradients takes batches of this size on a CPU, whose caches they fit in; elsewhere it takes
 # twice the training batch.
 PLAIN_BATCH_ON_CPU = 64
+# What torch says where the batches of workers, which are files to it, cannot be opened.
+TOO_MANY_FILES = "Too many open files"
 # Batches that a worker makes before they are asked for.
 BATCHES_AHEAD = 2
 # Where Linux keeps shared memory, and the share of what is free there that batches may take.
@@ -321,6 +323,11 @@ class DecodingLoader:
             kind, message = type(error), str(error).strip().splitlines()[-1]
             raise kind(message.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from error
         except RuntimeError as error:
+            if TOO_MANY_FILES in str(error):
+                raise DataError(
+                    f"{self._dataset.source}: too many open files to hear from the processes that decode "
+                    "images; raise the limit (ulimit -n), or pass fewer --workers."
+                ) from error
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(

@@ -313,6 +313,23 @@ def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
     assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
 
 
+def test_batches_that_cannot_be_opened_are_an_error_of_one_line(tmp_path):
+    """Each of them is an open file, of which none is allowed any more once the workers run."""
+    code = (
+        "import resource\n"
+        "from chgval.data import loader\n"
+        "start = loader.starting_workers.__wrapped__\n"
+        "@loader.contextmanager\n"
+        "def starting():\n"
+        "    yield from start()\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "loader.starting_workers = starting\n"
+    )
+    result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "too many open files to hear from the processes that decode images" in result.stderr
+
+
 def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
     code = (
         "from multiprocessing.context import ForkProcess\n"
