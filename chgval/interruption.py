@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from types import FrameType
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # Seconds until a signal is sent again that was raised where Python drops exceptions.
 SENT_AGAIN_AFTER = 0.01
+# Seconds between the looks of a worker whether its parent is still there.
+SECONDS_BETWEEN_LOOKS = 1
 
 
 class Interrupted(BaseException):
@@ -147,10 +151,19 @@ def starting_workers() -> Iterator[None]:
             signal.raise_signal(signum)
 
 
-def ignore_signals(_: int) -> None:
-    """Leave it to the parent process what a signal to all of them means (as `worker_init_fn`)."""
+def obey_parent(_: int) -> None:
+    """Leave it to the parent what a signal to all means, and end with the parent (as `worker_init_fn`)."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent is gone, even while it sends what no one takes any more."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _stop(signum: int, _: FrameType | None) -> None:

@@ -509,6 +509,25 @@ def test_workers_that_outlive_a_killed_run_do_not_hold_its_outputs(tmp_path, mon
     assert result.exit_code == 0, result.stderr
 
 
+def test_workers_end_with_a_run_that_is_killed(tmp_path, monkeypatch):
+    """While they write to a pipe that no one reads from any more, and that each of them holds open."""
+    root = write_folder(tmp_path / "images", 40, size=90)
+    monkeypatch.chdir(tmp_path)
+    code = SLOW_STEPS + "from chgval.data import loader\nloader._can_share = lambda _: False\n"
+    process = patched(code, "value", root, "--image-size", 70, *SMALL, "-o", "v.parquet", "--workers", 2)
+    wait_for(tmp_path / "stepping", process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    time.sleep(1)  # until the pipe is full
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    # What has ended and was not asked for has no command line.
+    while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize("where", ["choosing", "testing", "passing", "writing"])
 def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path, monkeypatch):
     """Passes over all samples may take hours; a signal ends them at once, with the state from before."""
