@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -160,7 +159,9 @@ def obey_parent(_: int) -> None:
 
 def _end_with_parent() -> None:
     """End this process once its parent is gone, even while it sends what no one takes any more."""
-    parent = multiprocessing.parent_process()
+    from multiprocessing import parent_process  # only in workers: it would slow the start of every command
+
+    parent = parent_process()
     while parent is not None and os.getppid() == parent.pid:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os._exit(1)

@@ -298,6 +298,11 @@ def run_with_workers(code, root, out, **environment):
     )  # fmt: skip
 
 
+def assert_one_line(result, message):
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+
+
 def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
     """Containers have little of it; torch's sockets lie in the temporary folder, and have short names."""
     root, long = write_folder(tmp_path / "images", 12, size=90), tmp_path / ("t" * 100)
@@ -326,8 +331,7 @@ def test_batches_that_cannot_be_opened_are_an_error_of_one_line(tmp_path):
         "loader.starting_workers = starting\n"
     )
     result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "too many open files to hear from the processes that decode images" in result.stderr
+    assert_one_line(result, "too many open files to hear from the processes that decode images")
 
 
 def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
@@ -342,8 +346,7 @@ def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
         "ForkProcess._Popen = staticmethod(full)"
     )
     result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "can be started (Resource temporarily unavailable); pass fewer --workers" in result.stderr
+    assert_one_line(result, "can be started (Resource temporarily unavailable); pass fewer --workers")
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):

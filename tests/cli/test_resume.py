@@ -326,6 +326,12 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
+def assert_told_how_to_go_on(process, signum):
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, stderr
+    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
     """Sent to all processes of the command, workers too, as a terminal and most schedulers do."""
@@ -333,11 +339,8 @@ def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
     args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL[:2], "--epochs", 200, "-q", "-o", out]
     process = start(*args)
     wait_for(tmp_path / "v.checkpoint", process)
-    signum = getattr(signal, name)
-    os.killpg(process.pid, signum)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum, stderr
-    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+    os.killpg(process.pid, getattr(signal, name))
+    assert_told_how_to_go_on(process, getattr(signal, name))
     assert not out.exists()
 
 
@@ -380,11 +383,8 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
     wait_for(tmp_path / "v.checkpoint", process)
     (tmp_path / "starting").unlink(missing_ok=True)
     wait_for(tmp_path / "starting", process)
-    signum = getattr(signal, name)
-    os.killpg(process.pid, signum)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum, stderr
-    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+    os.killpg(process.pid, getattr(signal, name))
+    assert_told_how_to_go_on(process, getattr(signal, name))
 
 
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
@@ -433,9 +433,7 @@ def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folde
     process.send_signal(signal.SIGTERM)
     wait_for(tmp_path / "ending", process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+    assert_told_how_to_go_on(process, signal.SIGINT)
 
 
 def test_a_signal_while_python_starts_is_no_traceback(tmp_path, monkeypatch):
