@@ -229,6 +229,14 @@ def detect_noise(
             rich_help_panel=DATASET_PANEL,
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write it even if it loses over half of its rows, or a whole class.",
+            rich_help_panel=DATASET_PANEL,
+        ),
+    ] = False,
     dataset: DatasetOfReport = None,
 ) -> None:
     """List the samples of INPUT whose label is probably wrong, worst first.
@@ -258,6 +266,7 @@ def detect_noise(
         fail_over=fail_over,
         cleaned=cleaned,
         relabel=relabel,
+        force=force,
         dataset=dataset,
     )
     from chgval.runs.detect_noise import run_detect_noise

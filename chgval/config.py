@@ -269,6 +269,7 @@ class DetectConfig:
         cleaned: where the dataset is written without its flagged rows.
         relabel: probability of a suggested label from which on a flagged row is not left out of it, but gets
             that label.
+        force: whether that is written even if most rows, or all of a class, are left out.
         dataset: where the dataset of a report is; None takes where it was when it was valued.
     """
 
@@ -284,6 +285,7 @@ class DetectConfig:
     fail_over: float | None = None
     cleaned: Path | None = None
     relabel: float | None = None
+    force: bool = False
     dataset: str | None = None
 
     def __post_init__(self) -> None:
@@ -297,6 +299,8 @@ class DetectConfig:
                 raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
         if self.relabel is not None and self.cleaned is None:
             raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
+        if self.force and self.cleaned is None:
+            raise SettingsError("--force: is about what --cleaned writes; pass that too.")
         if self.dataset is not None and self.cleaned is None:
             raise SettingsError(
                 "--dataset: says where the dataset is that --cleaned writes anew; pass that too."

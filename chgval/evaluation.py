@@ -5,6 +5,8 @@ Shape legend: N samples, C classes, B rows of one batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -48,13 +50,20 @@ def evaluate(model: nn.Module, loader: Loader, labels_N: IntArray, num_classes: 
     )
 
 
-def predict(model: nn.Module, loader: Loader, *, with_features: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def predict(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    with_features: bool = True,
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Show a model every sample of a loader once.
 
     Args:
         model: returns (logits, last-layer inputs).
         loader: of the samples.
         with_features: whether last-layer inputs are kept; without, none of their columns is.
+        view: what to show of a batch of inputs; None shows them as they are.
     Returns:
         Rows (N,), logits (N, C) and last-layer inputs (N, D) of what can be read, on the host.
     Raises:
@@ -75,7 +84,7 @@ def predict(model: nn.Module, loader: Loader, *, with_features: bool = True) -> 
         parts.append((rows, logits, features))
         waiting.clear()
 
-    observe(model, loader, take)
+    observe(model, loader, take, view=view)
     if waiting:
         copy()
     if not parts:

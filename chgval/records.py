@@ -66,22 +66,41 @@ class RunSignals:
     predicted_probability_N: FloatArray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class NoiseSignals:
-    """What the averaged probabilities say of every label; rows without them hold NaN (labels: -1).
+    """What a run says of every label; rows of which it says nothing hold NaN (labels: -1).
 
     Attributes:
         noise_score_N: probability that the given label is wrong.
+        noise_score_std_N: standard deviation of that over noise models that explain the labels about equally
+            well; NaN also where nothing can be said of any label.
         suggested_label_N: the most probable class other than the given one.
         suggested_probability_N: probability that the true class is the suggested one.
         confident_label_N: class that confident learning counts the sample in, -1 for none (Northcutt et al.
             2021, arXiv:1911.00068, equation 1).
+        explained: share of the labels' entropy, in [0, 1], that is explained without having seen them.
+        memorised: expected share of the wrong labels, in [0, 1], that the network predicts all the same;
+            0 for embeddings.
     """
 
     noise_score_N: FloatArray
+    noise_score_std_N: FloatArray
     suggested_label_N: IntArray
     suggested_probability_N: FloatArray
     confident_label_N: IntArray
+    explained: float = 0.0
+    memorised: float = 0.0
+
+    @classmethod
+    def unknown(cls, num_samples: int) -> NoiseSignals:
+        """Return signals that say nothing of any label."""
+        return cls(
+            noise_score_N=np.full(num_samples, np.nan),
+            noise_score_std_N=np.full(num_samples, np.nan),
+            suggested_label_N=np.full(num_samples, -1),
+            suggested_probability_N=np.full(num_samples, np.nan),
+            confident_label_N=np.full(num_samples, -1),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a report is read without what decodes images
     from chgval.data.dataset import Dataset
 
 # Raised whenever a column changes its name, type or meaning.
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 ROW_GROUP_ROWS = 262_144
 # Bytes of a row in JSON lines.
 LONGEST_LINE = 2**20
@@ -59,6 +59,7 @@ VALUES_SCHEMA = pa.schema(
         pa.field("predicted_name", pa.string()),
         pa.field("predicted_probability", pa.float64()),
         pa.field("noise_score", pa.float64()),
+        pa.field("noise_score_std", pa.float64()),
         pa.field("suggested_label", pa.int64()),
         pa.field("suggested_name", pa.string()),
         pa.field("suggested_probability", pa.float64()),
@@ -85,7 +86,8 @@ SUSPECTS_SCHEMA = pa.schema(
     [
         *(VALUES_SCHEMA.field(name) for name in ("index", "id", "label", "label_name")),
         *(VALUES_SCHEMA.field(name) for name in ("suggested_label", "suggested_name")),
-        *(VALUES_SCHEMA.field(name) for name in ("suggested_probability", "noise_score", "value")),
+        *(VALUES_SCHEMA.field(name) for name in ("suggested_probability", "noise_score", "noise_score_std")),
+        VALUES_SCHEMA.field("value"),
         pa.field("margin", pa.float64()),
         pa.field("rank", pa.int64()),
         pa.field("flagged", pa.bool_(), nullable=False),
@@ -158,6 +160,7 @@ def values_table(
         "predicted_name": names[signals.predicted_label_N],
         "predicted_probability": _or_null(signals.predicted_probability_N),
         "noise_score": _or_null(noise.noise_score_N),
+        "noise_score_std": _or_null(noise.noise_score_std_N),
         "suggested_label": _or_null(noise.suggested_label_N),
         "suggested_name": names[noise.suggested_label_N],
         "suggested_probability": _or_null(noise.suggested_probability_N),

@@ -324,20 +324,20 @@ def observe(
     loader: Loader,
     take: Callable[[Tensor, Tensor, Tensor], None],
     *,
-    mirrored: bool = False,
+    view: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Show every sample once, as it is or mirrored, to the model, without training.
+    """Show every sample once to the model, without training.
 
     Args:
         model: is put in evaluation mode.
         loader: where the batches come from.
         take: is given indices, logits and last-layer inputs of each batch.
-        mirrored: whether the images are flipped left to right.
+        view: what to show of a batch of inputs; None shows them as they are.
     """
     model.eval()
     with torch.inference_mode():
         for batch in loader.plain_batches():
-            inputs_B = batch.inputs_B.flip(3) if mirrored else batch.inputs_B
+            inputs_B = batch.inputs_B if view is None else view(batch.inputs_B)
             take(batch.indices_B, *model(inputs_B))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import comb, lgamma
+from math import comb
 
 import numpy as np
 import torch
@@ -71,51 +71,46 @@ def last_layer_gradients(
     return torch.stack(rows).double().numpy()
 
 
-def posterior_by_expectation_maximisation(prior_NC, averaged_NC, labels_N, *, steps, strengths, overstated):
-    """Posterior of the true class under confusions fitted to the labels, one sample at a time.
+def label_probability(true_C, label, odds_CC, affinity):
+    """Return the probability of a label for every true class: odds times powers, class by class."""
+    shown = np.zeros(len(true_C))
+    for true in range(len(true_C)):
+        weights = [odds_CC[true, k] * true_C[k] ** affinity for k in range(len(true_C))]
+        shown[true] = weights[label] / sum(weights)
+    return shown
 
-    prior_NC are the probabilities before the label is known; averaged_NC say how sure each sample is: among
-    those predicted alike, weights fall evenly from the surest to the least sure.
+
+def left_out_log_likelihoods(features_ND, labels_N, weights_N, num_classes, shrinkage):
+    """Log-likelihood plus log-frequency of each class, up to a constant: one fit without each sample.
+
+    The shrinkage target is that of all samples; so is the mean that features are taken about.
     """
-    n, c = prior_NC.shape
-    predicted_N, sure_N = averaged_NC.argmax(1), averaged_NC.max(1)
-    weight_N = np.empty(n)
-    for label in range(c):
-        members = sorted((i for i in range(n) if predicted_N[i] == label), key=lambda i: (-sure_N[i], i))
-        for place, i in enumerate(members):
-            weight_N[i] = 1 - (place + 0.5) / len(members)
+    roots_ND = np.sign(features_ND) * np.sqrt(np.abs(features_ND))
+    roots_ND = roots_ND - roots_ND.mean(0)
+    width = roots_ND.shape[1]
 
-    confusions = np.where(np.eye(c) == 1, 0.8, 0.2 / (c - 1))
-    for _ in range(steps):
-        counts = np.zeros((c, c))
-        for i in range(n):
-            joint = prior_NC[i] * confusions[:, labels_N[i]]
-            counts[:, labels_N[i]] += weight_N[i] * joint / joint.sum()
-        noise = 1 - np.trace(counts) / counts.sum()
-        others = [[counts[j, k] for k in range(c) if k != j] for j in range(c)]
-        rights = [[counts[j, j], sum(others[j])] for j in range(c)]
-        shares = backed_shares(others, [1 / (c - 1)] * (c - 1), strengths, overstated)
-        rates = backed_shares(rights, [1 - noise, noise], strengths, overstated)
-        for j in range(c):
-            wrong = [rates[j][1] * share for share in shares[j]]
-            confusions[j] = [*wrong[:j], rates[j][0], *wrong[j:]]
-    posterior = prior_NC * confusions[:, labels_N].T
-    return posterior / posterior.sum(1, keepdims=True)
-
-
-def backed_shares(rows, common, strengths, overstated):
-    """Shares of each row of counts, backed by imaginary samples; how many, the Dirichlet evidence says."""
-
-    def evidence(strength):
-        total = 0.0
+    def fit(rows):
+        counts_C = np.array([weights_N[rows][labels_N[rows] == c].sum() for c in range(num_classes)])
+        means_CD = np.array(
+            [
+                (weights_N[rows, None] * roots_ND[rows])[labels_N[rows] == c].sum(0) / counts_C[c]
+                for c in range(num_classes)
+            ]
+        )
+        scatter_DD = np.zeros((width, width))
         for row in rows:
-            total += lgamma(strength) - lgamma(strength + sum(row))
-            for count, share in zip(row, common, strict=True):
-                total += lgamma(strength * share + count) - lgamma(strength * share)
-        return total
+            residual_D = roots_ND[row] - means_CD[labels_N[row]]
+            scatter_DD += weights_N[row] * np.outer(residual_D, residual_D)
+        return counts_C, means_CD, scatter_DD
 
-    best = max(strengths, key=lambda strength: evidence(overstated * strength))
-    return [
-        [(count + best * share) / (sum(row) + best) for count, share in zip(row, common, strict=True)]
-        for row in rows
-    ]
+    everyone = np.arange(len(labels_N))
+    target_DD = np.trace(fit(everyone)[2]) / width * np.eye(width)
+    logs_NC = np.zeros((len(labels_N), num_classes))
+    for left_out in everyone:
+        counts_C, means_CD, scatter_DD = fit(everyone[everyone != left_out])
+        inverse_DD = np.linalg.inv((1 - shrinkage) * scatter_DD + shrinkage * target_DD)
+        for c in range(num_classes):
+            away_D = roots_ND[left_out] - means_CD[c]
+            distance = away_D @ inverse_DD @ away_D * (weights_N.sum() - num_classes)
+            logs_NC[left_out, c] = np.log(counts_C[c]) - distance / 2
+    return logs_NC

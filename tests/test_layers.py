@@ -12,7 +12,7 @@ PACKAGE = Path(chgval.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "records", "files", "interruption", "spreadsheets"},
-    {"shapley", "recipe", "noise", "selection"},
+    {"shapley", "recipe", "detection", "selection", "views"},
     {"accumulate"},
     {"data", "models", "reports", "console"},
     {"training", "strategies"},

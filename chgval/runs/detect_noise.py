@@ -14,9 +14,16 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig, DetectConfig, Rule
 from chgval.console import Console
+from chgval.detection.rules import (
+    automatic_cut,
+    calibrated_by,
+    estimate_rate,
+    mixture_flags,
+    two_means_flags,
+)
+from chgval.detection.verdict import notes_on
 from chgval.errors import DataError, SettingsError
 from chgval.files import check_apart
-from chgval.noise import automatic_cut, calibrated_by, estimate_rate, mixture_flags, two_means_flags
 from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, SuspectLine
 from chgval.reports import (
     SUSPECTS_SCHEMA,
@@ -40,7 +47,8 @@ SHOWN_PAIRS = 5
 # What is read of a values report.
 COLUMNS = (
     *("index", "id", "label", "label_name", "value", "loss_mean", "margin_mean"),
-    *("noise_score", "suggested_label", "suggested_name", "suggested_probability", "confident_label"),
+    *("noise_score", "noise_score_std", "confident_label"),
+    *("suggested_label", "suggested_name", "suggested_probability"),
 )
 
 
@@ -74,12 +82,14 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     write_table(config.output, with_metadata(suspects, metadata))
     console.noise(summarise(report, assessment))
     console.say("")
+    for note in notes_on(given.metadata.get("verdict", {})):
+        console.say(f"note: {note}")
     if given.duplicates_N is not None:
         console.say(f"{(given.duplicates_N >= 0).sum():,} samples have a near-duplicate with another label")
     target = "standard output" if config.output.to_stdout else config.output.path
     console.say(f"{suspects.num_rows:,} of {report.num_rows:,} rows -> {target}")
     if config.cleaned is not None:
-        _write_cleaned(given, assessment.flagged_N, config.cleaned, config.relabel, console)
+        _write_cleaned(given, assessment.flagged_N, config, config.cleaned, console)
     if given.unfinished is not None:
         given.unfinished.remove()
     return rate
@@ -178,23 +188,42 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
 
 
 def _write_cleaned(
-    given: _Input, flagged_N: NDArray[np.bool_], target: Path, relabel: float | None, console: Console
+    given: _Input, flagged_N: NDArray[np.bool_], config: DetectConfig, target: Path, console: Console
 ) -> None:
     """Write the dataset without its flagged rows, or with those of sure suggestions under their new label."""
     from chgval.runs.rewriting import rewrite_rows  # imports torch
 
-    report = given.report
+    report, relabel = given.report, config.relabel
     sure_N = np.zeros(len(flagged_N), dtype=bool)
     if relabel is not None:
         sure_N = flagged_N & (_figures(report, "suggested_probability") >= relabel)
     suggested_N = report["suggested_label"].fill_null(-1).to_numpy()
     new_labels_N = np.where(sure_N, suggested_N, -1)
     kept_N = ~flagged_N | sure_N
+    if not config.force:
+        _check_loss(report, kept_N, target)
     written = rewrite_rows(
         given.data, report, given.metadata, kept_N, target, console, new_labels_N=new_labels_N
     )
     relabelled = "" if relabel is None else f", {sure_N.sum():,} of them relabelled"
     console.say(f"{written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
+
+
+def _check_loss(report: pa.Table, kept_N: NDArray[np.bool_], target: Path) -> None:
+    """Raise DataError where a cleaned dataset would lose over half of its rows, or all rows of a class."""
+    losses = []
+    if 2 * kept_N.sum() < len(kept_N):
+        losses.append(f"{(~kept_N).sum():,} of {len(kept_N):,} rows")
+    names, left = set(report["label_name"].to_pylist()), set(report.filter(kept_N)["label_name"].to_pylist())
+    gone = sorted(name for name in names - left if name is not None)
+    if gone:
+        more = f" and {len(gone) - 1:,} more classes" if len(gone) > 1 else ""
+        losses.append(f"all of class {gone[0]!r}{more}")
+    if losses:
+        raise DataError(
+            f"--cleaned {target}: would lose {' and '.join(losses)}; look at the suspects first, "
+            "or pass --force."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +268,7 @@ def assess(
         raise DataError(f"{name}: no row has a noise score; nothing was valued in it.")
     if config.score == "chg":
         score_N[known] = calibrated_by(value_N[known], score_N[known])
-    rate = estimate_rate(score_N[known])
+    rate = estimate_rate(score_N[known], _figures(report, "noise_score_std")[known])
     flagged_N = np.zeros(len(score_N), dtype=bool)
     if aum_flags_N is not None:
         flagged_N[known] = aum_flags_N[known]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import chgval
 from chgval.accumulate import Utility, ValueAccumulator
@@ -26,15 +26,18 @@ from chgval.console import Console, histogram
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import check_not_read, open_dataset
+from chgval.detection.scores import score_labels
+from chgval.detection.verdict import notes_on, verdict_of
 from chgval.errors import SettingsError
+from chgval.evaluation import predict
 from chgval.files import check_file
 from chgval.models import InputShape, SplitModel, build_model, check_names
-from chgval.noise import read_noise
 from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.records import ClassLine, EpochRecord, Record, RunSignals, RunSummary, SampleLine, StepRecord
 from chgval.reports import ReportWriter, values_table, write_array
 from chgval.runs.checkpoint import Checkpoint, Unfinished, find_unfinished
-from chgval.training import Subset, Trainer, WeightAverage, observe
+from chgval.training import Subset, Trainer, WeightAverage
+from chgval.views import mirrored, rotated
 
 SHOWN_SAMPLES = 5
 SHOWN_CLASSES = 20
@@ -99,6 +102,8 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     valued = value_dataset(config, dataset, output, console, unfinished, command=command)
     unfinished.remove()
     console.summary(summarise(dataset, valued.signals))
+    for note in notes_on(valued.metadata["verdict"]):
+        console.say(f"note: {note}")
     statuses = dataset.statuses()
     counts = ", ".join(
         f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])
@@ -143,10 +148,13 @@ def value_dataset(
         accumulator = run.accumulator
         if accumulator is None or run.average is None:
             raise ValueError("mode 'none' values nothing")
-        observe_average(run, accumulator, run.average)
+        unseen_ND, seen_ND = observe_average(run, accumulator, run.average)
     signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
-    noise = read_noise(probabilities_NC, run.dataset.labels_N, run.recipe.epochs)
+    noise = score_labels(run.dataset.labels_N, probabilities_NC, unseen_ND, seen_ND)
     table = values_table(run.dataset, signals, noise, per_class=config.per_class)
+    metadata["verdict"] = verdict_of(
+        noise, run.dataset.labels_N, signals.predicted_label_N, run.dataset.class_names
+    )
     metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     if writer is not None:
         writer.write(table, metadata)
@@ -327,17 +335,36 @@ def make_trainer(
     )
 
 
-def observe_average(run: Run, accumulator: ValueAccumulator, average: WeightAverage) -> None:
-    """Let the average of the weights predict every sample; it counts as much as all averaged epochs."""
-    passes = [False, True] if run.recipe.augment == "crop-flip" else [False]
-    weight = (run.recipe.epochs - accumulator.averaged_from + 1) / len(passes)
-    for mirrored in passes:
-        observe(
-            average.model,
-            run.loader,
-            lambda indices_B, logits_BC, _: accumulator.add_predictions(indices_B, logits_BC, weight),
-            mirrored=mirrored,
-        )
+def observe_average(
+    run: Run, accumulator: ValueAccumulator, average: WeightAverage
+) -> tuple[Tensor, Tensor | None]:
+    """Let the average of the weights predict every sample; it counts as much as all averaged epochs.
+
+    Returns:
+        What noise scores are made of, shape (N, D) each: last-layer inputs of a view of the samples that was
+        not trained on, or the embeddings themselves; and last-layer inputs of what was trained on, None for
+        embeddings.
+    """
+    mirrors = run.recipe.augment == "crop-flip"
+    trained = [None, mirrored] if mirrors else [None]
+    weight = (run.recipe.epochs - accumulator.averaged_from + 1) / len(trained)
+    seen_ND: Tensor | None = None
+    for view in trained:
+        rows_N, logits_NC, features_ND = predict(average.model, run.loader, view=view)
+        accumulator.add_predictions(rows_N, logits_NC, weight)
+        if seen_ND is None:
+            seen_ND = _of_all_rows(rows_N, features_ND, len(run.dataset))
+    if isinstance(run.dataset.content, Embeddings):
+        return torch.from_numpy(run.dataset.content.vectors_ND), None
+    rows_N, _, features_ND = predict(average.model, run.loader, view=rotated if mirrors else mirrored)
+    return _of_all_rows(rows_N, features_ND, len(run.dataset)), seen_ND
+
+
+def _of_all_rows(rows_N: Tensor, features_ND: Tensor, num_rows: int) -> Tensor:
+    """Return features at the places of their rows; those of other rows are 0."""
+    placed_ND = features_ND.new_zeros(num_rows, features_ND.shape[1])
+    placed_ND[rows_N] = features_ND
+    return placed_ND
 
 
 def _make_accumulator(

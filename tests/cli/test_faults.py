@@ -174,7 +174,7 @@ def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     args = ["value", image_folder, *FAST, "-q", "-o", folder / "v.parquet"]
-    code = READ_ONLY.format(module="chgval.runs.value", name="read_noise", folder=str(folder))
+    code = READ_ONLY.format(module="chgval.runs.value", name="score_labels", folder=str(folder))
     command = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     folder.chmod(0o700)

@@ -534,7 +534,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
         "choosing": "import chgval.runs.choosing as module; module.predict = slow",
         "testing": "import chgval.runs.train as module; module.evaluate = slow",
         "passing": "import chgval.training as module; module.observe = slow",
-        "writing": "import chgval.runs.value as module; module.read_noise = slow",
+        "writing": "import chgval.runs.value as module; module.score_labels = slow",
     }[where]
     args = [
         "value",

@@ -44,8 +44,9 @@ def dataset_and_signals():
         predicted_probability_N=floats,
     )  # fmt: skip
     noise = NoiseSignals(
-        noise_score_N=np.array([0.9, 0.25, NAN, NAN, 0.0]), suggested_label_N=np.array([1, 0, -1, -1, 1]),
-        suggested_probability_N=floats, confident_label_N=np.array([1, -1, -1, -1, 0]),
+        noise_score_N=np.array([0.9, 0.25, NAN, NAN, 0.0]), noise_score_std_N=floats,
+        suggested_label_N=np.array([1, 0, -1, -1, 1]), suggested_probability_N=floats,
+        confident_label_N=np.array([1, -1, -1, -1, 0]),
     )  # fmt: skip
     return dataset, signals, noise
 
@@ -99,7 +100,7 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
         return
     assert read.equals(table)
     metadata = json.loads(read.schema.metadata[METADATA_KEY])
-    assert metadata == {"report_version": 2, "seed": 7, "class_names": ["é"]}
+    assert metadata == {"report_version": 3, "seed": 7, "class_names": ["é"]}
 
 
 def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):

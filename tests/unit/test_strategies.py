@@ -11,14 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from sklearn.linear_model import Ridge, orthogonal_mp
-from sklearn.preprocessing import StandardScaler
+from sklearn.linear_model import orthogonal_mp
 from torch.nn import functional
 
 from chgval.config import STRATEGIES
-from chgval.noise import read_noise
-from chgval.strategies import REGISTRY, Pass, Question, auto
-from chgval.strategies.auto import RIDGE, left_out_probabilities
+from chgval.detection.scores import score_labels
+from chgval.strategies import REGISTRY, Pass, Question
 from chgval.strategies.gradmatch import REGULARISATION, matching_pursuit
 from tests.oracles import chg_utility, hardness_utility, last_layer_gradients, shapley_by_subsets
 
@@ -184,15 +182,12 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
     first.logits_NC[6:9] = 3 * first.logits_NC[6:9].roll(1, dims=1)
     first.features_ND[6:9] = 3 * first.features_ND[6:9].roll(1, dims=1)
     second.logits_NC[6:9] *= 0.2
-    first_NC, second_NC = (
-        (samples.logits_NC.softmax(1) + left_out_probabilities(samples.features_ND, labels_N, 3)) / 2
-        for samples in (first, second)
-    )
+    first_NC, second_NC = (samples.logits_NC.softmax(1) for samples in (first, second))
     # In the end all of the estimated noise is left out: as many samples as the scores add up to.
     left, left_by_second = (
         set(np.argsort(score_N)[: 80 - int(score_N.sum())].tolist())
         for score_N in (
-            read_noise(seen_NC.numpy(), labels_N.numpy(), round(7 * 12 / 80)).noise_score_N
+            score_labels(labels_N.numpy(), seen_NC.numpy(), second.features_ND, quick=True).noise_score_N
             for seen_NC in ((0.8 * first_NC + second_NC) / 1.8, second_NC)
         )
     )
@@ -210,27 +205,6 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
         drawn.append((at_first, ask("auto", second, 12, epoch=8, **later)))
     assert {int(p) for first_choice, _ in drawn for p in first_choice.positions_K} == set(range(80))
     assert {int(p) for _, last_choice in drawn for p in last_choice.positions_K} == left
-
-
-@pytest.mark.parametrize(("width", "shift"), [(3, 0.0), (60, 0.0), (60, 1000.0)])
-def test_left_out_predictions_are_those_of_fits_without_the_sample(width, shift, monkeypatch):
-    """scikit-learn fits once for each sample; one feature is constant, and there can be more than samples."""
-    monkeypatch.setattr(auto, "CHUNK_ROWS", 16)
-    samples, _ = make_pass(40, num_classes=4, width=width, seed=7)
-    features_ND, labels_N = samples.features_ND + shift, samples.labels_N
-    features_ND[:, 1] = 0.1
-    inputs_ND = StandardScaler().fit_transform(features_ND.double().numpy() - shift)
-    inputs_ND[:, 1] = 0
-    targets_NC = functional.one_hot(labels_N, 4).double().numpy()
-    expected_NC = np.zeros((40, 4))
-    for left_out in range(40):
-        others = np.arange(40) != left_out
-        fitted = Ridge(alpha=RIDGE * 40).fit(inputs_ND[others], targets_NC[others])
-        expected_NC[left_out] = fitted.predict(inputs_ND[left_out : left_out + 1])[0]
-    expected_NC = expected_NC.clip(1e-3, 1)
-    expected_NC /= expected_NC.sum(1, keepdims=True)
-    actual_NC = left_out_probabilities(features_ND, labels_N, 4)
-    np.testing.assert_allclose(actual_NC, expected_NC, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -1,0 +1,1 @@
+"""Which labels are probably wrong: evidence, noise models, scores, and rules that cut scores into flags."""

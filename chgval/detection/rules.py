@@ -1,0 +1,122 @@
+"""Rules that cut scores and other columns of a report into flags, and the noise rate that scores imply.
+
+Shape legend: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chgval.detection.settings import SETTINGS
+from chgval.records import FloatArray, IntArray, NoiseRate
+
+# A rate's interval is this many standard deviations of the noise models wide, to either side.
+DEVIATIONS = 2.0
+
+
+def confident_labels(probabilities_NC: NDArray[np.float32], labels_N: IntArray) -> IntArray:
+    """Return the class that each sample confidently belongs to, -1 for none (arXiv:1911.00068, equation 1).
+
+    A class is in question if its probability is at least the mean that samples labelled so give it; of
+    several the most probable one is taken. A sample that is predicted as it is labelled belongs there, as
+    cleanlab has it too.
+
+    Args:
+        probabilities_NC: shape (N, C).
+        labels_N: given classes, shape (N,), 0 or more.
+    """
+    num_classes = probabilities_NC.shape[1]
+    counts_C = np.bincount(labels_N, minlength=num_classes)
+    own_N = np.take_along_axis(probabilities_NC, labels_N[:, None], axis=1)[:, 0].astype(np.float64)
+    sums_C = np.bincount(labels_N, own_N, minlength=num_classes)
+    thresholds_C = np.where(counts_C > 0, sums_C / counts_C.clip(min=1), np.inf)
+    in_question_NC = probabilities_NC >= thresholds_C - 1e-6
+    confident_N = np.where(in_question_NC, probabilities_NC, -1.0).argmax(1)
+    confident_N = np.where(in_question_NC.any(1), confident_N, -1)
+    return np.where(probabilities_NC.argmax(1) == labels_N, labels_N, confident_N)
+
+
+def estimate_rate(score_N: FloatArray, std_N: FloatArray) -> NoiseRate:
+    """Return the share of wrong labels that scores imply, and its interval.
+
+    The interval is what noise models that explain the labels about equally well say of the rate, and the
+    error of counting: two standard deviations to either side.
+
+    Args:
+        score_N: probabilities that labels are wrong.
+        std_N: their standard deviations over noise models; NaN where nothing can be said.
+    """
+    rate = float(score_N.mean())
+    if np.isnan(std_N).any():
+        return NoiseRate(rate=rate, low=0.0, high=1.0)
+    # Besides what the models disagree on: the rate is counted on so many samples.
+    margin = DEVIATIONS * float(np.sqrt(std_N.mean() ** 2 + rate * (1 - rate) / len(score_N)))
+    return NoiseRate(rate=rate, low=max(0.0, rate - margin), high=min(1.0, rate + margin))
+
+
+def automatic_cut(score_N: FloatArray) -> float:
+    """Return the score from which on samples are flagged; infinite if none should be.
+
+    It is the cut of the highest expected F1 among those whose flags are expected to be right at least half of
+    the time: on a clean dataset that leaves hardly any.
+    """
+    total = score_N.sum()
+    if not total:
+        return np.inf
+    # The best F1 flags what exceeds half of it (Lipton et al. 2014, arXiv:1402.1892, theorem 1): iterated
+    # from 0, cut and F1 rise to it without sorting all scores.
+    f1, last = 0.0, -1.0
+    while f1 > last:
+        flagged_N = score_N[score_N > f1 / 2]
+        last, f1 = f1, 2 * flagged_N.sum() / (len(flagged_N) + total)
+    # Short of the best, F1 rises with every flag: as many as the precision allows.
+    descending_N = np.sort(flagged_N)[::-1]
+    allowed_N = descending_N.cumsum() >= SETTINGS.least_precision * np.arange(1, len(descending_N) + 1)
+    allowed_N[:-1] &= descending_N[1:] < descending_N[:-1]  # equal scores are flagged together
+    return float(descending_N[allowed_N].min(initial=np.inf))
+
+
+def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
+    """Return scores in the order of another figure: the mean score of samples that are alike in it.
+
+    Isotonic regression, and straight lines between the middles of its steps, so that the order stays.
+
+    Args:
+        order_N: the figure; the lower, the more suspicious.
+        score_N: calibrated scores.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    order = np.argsort(order_N, kind="stable")
+    steps_N = isotonic_regression(score_N[order], increasing=False)
+    starts = np.flatnonzero(np.r_[True, steps_N[1:] != steps_N[:-1]])
+    ends = np.r_[starts[1:], len(steps_N)]
+    calibrated_N = np.empty(len(score_N))
+    calibrated_N[order] = np.interp(np.arange(len(steps_N)), (starts + ends - 1) / 2, steps_N[starts])
+    return calibrated_N
+
+
+def two_means_flags(value_N: FloatArray) -> NDArray[np.bool_]:
+    """Flag the lower of two clusters of values, as OpenDataVal cuts values for its noisy-sample F1.
+
+    Source: Jiang et al. 2023 (arXiv:2306.10577). It always flags somebody.
+    """
+    from sklearn.cluster import KMeans
+
+    clusters = KMeans(2, n_init=1, init=np.quantile(value_N, [[0.0], [1.0]])).fit(value_N[:, None])
+    flags_N: NDArray[np.bool_] = clusters.labels_ == clusters.cluster_centers_[:, 0].argmin()
+    return flags_N
+
+
+def mixture_flags(loss_N: FloatArray) -> NDArray[np.bool_]:
+    """Flag the samples that belong to the higher of two normal distributions of the loss.
+
+    Source: Li et al. 2020 (arXiv:2002.07394), section 3.1. It always flags somebody.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    means = np.quantile(loss_N, [[0.1], [0.9]])
+    mixture = GaussianMixture(2, means_init=means, random_state=0).fit(loss_N[:, None])
+    flags_N: NDArray[np.bool_] = mixture.predict(loss_N[:, None]) == mixture.means_[:, 0].argmax()
+    return flags_N

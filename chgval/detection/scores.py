@@ -1,0 +1,193 @@
+"""How probably each label is wrong, and what it should be: evidence and noise models put together.
+
+docs/detection.md says how, and what else was tried.
+
+Shape legend: N samples, K of them known, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chgval.detection.evidence import LeftOutGaussians, best_scale
+from chgval.detection.noise_model import Floats, NoiseModel, fit_noise_model
+from chgval.detection.rules import calibrated_by, confident_labels
+from chgval.detection.settings import SETTINGS
+from chgval.records import FloatArray, IntArray, NoiseSignals
+
+# Rows worked on at a time.
+CHUNK_ROWS = 65_536
+SMALLEST_PROBABILITY = 1e-12
+
+
+def score_labels(
+    labels_N: IntArray,
+    averaged_NC: Floats,
+    unseen_ND: Tensor,
+    seen_ND: Tensor | None = None,
+    *,
+    quick: bool = False,
+) -> NoiseSignals:
+    """Return how probably each label is wrong, and what it should be.
+
+    Class Gaussians of all other samples say what a sample looks like to something that has not seen its
+    label. Noise models are fitted to that, and their average says how many labels are wrong. Which ones they
+    are is said by all evidence together; a score is the mean of what the noise models say of samples alike in
+    that.
+
+    Args:
+        labels_N: given classes, shape (N,); -1 where unknown.
+        averaged_NC: averaged probabilities of the run, shape (N, C); NaN where a sample was not seen.
+        unseen_ND: last-layer inputs of a view that was not trained on, or embeddings, shape (N, D).
+        seen_ND: last-layer inputs of a view that was trained on, shape (N, E); None where there are none.
+        quick: whether to fit the Gaussians once, and fewer noise models: four times as fast, for a run that
+            asks again and again.
+    """
+    signals = NoiseSignals.unknown(len(labels_N))
+    known = np.flatnonzero((labels_N >= 0) & np.isfinite(averaged_NC[:, 0]))
+    if not len(known):
+        return signals
+    labels_K, averaged_KC = labels_N[known], averaged_NC[known]
+    signals.confident_label_N[known] = confident_labels(averaged_KC, labels_K)
+    num_classes = averaged_NC.shape[1]
+    shares_C = np.bincount(labels_K, minlength=num_classes) / len(labels_K)
+    entropy = -float((shares_C[shares_C > 0] * np.log(shares_C[shares_C > 0])).sum())
+    signals.noise_score_N[known] = 0.0
+    if entropy == 0:  # one class only: nothing can be mistaken
+        return signals
+
+    rows, labels = torch.from_numpy(known), torch.from_numpy(labels_K)
+    unseen = LeftOutGaussians(unseen_ND[rows], labels, num_classes)
+    unseen_CK = unseen.log_probabilities().T.copy()
+    unseen_loss = _mean_loss(unseen_CK, labels_K)
+    signals.explained = max(0.0, 1 - unseen_loss / entropy)
+    if signals.explained < SETTINGS.least_explained:
+        return signals
+    weights_K: Tensor | None = None
+    for _ in range(0 if quick else SETTINGS.rounds - 1):
+        mixture = _Mixture.fit(unseen_CK, labels_K, SETTINGS.affinities[1:2])
+        doubt_K = _others(mixture.posterior(unseen_CK, labels_K), labels_K)
+        weights_K = torch.from_numpy(np.maximum(1 - doubt_K, SETTINGS.least_weight))
+        unseen_CK = unseen.log_probabilities(weights_K).T.copy()
+    mixture = _Mixture.fit(unseen_CK, labels_K, SETTINGS.affinities[1:2] if quick else SETTINGS.affinities)
+
+    log_averaged_KC = np.log(np.maximum(averaged_KC, SMALLEST_PROBABILITY))
+    scale, _ = best_scale(log_averaged_KC, labels_K)
+    evidence = [unseen_CK, _log_softmax(np.float32(scale) * log_averaged_KC.T)]
+    if seen_ND is not None:
+        seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
+        evidence.append(seen.log_probabilities(weights_K).T.copy())
+    posterior_CK = mixture.posterior(_blend(evidence, labels_K), labels_K)
+    doubt_K = _others(posterior_CK, labels_K)
+    score_MK = np.stack(
+        [
+            calibrated_by(-doubt_K, _others(alone.posterior(unseen_CK, labels_K), labels_K))
+            for alone in mixture.each()
+        ]
+    )
+    score_K = (mixture.shares_M @ score_MK).clip(0, 1)
+    # Where all labels are right, all scores are 0.
+    variance_K = mixture.shares_M @ (score_MK - score_K) ** 2 + (1 - mixture.shares_M.sum()) * score_K**2
+    signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, np.sqrt(variance_K)
+    if seen_ND is not None and score_K.any():
+        signals.memorised = float(np.average(averaged_KC.argmax(1) == labels_K, weights=score_K))
+    columns = np.arange(len(labels_K))
+    posterior_CK[labels_K, columns] = 0.0
+    suggested_K = posterior_CK.argmax(0)
+    share_K = posterior_CK[suggested_K, columns] / np.maximum(doubt_K, SMALLEST_PROBABILITY)
+    signals.suggested_label_N[known] = suggested_K
+    signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
+    return signals
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """Noise models that explain the labels about equally well.
+
+    Attributes:
+        models: the models.
+        shares_M: how probable each is; what is missing from 1 is how probable it is that no label is wrong.
+    """
+
+    models: list[NoiseModel]
+    shares_M: FloatArray
+
+    @classmethod
+    def fit(cls, logs_CK: Floats, labels_K: IntArray, affinities: Sequence[float]) -> _Mixture:
+        """Fit a noise model of each sharpening and affinity to some of the rows, and weigh them."""
+        most = min(len(labels_K), SETTINGS.fitted_rows, SETTINGS.fitted_entries // len(logs_CK))
+        # Evenly from every class.
+        places = np.linspace(0, len(labels_K) - 1, most).round().astype(np.int64)
+        fitted = np.argsort(labels_K, kind="stable")[places]
+        logs_CS = np.ascontiguousarray(logs_CK[:, fitted])
+        models = [
+            fit_noise_model(logs_CS, labels_K[fitted], sharpening, affinity)
+            for affinity in affinities
+            for sharpening in SETTINGS.sharpenings
+        ]
+        clean = fit_noise_model(logs_CS, labels_K[fitted], 1.0, 0.0, clean=True)
+        logs_M = SETTINGS.tempering * np.array([model.log_evidence for model in [*models, clean]])
+        shares_M = np.exp(logs_M - logs_M.max())
+        shares_M[-1] *= SETTINGS.clean_share
+        shares_M /= shares_M.sum()
+        clean_share = shares_M[-1]
+        kept = np.flatnonzero(shares_M[:-1] >= SETTINGS.smallest_share * shares_M[:-1].max())
+        kept_M = shares_M[kept]
+        return cls([models[number] for number in kept], kept_M * (1 - clean_share) / kept_M.sum())
+
+    def each(self) -> list[_Mixture]:
+        """Return the models one by one."""
+        return [_Mixture([model], np.ones(1)) for model in self.models]
+
+    def posterior(self, logs_CK: Floats, labels_K: IntArray) -> Floats:
+        """Return the probabilities of the true class, if labels are wrong at all, shape (C, K)."""
+        posterior_CK = np.zeros_like(logs_CK)
+        shares_M = self.shares_M / self.shares_M.sum()
+        for start in range(0, len(labels_K), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logs_CB = np.ascontiguousarray(logs_CK[:, rows])
+            for model, share in zip(self.models, shares_M, strict=True):
+                posterior_CK[:, rows] += np.float32(share) * model.posterior(logs_CB, labels_K[rows])
+        return posterior_CK
+
+
+def _blend(evidence: Sequence[Floats], labels_K: IntArray) -> Floats:
+    """Return the weighted mean of log-probabilities of every class, shape (C, K).
+
+    The first has not seen the labels. What is better at predicting them has learned them by heart, what is
+    worse knows less; both count less.
+    """
+    losses = np.array([_mean_loss(logs_CK, labels_K) for logs_CK in evidence])
+    ratios = np.maximum(losses, SMALLEST_PROBABILITY) / max(losses[0], SMALLEST_PROBABILITY)
+    trust = np.minimum(ratios, 1 / ratios) ** SETTINGS.trust_power
+    trust /= trust.sum()
+    blended_CK = np.zeros_like(evidence[0])
+    for share, logs_CK in zip(trust, evidence, strict=True):
+        blended_CK += np.float32(share) * logs_CK
+    return blended_CK
+
+
+def _others(posterior_CK: Floats, labels_K: IntArray) -> FloatArray:
+    """Return the probability of all classes but the label, shape (K,).
+
+    As 1 - that of the label, the smallest would be rounded to 0, and samples of them could not be ranked.
+    """
+    others_CK = posterior_CK.copy()
+    others_CK[labels_K, np.arange(len(labels_K))] = 0.0
+    others_K: FloatArray = others_CK.sum(0, dtype=np.float64)
+    return others_K
+
+
+def _mean_loss(logs_CK: Floats, labels_K: IntArray) -> float:
+    return -float(logs_CK[labels_K, np.arange(len(labels_K))].mean(dtype=np.float64))
+
+
+def _log_softmax(logs_CK: Floats) -> Floats:
+    logs_CK = logs_CK - logs_CK.max(0)
+    normalised_CK: Floats = (logs_CK - np.log(np.exp(logs_CK).sum(0))).astype(np.float32)
+    return normalised_CK

@@ -1,0 +1,61 @@
+"""How far a run's verdict on labels can be trusted, in figures for its report and in sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from chgval.detection.settings import SETTINGS
+from chgval.records import IntArray, NoiseSignals
+
+SHOWN_CLASSES = 5
+
+
+def verdict_of(
+    noise: NoiseSignals, labels_N: IntArray, predicted_N: IntArray, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Return what is kept of a verdict's trust in a report's metadata, ready for JSON.
+
+    Args:
+        noise: what the run says of every label.
+        labels_N: given classes, shape (N,); -1 where there are none.
+        predicted_N: predicted classes, the same.
+        class_names: of all classes.
+    """
+    never = np.setdiff1d(labels_N[labels_N >= 0], predicted_N)
+    return {
+        "explained": noise.explained,
+        "memorised": noise.memorised,
+        "never_predicted": [class_names[label] for label in never],
+    }
+
+
+def notes_on(verdict: Mapping[str, Any]) -> list[str]:
+    """Return the sentences that a person should read before acting on flags; none if all is well.
+
+    Args:
+        verdict: as `verdict_of` made it; empty where a report does not tell, as a CSV file.
+    """
+    if not verdict:
+        return []
+    if verdict["explained"] < SETTINGS.least_explained:
+        return [
+            "nothing can be said about these labels: the model tells the classes apart hardly better than "
+            "chance. Train longer (--epochs), on larger images (--image-size), or value embeddings."
+        ]
+    notes = []
+    if verdict["memorised"] > SETTINGS.most_memorised:
+        notes.append(
+            "the network has learned many labels by heart, so wrong ones are harder to tell. Train with "
+            "augmentation (--augment crop-flip), for fewer epochs, or value embeddings."
+        )
+    never = verdict["never_predicted"]
+    if never:
+        more = f" and {len(never) - SHOWN_CLASSES:,} more" if len(never) > SHOWN_CLASSES else ""
+        notes.append(
+            f"never predicted: {', '.join(never[:SHOWN_CLASSES])}{more}. Their labels cannot be judged; they "
+            "may have too few samples, or need more epochs."
+        )
+    return notes
