@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal, TextIO, cast
@@ -31,6 +32,7 @@ Side = Literal["left", "right"]
 HISTOGRAM_BINS = 12
 HISTOGRAM_WIDTH = 40
 LONGEST_NAME = 40
+LINE_WIDTH = 80
 SHOWN_CLASSES = 20
 
 
@@ -130,16 +132,23 @@ class Console:
         self._samples("Lowest values (look here first)", summary.lowest)
         self._samples("Highest values", summary.highest)
 
+    def notes(self, notes: Sequence[str]) -> None:
+        """Print sentences that a person should read, in lines that fit a terminal."""
+        for note in notes:
+            for line in textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  "):
+                self.say(line)
+
     def noise(self, summary: NoiseSummary) -> None:
         """Print what was found out about labels: the noise rate, flags per class, pairs and suspects."""
         if self._quiet:
             return
         rate = summary.rate
         self.say("")
-        self.say(
-            f"estimated noise: {rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and "
-            f"{rate.high:.1%}); {summary.num_flagged:,} of {summary.num_assessed:,} flagged"
-        )
+        noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
+        if (rate.low, rate.high) == (0, 1):
+            noise = "unknown how many of the labels are wrong"
+        flagged = f"{summary.num_flagged:,} of {summary.num_assessed:,} flagged"
+        self.say(f"estimated noise: {noise}; {flagged}")
         self._classes(
             {"samples": "right", "flagged": "right", "noise": "right"},
             [

@@ -17,13 +17,16 @@ from torch import Tensor
 
 # Shares of the covariance that are replaced by its mean variance; the labels choose one.
 SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9)
-# Rows on which that choice is made, and rows worked on at a time.
+# Rows, and rows times classes, on which that choice is made; and what is worked on at a time.
 JUDGED_ROWS = 3_000
+JUDGED_ENTRIES = 1_000_000
 CHUNK_ROWS = 8_192
+CHUNK_ENTRIES = 10_000_000
 # No class is less probable than this, about 1e-9: powers of it must still be numbers.
 LOWEST_LOG = -20.0
-# Of the variance of all samples, what a class has at least, so that identical samples can be told apart.
-LEAST_VARIANCE = 1e-6
+# Variance that a class has at least, as a share of the mean square of its features: far above what rounding
+# makes of constant ones, far below what varies.
+LEAST_VARIANCE = 1e-9
 # Of a sample's leverage: its own share of the covariance is taken out, but never all of it.
 SMALLEST_REST = 1e-3
 
@@ -46,6 +49,7 @@ class LeftOutGaussians:
     def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int) -> None:
         roots_ND = features_ND.float()
         roots_ND = roots_ND.sign().mul_(roots_ND.abs().sqrt_())
+        self._least_variance = LEAST_VARIANCE * len(roots_ND) * float(roots_ND.square().mean())
         self._roots_ND = roots_ND.sub_(roots_ND.mean(0))
         self._labels_N = labels_N
         self._num_classes = num_classes
@@ -61,14 +65,15 @@ class LeftOutGaussians:
         """
         labels_N = self._labels_N
         fitted = self.fit(torch.ones(len(labels_N)) if weights_N is None else weights_N.float())
-        judged = torch.arange(0, len(labels_N), -(-len(labels_N) // JUDGED_ROWS))
+        judged = torch.arange(0, len(labels_N), _stride(len(labels_N), self._num_classes))
         choices = []
         for shrinkage in SHRINKAGES:
             logs_BC = fitted.log_likelihoods(judged, shrinkage)
             scale, loss = best_scale(logs_BC.numpy(), labels_N[judged].numpy())
             choices.append((loss, scale, shrinkage))
         _, scale, shrinkage = min(choices)
-        chunks = torch.split(torch.arange(len(labels_N)), CHUNK_ROWS)
+        chunk = max(1, min(CHUNK_ROWS, CHUNK_ENTRIES // self._num_classes))
+        chunks = torch.split(torch.arange(len(labels_N)), chunk)
         scaled = [
             (scale * fitted.log_likelihoods(rows, shrinkage)).log_softmax(1).clamp(min=LOWEST_LOG)
             for rows in chunks
@@ -95,7 +100,7 @@ class LeftOutGaussians:
         return _Fitted(
             rotated_ND=roots_ND @ vectors_DD,
             means_CD=means_CD @ vectors_DD,
-            variances_D=variances_D.clamp(min=0).float() + LEAST_VARIANCE * roots_ND.square().sum(0).mean(),
+            variances_D=variances_D.clamp(min=0).float() + self._least_variance,
             labels_N=labels_N,
             weights_N=weights_N,
             counts_C=counts_C,
@@ -105,12 +110,16 @@ class LeftOutGaussians:
 def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tuple[float, float]:
     """Return the factor of log-likelihoods under which labels are most probable, and their mean loss then.
 
+    Of many rows some are asked, evenly spread.
+
     Args:
         logs_NC: natural logarithms, up to a constant per row, shape (N, C).
         labels_N: shape (N,).
     """
     from scipy.optimize import minimize_scalar
 
+    stride = _stride(*logs_NC.shape)
+    logs_NC, labels_N = logs_NC[::stride], labels_N[::stride]
     # Class by class: sums over a short last axis are slow.
     logs_CN = np.ascontiguousarray((logs_NC - logs_NC.max(1, keepdims=True)).T)
     own_N = logs_CN[labels_N, np.arange(len(labels_N))]
@@ -121,6 +130,12 @@ def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tup
 
     best = minimize_scalar(loss, bounds=(-8.0, 4.0), method="bounded")
     return float(np.exp(best.x)), float(best.fun)
+
+
+def _stride(num_rows: int, num_classes: int) -> int:
+    """Return the distance of rows that are judged."""
+    most = max(1, min(JUDGED_ROWS, JUDGED_ENTRIES // num_classes))
+    return -(-num_rows // most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +164,17 @@ class _Fitted:
         alone_B = rest_B <= 1e-6 * counts_B
         rest_B = rest_B.where(~alone_B, 1)
         mean_variance = self.variances_D.mean()
-        if mean_variance == 0:  # all samples are the same: only frequencies tell
+        if mean_variance == 0:  # all features are 0: only frequencies tell
             distances_BC = torch.zeros(len(rows), len(self.counts_C))
         else:
             scales_D = ((1 - shrinkage) * self.variances_D + shrinkage * mean_variance).rsqrt()
             samples_BD, means_CD = self.rotated_ND[rows] * scales_D, self.means_CD * scales_D
             products_BC = samples_BD @ means_CD.T
-            between_CC = means_CD @ means_CD.T
             squares_B1 = samples_BD.square().sum(1, keepdim=True)
             # To each class mean, squared, and against the way to the sample's own one.
-            distances_BC = squares_B1 - 2 * products_BC + between_CC.diagonal()
+            distances_BC = squares_B1 - 2 * products_BC + means_CD.square().sum(1)
             own_products_B1 = products_BC.gather(1, own_B1)
-            along_BC = squares_B1 - own_products_B1 - products_BC + between_CC[labels_B]
+            along_BC = squares_B1 - own_products_B1 - products_BC + means_CD[labels_B] @ means_CD.T
             own_B = distances_BC.gather(1, own_B1).squeeze(1)
             # Without the sample its class mean moves away by this factor, and the scatter loses this much.
             away_B = (counts_B / rest_B).where(~alone_B, 1)

@@ -89,7 +89,7 @@ def fit_noise_model(
         confusions = confusions.updated(joint_CS, true_CS, powers_CS, labels_S, is_refit=is_refit)
         log_bias_C += np.log((joint_CS.sum(1) + 1) / (true_CS.sum(1) + 1))
         log_bias_C -= log_bias_C.mean()
-        if abs(log_likelihood - last) < 1e-6 * len(labels_S):
+        if abs(log_likelihood - last) < SETTINGS.tolerance * len(labels_S):
             break
         last = log_likelihood
     return NoiseModel(sharpening, affinity, log_bias_C, confusions, log_likelihood - confusions.freedom)

@@ -20,8 +20,8 @@ from chgval.detection.rules import calibrated_by, confident_labels
 from chgval.detection.settings import SETTINGS
 from chgval.records import FloatArray, IntArray, NoiseSignals
 
-# Rows worked on at a time.
-CHUNK_ROWS = 65_536
+# Rows times classes worked on at a time.
+CHUNK_ENTRIES = 1_000_000
 SMALLEST_PROBABILITY = 1e-12
 
 
@@ -46,7 +46,7 @@ def score_labels(
         unseen_ND: last-layer inputs of a view that was not trained on, or embeddings, shape (N, D).
         seen_ND: last-layer inputs of a view that was trained on, shape (N, E); None where there are none.
         quick: whether to fit the Gaussians once, and fewer noise models: four times as fast, for a run that
-            asks again and again.
+            asks again and again. Of many classes that is so in any case.
     """
     signals = NoiseSignals.unknown(len(labels_N))
     known = np.flatnonzero((labels_N >= 0) & np.isfinite(averaged_NC[:, 0]))
@@ -55,6 +55,7 @@ def score_labels(
     labels_K, averaged_KC = labels_N[known], averaged_NC[known]
     signals.confident_label_N[known] = confident_labels(averaged_KC, labels_K)
     num_classes = averaged_NC.shape[1]
+    quick = quick or num_classes > SETTINGS.most_paired
     shares_C = np.bincount(labels_K, minlength=num_classes) / len(labels_K)
     entropy = -float((shares_C[shares_C > 0] * np.log(shares_C[shares_C > 0])).sum())
     signals.noise_score_N[known] = 0.0
@@ -70,11 +71,11 @@ def score_labels(
         return signals
     weights_K: Tensor | None = None
     for _ in range(0 if quick else SETTINGS.rounds - 1):
-        mixture = _Mixture.fit(unseen_CK, labels_K, SETTINGS.affinities[1:2])
-        doubt_K = _others(mixture.posterior(unseen_CK, labels_K), labels_K)
+        mixture = _Mixture.fit(unseen_CK, labels_K, quick=True)
+        doubt_K = _doubt(mixture.posterior(unseen_CK, labels_K), labels_K)
         weights_K = torch.from_numpy(np.maximum(1 - doubt_K, SETTINGS.least_weight))
         unseen_CK = unseen.log_probabilities(weights_K).T.copy()
-    mixture = _Mixture.fit(unseen_CK, labels_K, SETTINGS.affinities[1:2] if quick else SETTINGS.affinities)
+    mixture = _Mixture.fit(unseen_CK, labels_K, quick=quick)
 
     log_averaged_KC = np.log(np.maximum(averaged_KC, SMALLEST_PROBABILITY))
     scale, _ = best_scale(log_averaged_KC, labels_K)
@@ -83,10 +84,10 @@ def score_labels(
         seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
         evidence.append(seen.log_probabilities(weights_K).T.copy())
     posterior_CK = mixture.posterior(_blend(evidence, labels_K), labels_K)
-    doubt_K = _others(posterior_CK, labels_K)
+    doubt_K = _doubt(posterior_CK, labels_K)
     score_MK = np.stack(
         [
-            calibrated_by(-doubt_K, _others(alone.posterior(unseen_CK, labels_K), labels_K))
+            calibrated_by(-doubt_K, _doubt(alone.posterior(unseen_CK, labels_K), labels_K))
             for alone in mixture.each()
         ]
     )
@@ -96,10 +97,8 @@ def score_labels(
     signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, np.sqrt(variance_K)
     if seen_ND is not None and score_K.any():
         signals.memorised = float(np.average(averaged_KC.argmax(1) == labels_K, weights=score_K))
-    columns = np.arange(len(labels_K))
-    posterior_CK[labels_K, columns] = 0.0
     suggested_K = posterior_CK.argmax(0)
-    share_K = posterior_CK[suggested_K, columns] / np.maximum(doubt_K, SMALLEST_PROBABILITY)
+    share_K = posterior_CK.max(0) / np.maximum(doubt_K, SMALLEST_PROBABILITY)
     signals.suggested_label_N[known] = suggested_K
     signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
     return signals
@@ -118,9 +117,13 @@ class _Mixture:
     shares_M: FloatArray
 
     @classmethod
-    def fit(cls, logs_CK: Floats, labels_K: IntArray, affinities: Sequence[float]) -> _Mixture:
-        """Fit a noise model of each sharpening and affinity to some of the rows, and weigh them."""
-        most = min(len(labels_K), SETTINGS.fitted_rows, SETTINGS.fitted_entries // len(logs_CK))
+    def fit(cls, logs_CK: Floats, labels_K: IntArray, *, quick: bool) -> _Mixture:
+        """Fit a noise model of each sharpening and affinity to some of the rows, and weigh them.
+
+        Quick is one affinity, and only the most probable models.
+        """
+        affinities = SETTINGS.affinities[1:2] if quick else SETTINGS.affinities
+        most = min(len(labels_K), SETTINGS.fitted_rows, max(1, SETTINGS.fitted_entries // len(logs_CK)))
         # Evenly from every class.
         places = np.linspace(0, len(labels_K) - 1, most).round().astype(np.int64)
         fitted = np.argsort(labels_K, kind="stable")[places]
@@ -133,10 +136,11 @@ class _Mixture:
         clean = fit_noise_model(logs_CS, labels_K[fitted], 1.0, 0.0, clean=True)
         logs_M = SETTINGS.tempering * np.array([model.log_evidence for model in [*models, clean]])
         shares_M = np.exp(logs_M - logs_M.max())
-        shares_M[-1] *= SETTINGS.clean_share
+        shares_M[-1] *= SETTINGS.clean_share * len(models)
         shares_M /= shares_M.sum()
         clean_share = shares_M[-1]
-        kept = np.flatnonzero(shares_M[:-1] >= SETTINGS.smallest_share * shares_M[:-1].max())
+        kept = np.argsort(-shares_M[:-1])[: SETTINGS.quick_models if quick else None]
+        kept = kept[shares_M[kept] >= SETTINGS.smallest_share * shares_M[kept[0]]]
         kept_M = shares_M[kept]
         return cls([models[number] for number in kept], kept_M * (1 - clean_share) / kept_M.sum())
 
@@ -148,8 +152,9 @@ class _Mixture:
         """Return the probabilities of the true class, if labels are wrong at all, shape (C, K)."""
         posterior_CK = np.zeros_like(logs_CK)
         shares_M = self.shares_M / self.shares_M.sum()
-        for start in range(0, len(labels_K), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        chunk = max(1, CHUNK_ENTRIES // len(logs_CK))
+        for start in range(0, len(labels_K), chunk):
+            rows = slice(start, start + chunk)
             logs_CB = np.ascontiguousarray(logs_CK[:, rows])
             for model, share in zip(self.models, shares_M, strict=True):
                 posterior_CK[:, rows] += np.float32(share) * model.posterior(logs_CB, labels_K[rows])
@@ -172,15 +177,14 @@ def _blend(evidence: Sequence[Floats], labels_K: IntArray) -> Floats:
     return blended_CK
 
 
-def _others(posterior_CK: Floats, labels_K: IntArray) -> FloatArray:
-    """Return the probability of all classes but the label, shape (K,).
+def _doubt(posterior_CK: Floats, labels_K: IntArray) -> FloatArray:
+    """Set the entries of the labels to 0, and return the probability of all other classes, shape (K,).
 
     As 1 - that of the label, the smallest would be rounded to 0, and samples of them could not be ranked.
     """
-    others_CK = posterior_CK.copy()
-    others_CK[labels_K, np.arange(len(labels_K))] = 0.0
-    others_K: FloatArray = others_CK.sum(0, dtype=np.float64)
-    return others_K
+    posterior_CK[labels_K, np.arange(len(labels_K))] = 0.0
+    doubt_K: FloatArray = posterior_CK.sum(0, dtype=np.float64)
+    return doubt_K
 
 
 def _mean_loss(logs_CK: Floats, labels_K: IntArray) -> float:

@@ -15,9 +15,10 @@ class ScoreSettings:
             probability. 0 is noise that looks at the true class alone; human labels fitted 0.1 to 0.2 best.
         tempering: power of a noise model's likelihood, as no model is quite right. At 1 the interval of the
             rate held the truth in few of the trials, at 0.1 in 97 %.
-        clean_share: how much more probable than any one noise model it is beforehand that all labels are
-            right: as much as a third of all of them.
-        smallest_share: noise models that weigh less are left out of the average.
+        clean_share: how probable it is beforehand that all labels are right, over all noise models together.
+        smallest_share: noise models that weigh less than this share of the most probable one are left out of
+            the average.
+        quick_models: most of them that are averaged where time counts.
         rounds: fits of the class Gaussians, in each of which suspects count less than before. On embeddings
             the second raised average precision by 0.011, the third by 0.001.
         least_weight: of a suspect in these fits.
@@ -28,6 +29,7 @@ class ScoreSettings:
         most_paired: with more classes than this, it is not asked which ones are mistaken for which.
         strengths: imaginary samples per class behind what all classes share; the counts choose one.
         steps, refits: of expectation maximisation; every so many steps the strengths are chosen anew.
+        tolerance: change of the mean log-likelihood, in nats, below which it ends.
         first_noise: where that starts.
         least_explained: share of the labels' entropy that evidence must explain for any verdict.
         most_memorised: share of the wrong labels that a network may predict all the same before they are
@@ -38,16 +40,18 @@ class ScoreSettings:
     sharpenings: tuple[float, ...] = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 3.0, 4.0, 6.0)
     affinities: tuple[float, ...] = (0.0, 0.1, 0.2)
     tempering: float = 0.1
-    clean_share: float = 9.0
+    clean_share: float = 1 / 3
     smallest_share: float = 0.05
+    quick_models: int = 3
     rounds: int = 3
     least_weight: float = 0.01
     trust_power: float = 2.0
     fitted_rows: int = 10_000
-    fitted_entries: int = 2_000_000
+    fitted_entries: int = 1_000_000
     most_paired: int = 100
     strengths: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4)
     steps: int = 40
+    tolerance: float = 1e-6
     refits: int = 5
     first_noise: float = 0.2
     least_explained: float = 0.02

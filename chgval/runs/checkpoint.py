@@ -27,7 +27,7 @@ HEADER_KEY = "chgval"
 # What tests and subsets hold is compared, not where they are.
 FREE_SETTINGS = {
     *("data.source", "data.workers", "pred_probs", "folder", "overwrite", "test", "subset", "dataset"),
-    *("values", "with_random", "cleaned", "materialize", "drop", "fail_over"),
+    *("values", "with_random", "cleaned", "force", "materialize", "drop", "fail_over"),
 }
 FREE_GROUPS = ("output.", "resume.", "values.", "with_random.")
 # Names of the runs that a command may consist of; the first is that of the values, or the training.

@@ -82,8 +82,7 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     write_table(config.output, with_metadata(suspects, metadata))
     console.noise(summarise(report, assessment))
     console.say("")
-    for note in notes_on(given.metadata.get("verdict", {})):
-        console.say(f"note: {note}")
+    console.notes(notes_on(given.metadata.get("verdict", {})))
     if given.duplicates_N is not None:
         console.say(f"{(given.duplicates_N >= 0).sum():,} samples have a near-duplicate with another label")
     target = "standard output" if config.output.to_stdout else config.output.path

@@ -102,8 +102,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     valued = value_dataset(config, dataset, output, console, unfinished, command=command)
     unfinished.remove()
     console.summary(summarise(dataset, valued.signals))
-    for note in notes_on(valued.metadata["verdict"]):
-        console.say(f"note: {note}")
+    console.notes(notes_on(valued.metadata["verdict"]))
     statuses = dataset.statuses()
     counts = ", ".join(
         f"{statuses.count(s):,} {s}" for s in dict.fromkeys(["valued", *sorted(set(statuses))])

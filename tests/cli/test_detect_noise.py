@@ -250,6 +250,46 @@ def test_a_cleaned_folder_holds_fewer_wrong_labels(digits_folder, tmp_path):
     )
 
 
+def test_a_dataset_is_not_cleaned_of_most_of_its_rows_by_accident(digits_folder, tmp_path):
+    values, target = tmp_path / "values.parquet", tmp_path / "cleaned"
+    arguments = [values, "--epochs", "2", "--overwrite", "-o", tmp_path / "s.parquet", "--cleaned", target]
+    assert invoke(digits_folder, "--epochs", "2", "-q", "--values", values, "-o", "-").exit_code == 0
+    result = invoke(*arguments[:1], *arguments[3:], "--expected-noise", "0.6")
+    assert result.exit_code == 1 and not target.exists()
+    assert f"--cleaned {target}: would lose 1,078 of 1,797 rows" in result.stderr.replace("\n", " ")
+    assert "or pass --force" in result.stderr.replace("\n", " ")
+    assert pq.read_table(tmp_path / "s.parquet").num_rows == 1078  # to look at
+    result = invoke(*arguments[:1], *arguments[3:], "--expected-noise", "0.6", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert purity(target)[1] == 1797 - 1078
+
+    # A whole class, however small.
+    table = pq.read_table(values)
+    scores = [
+        1.0 if name == "d3" else 0.0 if score is not None else None
+        for name, score in zip(
+            *(table[column].to_pylist() for column in ("label_name", "noise_score")), strict=True
+        )
+    ]
+    place = table.schema.get_field_index("noise_score")
+    pq.write_table(table.set_column(place, table.schema.field(place), [scores]), values)
+    result = invoke(*arguments[:1], *arguments[3:-1], tmp_path / "other")
+    assert result.exit_code == 1 and "would lose all of class 'd3'" in result.stderr.replace("\n", " ")
+
+
+def test_pictures_that_cannot_be_told_apart_have_no_suspects(tmp_path):
+    for number in range(60):
+        folder = tmp_path / "white" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "white").save(folder / f"{number}.png")
+    result = invoke(tmp_path / "white", "--epochs", "3", "-o", tmp_path / "s.parquet")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stderr.split())
+    assert "unknown how many of the labels are wrong; 0 of 60 flagged" in text
+    assert "nothing can be said about these labels" in text
+    assert pq.read_table(tmp_path / "s.parquet").num_rows == 0
+
+
 def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, report, tmp_path, monkeypatch):
     monkeypatch.chdir(digits_folder.parent)
     settings = ["--epochs", "2", "-q", "--values", tmp_path / "v.parquet"]
@@ -283,6 +323,7 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
         (["{report}", "--threshold", "1.5"], 2, "--threshold 1.5: scores lie between 0 and 1"),
         (["{report}", "--expected-noise", "10"], 2, "--expected-noise 10: must be a share from 0 to 1"),
         (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),
+        (["{report}", "--force"], 2, "--force: is about what --cleaned writes"),
         (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),
         (["{old_lines}"], 1, "no column 'noise_score'; expected a values report of this version"),
         (["{empty}"], 1, "cannot be read as a values report"),
