@@ -135,7 +135,8 @@ class Console:
     def notes(self, notes: Sequence[str]) -> None:
         """Print sentences that a person should read, in lines that fit a terminal."""
         for note in notes:
-            for line in textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  "):
+            lines = textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            for line in lines:
                 self.say(line)
 
     def noise(self, summary: NoiseSummary) -> None:
@@ -159,11 +160,12 @@ class Console:
         )
         if not summary.num_flagged:
             return
-        self._table(
-            "Commonest corrections",
-            {"flagged": "right", "label": "left", "suggested": "left"},
-            [(f"{count:,}", given, suggested) for given, suggested, count in summary.pairs],
-        )
+        if summary.pairs:
+            self._table(
+                "Commonest corrections",
+                {"flagged": "right", "label": "left", "suggested": "left"},
+                [(f"{count:,}", given, suggested) for given, suggested, count in summary.pairs],
+            )
         self._table(
             "Most suspicious labels",
             {"score": "right", "label": "left", "suggested": "left", "id": "left"},

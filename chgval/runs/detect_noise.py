@@ -339,7 +339,8 @@ def summarise(report: pa.Table, assessment: Assessment) -> NoiseSummary:
         [("score", "count"), ("flagged", "sum"), ("score", "mean")]
     )
     classes = classes.sort_by([("flagged_sum", "descending"), ("label_name", "ascending")])
-    pairs = scored.filter(pc.equal(scored["flagged"], 1)).group_by(["label_name", "suggested_name"])
+    suggested = pc.and_(pc.equal(scored["flagged"], 1), pc.is_valid(scored["suggested_name"]))
+    pairs = scored.filter(suggested).group_by(["label_name", "suggested_name"])
     counted = pairs.aggregate([([], "count_all")]).sort_by(
         [("count_all", "descending"), ("label_name", "ascending"), ("suggested_name", "ascending")]
     )

@@ -288,6 +288,11 @@ def test_pictures_that_cannot_be_told_apart_have_no_suspects(tmp_path):
     assert "unknown how many of the labels are wrong; 0 of 60 flagged" in text
     assert "nothing can be said about these labels" in text
     assert pq.read_table(tmp_path / "s.parquet").num_rows == 0
+    # What the user flags all the same has no suggestion.
+    arguments = ["--epochs", "3", "--expected-noise", "0.5", "-o", tmp_path / "t.parquet"]
+    result = invoke(tmp_path / "white", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert pq.read_table(tmp_path / "t.parquet")["suggested_label"].null_count == 30
 
 
 def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, report, tmp_path, monkeypatch):
