@@ -29,6 +29,7 @@ from chgval.config import (
 from chgval.interruption import end_at_signals
 from chgval.options import (
     DATASET_PANEL,
+    EXIT_FAILED,
     EXIT_TOO_NOISY,
     OUTPUT_PANEL,
     DatasetOfReport,
@@ -273,6 +274,9 @@ def detect_noise(
 
     with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
         rate = run_detect_noise(config, console, command=_command_line())
+    if config.fail_over is not None and (rate.low, rate.high) == (0, 1):
+        console.fail("--fail-over: nothing can be said about these labels, so it cannot be checked")
+        raise typer.Exit(EXIT_FAILED)
     if config.fail_over is not None and rate.rate > config.fail_over:
         console.fail(
             f"{rate.rate:.1%} of the labels are estimated to be wrong, over --fail-over {fail_over:g}"

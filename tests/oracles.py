@@ -83,10 +83,10 @@ def label_probability(true_C, label, odds_CC, affinity):
 def left_out_log_likelihoods(features_ND, labels_N, weights_N, num_classes, shrinkage):
     """Log-likelihood plus log-frequency of each class, up to a constant: one fit without each sample.
 
-    The shrinkage target is that of all samples; so is the mean that features are taken about.
+    The shrinkage target is that of all samples; so are mean and deviation that features are scaled by.
     """
     roots_ND = np.sign(features_ND) * np.sqrt(np.abs(features_ND))
-    roots_ND = roots_ND - roots_ND.mean(0)
+    roots_ND = (roots_ND - roots_ND.mean(0)) / roots_ND.std(0)
     width = roots_ND.shape[1]
 
     def fit(rows):

@@ -24,9 +24,10 @@ CHUNK_ROWS = 8_192
 CHUNK_ENTRIES = 10_000_000
 # No class is less probable than this, about 1e-9: powers of it must still be numbers.
 LOWEST_LOG = -20.0
-# Variance that a class has at least, as a share of the mean square of its features: far above what rounding
-# makes of constant ones, far below what varies.
-LEAST_VARIANCE = 1e-9
+# Standard deviation of a feature that varies, as a share of its mean.
+LEAST_DEVIATION = 1e-6
+# Variance that a class has at least, as a share of that of all samples, so that identical ones have some.
+LEAST_VARIANCE = 1e-6
 # Of a sample's leverage: its own share of the covariance is taken out, but never all of it.
 SMALLEST_REST = 1e-3
 
@@ -35,10 +36,10 @@ class LeftOutGaussians:
     """Predicts each sample's class from the labels of all others, in one fit.
 
     Linear discriminant analysis on the signed square roots of the features (which makes the skewed outputs
-    of a ReLU more normal). Mean, covariance and frequency of a sample's own class are those without the
-    sample: a rank-one change, so nothing is fitted twice. The covariance is shrunk towards its mean variance,
-    by the share under which the labels are most probable, and the log-probabilities are scaled so that they
-    are, too.
+    of a ReLU more normal), each scaled to variance 1. Mean, covariance and frequency of a sample's own class
+    are those without the sample: a rank-one change, so nothing is fitted twice. The covariance is shrunk
+    towards its mean variance, by the share under which the labels are most probable, and the
+    log-probabilities are scaled so that they are, too.
 
     Args:
         features_ND: any floating type, shape (N, D).
@@ -49,8 +50,12 @@ class LeftOutGaussians:
     def __init__(self, features_ND: Tensor, labels_N: Tensor, num_classes: int) -> None:
         roots_ND = features_ND.float()
         roots_ND = roots_ND.sign().mul_(roots_ND.abs().sqrt_())
-        self._least_variance = LEAST_VARIANCE * len(roots_ND) * float(roots_ND.square().mean())
-        self._roots_ND = roots_ND.sub_(roots_ND.mean(0))
+        means_D = roots_ND.mean(0)
+        roots_ND.sub_(means_D)
+        deviations_D = roots_ND.square().mean(0).sqrt()
+        # What varies less than float32 can say is constant.
+        is_constant_D = deviations_D <= LEAST_DEVIATION * means_D.abs()
+        self._roots_ND = roots_ND.div_(deviations_D.where(~is_constant_D, torch.inf))
         self._labels_N = labels_N
         self._num_classes = num_classes
 
@@ -65,7 +70,7 @@ class LeftOutGaussians:
         """
         labels_N = self._labels_N
         fitted = self.fit(torch.ones(len(labels_N)) if weights_N is None else weights_N.float())
-        judged = torch.arange(0, len(labels_N), _stride(len(labels_N), self._num_classes))
+        judged = torch.from_numpy(_judged_rows(labels_N.numpy(), self._num_classes))
         choices = []
         for shrinkage in SHRINKAGES:
             logs_BC = fitted.log_likelihoods(judged, shrinkage)
@@ -100,7 +105,7 @@ class LeftOutGaussians:
         return _Fitted(
             rotated_ND=roots_ND @ vectors_DD,
             means_CD=means_CD @ vectors_DD,
-            variances_D=variances_D.clamp(min=0).float() + self._least_variance,
+            variances_D=variances_D.clamp(min=0).float() + LEAST_VARIANCE * roots_ND.square().sum(0).mean(),
             labels_N=labels_N,
             weights_N=weights_N,
             counts_C=counts_C,
@@ -110,7 +115,7 @@ class LeftOutGaussians:
 def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tuple[float, float]:
     """Return the factor of log-likelihoods under which labels are most probable, and their mean loss then.
 
-    Of many rows some are asked, evenly spread.
+    Of many rows some are asked, evenly from every class.
 
     Args:
         logs_NC: natural logarithms, up to a constant per row, shape (N, C).
@@ -118,8 +123,8 @@ def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tup
     """
     from scipy.optimize import minimize_scalar
 
-    stride = _stride(*logs_NC.shape)
-    logs_NC, labels_N = logs_NC[::stride], labels_N[::stride]
+    judged = _judged_rows(labels_N, logs_NC.shape[1])
+    logs_NC, labels_N = logs_NC[judged], labels_N[judged]
     # Class by class: sums over a short last axis are slow.
     logs_CN = np.ascontiguousarray((logs_NC - logs_NC.max(1, keepdims=True)).T)
     own_N = logs_CN[labels_N, np.arange(len(labels_N))]
@@ -132,10 +137,12 @@ def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tup
     return float(np.exp(best.x)), float(best.fun)
 
 
-def _stride(num_rows: int, num_classes: int) -> int:
-    """Return the distance of rows that are judged."""
-    most = max(1, min(JUDGED_ROWS, JUDGED_ENTRIES // num_classes))
-    return -(-num_rows // most)
+def _judged_rows(labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Return some rows, evenly from every class."""
+    most = max(1, min(len(labels_N), JUDGED_ROWS, JUDGED_ENTRIES // num_classes))
+    places = np.linspace(0, len(labels_N) - 1, most).round().astype(np.int64)
+    rows: NDArray[np.int64] = np.argsort(labels_N, kind="stable")[places]
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ class _Fitted:
         alone_B = rest_B <= 1e-6 * counts_B
         rest_B = rest_B.where(~alone_B, 1)
         mean_variance = self.variances_D.mean()
-        if mean_variance == 0:  # all features are 0: only frequencies tell
+        if mean_variance == 0:  # all features are constant: only frequencies tell
             distances_BC = torch.zeros(len(rows), len(self.counts_C))
         else:
             scales_D = ((1 - shrinkage) * self.variances_D + shrinkage * mean_variance).rsqrt()
@@ -183,7 +190,7 @@ class _Fitted:
             distances_BC.scatter_(1, own_B1, (own_B * away_B**2)[:, None])
             remains_B = (1 - lost_B * own_B).clamp(min=SMALLEST_REST)
             distances_BC += (lost_B / remains_B)[:, None] * along_BC.square()
-            distances_BC *= self.weights_N.sum() - (self.counts_C > 0).sum()
+            distances_BC *= (self.weights_N.sum() - (self.counts_C > 0).sum()).clamp(min=1)
         frequencies_BC = self.counts_C.clamp(min=1e-9).log().expand(len(rows), -1).clone()
         frequencies_BC.scatter_(1, own_B1, rest_B.log()[:, None])
         logs_BC = frequencies_BC - distances_BC / 2

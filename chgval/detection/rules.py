@@ -80,7 +80,8 @@ def automatic_cut(score_N: FloatArray) -> float:
 def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
     """Return scores in the order of another figure: the mean score of samples that are alike in it.
 
-    Isotonic regression, and straight lines between the middles of its steps, so that the order stays.
+    Isotonic regression, which keeps the sum of the scores. Its steps are tilted about their middles, by at
+    most half the way to their neighbours, so that the order within them stays.
 
     Args:
         order_N: the figure; the lower, the more suspicious.
@@ -88,12 +89,20 @@ def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
     """
     from sklearn.isotonic import isotonic_regression
 
-    order = np.argsort(order_N, kind="stable")
-    steps_N = isotonic_regression(score_N[order], increasing=False)
-    starts = np.flatnonzero(np.r_[True, steps_N[1:] != steps_N[:-1]])
-    ends = np.r_[starts[1:], len(steps_N)]
-    calibrated_N = np.empty(len(score_N))
-    calibrated_N[order] = np.interp(np.arange(len(steps_N)), (starts + ends - 1) / 2, steps_N[starts])
+    _, places_N, counts_U = np.unique(order_N, return_inverse=True, return_counts=True)
+    means_U = np.bincount(places_N, score_N) / counts_U
+    steps_U = isotonic_regression(means_U, sample_weight=counts_U, increasing=False)
+    step_of_U = np.cumsum(np.r_[True, steps_U[1:] != steps_U[:-1]]) - 1
+    values_S = steps_U[np.flatnonzero(np.r_[True, np.diff(step_of_U) > 0])]
+    gaps_S = -np.diff(values_S)
+    tilts_S = np.minimum(np.r_[np.inf, gaps_S], np.r_[gaps_S, np.inf]) / 2
+    tilts_S = np.minimum(tilts_S, np.minimum(values_S, 1 - values_S)).clip(min=0)
+    # From -1 at the first sample of a step to 1 at its last, counted in samples.
+    middles_U = np.cumsum(counts_U) - counts_U / 2
+    sizes_S = np.bincount(step_of_U, counts_U)
+    starts_S = np.cumsum(sizes_S) - sizes_S
+    along_U = 2 * (middles_U - starts_S[step_of_U]) / sizes_S[step_of_U] - 1
+    calibrated_N: FloatArray = (values_S[step_of_U] - tilts_S[step_of_U] * along_U)[places_N]
     return calibrated_N
 
 

@@ -49,7 +49,10 @@ def score_labels(
             asks again and again. Of many classes that is so in any case.
     """
     signals = NoiseSignals.unknown(len(labels_N))
-    known = np.flatnonzero((labels_N >= 0) & np.isfinite(averaged_NC[:, 0]))
+    finite_N = unseen_ND.isfinite().all(1)
+    if seen_ND is not None:
+        finite_N &= seen_ND.isfinite().all(1)
+    known = np.flatnonzero((labels_N >= 0) & np.isfinite(averaged_NC[:, 0]) & finite_N.numpy())
     if not len(known):
         return signals
     labels_K, averaged_KC = labels_N[known], averaged_NC[known]
@@ -97,8 +100,9 @@ def score_labels(
     signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, np.sqrt(variance_K)
     if seen_ND is not None and score_K.any():
         signals.memorised = float(np.average(averaged_KC.argmax(1) == labels_K, weights=score_K))
-    suggested_K = posterior_CK.argmax(0)
     share_K = posterior_CK.max(0) / np.maximum(doubt_K, SMALLEST_PROBABILITY)
+    posterior_CK[labels_K, np.arange(len(labels_K))] = -1.0  # also where all others are 0
+    suggested_K = posterior_CK.argmax(0)
     signals.suggested_label_N[known] = suggested_K
     signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
     return signals

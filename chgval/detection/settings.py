@@ -47,7 +47,7 @@ class ScoreSettings:
     least_weight: float = 0.01
     trust_power: float = 2.0
     fitted_rows: int = 10_000
-    fitted_entries: int = 1_000_000
+    fitted_entries: int = 2_000_000
     most_paired: int = 100
     strengths: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4)
     steps: int = 40

@@ -200,7 +200,8 @@ def _write_cleaned(
     new_labels_N = np.where(sure_N, suggested_N, -1)
     kept_N = ~flagged_N | sure_N
     if not config.force:
-        _check_loss(report, kept_N, target)
+        names_N = np.where(sure_N, report["suggested_name"].to_numpy(), report["label_name"].to_numpy())
+        _check_loss(report, names_N, kept_N, target)
     written = rewrite_rows(
         given.data, report, given.metadata, kept_N, target, console, new_labels_N=new_labels_N
     )
@@ -208,12 +209,21 @@ def _write_cleaned(
     console.say(f"{written:,} of {report.num_rows:,} rows kept{relabelled} -> {target}")
 
 
-def _check_loss(report: pa.Table, kept_N: NDArray[np.bool_], target: Path) -> None:
-    """Raise DataError where a cleaned dataset would lose over half of its rows, or all rows of a class."""
+def _check_loss(
+    report: pa.Table, names_N: NDArray[np.object_], kept_N: NDArray[np.bool_], target: Path
+) -> None:
+    """Raise DataError where a cleaned dataset would lose over half of its rows, or all rows of a class.
+
+    Args:
+        report: of the dataset.
+        names_N: new label names of all rows.
+        kept_N: which rows are kept.
+        target: where the dataset would go.
+    """
     losses = []
     if 2 * kept_N.sum() < len(kept_N):
         losses.append(f"{(~kept_N).sum():,} of {len(kept_N):,} rows")
-    names, left = set(report["label_name"].to_pylist()), set(report.filter(kept_N)["label_name"].to_pylist())
+    names, left = set(report["label_name"].to_pylist()), set(names_N[kept_N])
     gone = sorted(name for name in names - left if name is not None)
     if gone:
         more = f" and {len(gone) - 1:,} more classes" if len(gone) > 1 else ""
@@ -277,9 +287,8 @@ def assess(
         ranked = np.arange(len(score_N))
     else:  # sorting a million rows takes longer than all else that is done with them
         ranked = np.flatnonzero(score_N >= score_N[flagged_N].min(initial=np.inf))
-    # Samples of one score, as scores by value have them, are ordered by their value.
-    keys = (value_N[ranked], -score_N[ranked]) if config.score == "chg" else (-score_N[ranked],)
-    order = ranked[np.lexsort(keys)]
+    # Samples of one score, as those have that nothing can be said about, are ordered by their value.
+    order = ranked[np.lexsort((value_N[ranked], -score_N[ranked]))]
     if config.expected_noise is not None:
         flagged_N[order[: round(config.expected_noise * len(known))]] = True
     return Assessment(score_N, flagged_N, order, rate)

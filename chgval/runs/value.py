@@ -349,9 +349,10 @@ def observe_average(
     weight = (run.recipe.epochs - accumulator.averaged_from + 1) / len(trained)
     seen_ND: Tensor | None = None
     for view in trained:
-        rows_N, logits_NC, features_ND = predict(average.model, run.loader, view=view)
+        first = view is None
+        rows_N, logits_NC, features_ND = predict(average.model, run.loader, with_features=first, view=view)
         accumulator.add_predictions(rows_N, logits_NC, weight)
-        if seen_ND is None:
+        if first:
             seen_ND = _of_all_rows(rows_N, features_ND, len(run.dataset))
     if isinstance(run.dataset.content, Embeddings):
         return torch.from_numpy(run.dataset.content.vectors_ND), None
@@ -360,8 +361,8 @@ def observe_average(
 
 
 def _of_all_rows(rows_N: Tensor, features_ND: Tensor, num_rows: int) -> Tensor:
-    """Return features at the places of their rows; those of other rows are 0."""
-    placed_ND = features_ND.new_zeros(num_rows, features_ND.shape[1])
+    """Return features at the places of their rows; those of other rows are NaN."""
+    placed_ND = features_ND.new_full((num_rows, features_ND.shape[1]), torch.nan)
     placed_ND[rows_N] = features_ND
     return placed_ND
 

@@ -293,6 +293,8 @@ def test_pictures_that_cannot_be_told_apart_have_no_suspects(tmp_path):
     result = invoke(tmp_path / "white", *arguments)
     assert result.exit_code == 0, result.stderr
     assert pq.read_table(tmp_path / "t.parquet")["suggested_label"].null_count == 30
+    result = invoke(tmp_path / "white", "--epochs", "3", "--fail-over", "0.5", "-o", tmp_path / "u.parquet")
+    assert result.exit_code == 1 and "--fail-over: nothing can be said" in result.stderr
 
 
 def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, report, tmp_path, monkeypatch):
