@@ -288,7 +288,8 @@ def assess(
     else:  # sorting a million rows takes longer than all else that is done with them
         ranked = np.flatnonzero(score_N >= score_N[flagged_N].min(initial=np.inf))
     # Samples of one score, as those have that nothing can be said about, are ordered by their value.
-    order = ranked[np.lexsort((value_N[ranked], -score_N[ranked]))]
+    ties_N = np.where(np.isfinite(score_N), value_N, 0)[ranked]
+    order = ranked[np.lexsort((ties_N, -score_N[ranked]))]
     if config.expected_noise is not None:
         flagged_N[order[: round(config.expected_noise * len(known))]] = True
     return Assessment(score_N, flagged_N, order, rate)
