@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Shares of the covariance that are replaced by its mean variance; the labels choose one.
-SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9)
+from chgval.detection.settings import SETTINGS
+
 # Rows, and rows times classes, on which that choice is made; and what is worked on at a time.
 JUDGED_ROWS = 3_000
 JUDGED_ENTRIES = 1_000_000
@@ -72,7 +72,7 @@ class LeftOutGaussians:
         fitted = self.fit(torch.ones(len(labels_N)) if weights_N is None else weights_N.float())
         judged = torch.from_numpy(_judged_rows(labels_N.numpy(), self._num_classes))
         choices = []
-        for shrinkage in SHRINKAGES:
+        for shrinkage in SETTINGS.shrinkages:
             logs_BC = fitted.log_likelihoods(judged, shrinkage)
             scale, loss = best_scale(logs_BC.numpy(), labels_N[judged].numpy())
             choices.append((loss, scale, shrinkage))

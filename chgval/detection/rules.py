@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 from chgval.detection.settings import SETTINGS
 from chgval.records import FloatArray, IntArray, NoiseRate
 
-# A rate's interval is this many standard deviations of the noise models wide, to either side.
-DEVIATIONS = 2.0
-
 
 def confident_labels(probabilities_NC: NDArray[np.float32], labels_N: IntArray) -> IntArray:
     """Return the class that each sample confidently belongs to, -1 for none (arXiv:1911.00068, equation 1).
@@ -51,7 +48,7 @@ def estimate_rate(score_N: FloatArray, std_N: FloatArray) -> NoiseRate:
     if np.isnan(std_N).any():
         return NoiseRate(rate=rate, low=0.0, high=1.0)
     # Besides what the models disagree on: the rate is counted on so many samples.
-    margin = DEVIATIONS * float(np.sqrt(std_N.mean() ** 2 + rate * (1 - rate) / len(score_N)))
+    margin = SETTINGS.deviations * float(np.sqrt(std_N.mean() ** 2 + rate * (1 - rate) / len(score_N)))
     return NoiseRate(rate=rate, low=max(0.0, rate - margin), high=min(1.0, rate + margin))
 
 

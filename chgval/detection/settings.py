@@ -8,6 +8,7 @@ class ScoreSettings:
     """All constants of the noise score. docs/detection.md has the trials behind them.
 
     Attributes:
+        shrinkages: shares of the covariance that may be replaced by its mean variance; the labels choose one.
         sharpenings: how much surer of the true class the evidence may be than it is of the label, as powers
             of its probabilities: from none to more than any trial asked for (3, at 30 % noise among classes
             that are easy to tell apart).
@@ -34,9 +35,11 @@ class ScoreSettings:
         least_explained: share of the labels' entropy that evidence must explain for any verdict.
         most_memorised: share of the wrong labels that a network may predict all the same before they are
             called learned by heart.
+        deviations: half the width of the rate's interval, in standard deviations.
         least_precision: flags shall be right at least this often.
     """
 
+    shrinkages: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6, 0.9)
     sharpenings: tuple[float, ...] = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 3.0, 4.0, 6.0)
     affinities: tuple[float, ...] = (0.0, 0.1, 0.2)
     tempering: float = 0.1
@@ -56,6 +59,7 @@ class ScoreSettings:
     first_noise: float = 0.2
     least_explained: float = 0.02
     most_memorised: float = 0.5
+    deviations: float = 2.0
     least_precision: float = 0.5
 
 
