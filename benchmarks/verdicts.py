@@ -4,10 +4,10 @@
     python benchmarks/verdicts.py --images CIFAR10N.parquet --embeddings EMBEDDINGS.parquet --work FOLDER
 
 A setting is a network, a number of rows, a number of epochs, an augmentation and a kind of noise. Every third
-one is set aside: constants were chosen without looking at those. What noise scores are made of (probabilities
-and last-layer inputs) is kept in FOLDER, so that `--no-train` tries another scoring on all settings in
-minutes, and a run that was stopped resumes. Results go to benchmarks/results/verdicts.jsonl, a line per
-setting and seed. `--cleanlab` also trains the five folds of the settings in PEERS.
+one but a few is set aside: constants were chosen without looking at those. What noise scores are made of
+(probabilities and last-layer inputs) is kept in FOLDER, so that `--no-train` tries another scoring on all
+settings in minutes, and a run that was stopped resumes. Results go to benchmarks/results/verdicts.jsonl, a
+line per setting and seed. `--cleanlab` also trains the five folds of the settings in PEERS.
 
 The images' file holds `image`, `label` (one human annotator), `worse_label` (-1 where there is none) and
 `clean_label`, the embeddings' file `embedding` and `clean_label` of the same rows; clean labels only make the
@@ -91,6 +91,12 @@ PEERS = [
     or setting[0] == "digits"
     or setting[:3] in (("resnet8", 3_000, 15), ("resnet20", 3_000, 15))
 ]  # fmt: skip
+# Meant to be set aside, but looked at while constants were chosen.
+LOOKED_AT = (
+    "linear-3000-15-none-random1", "digits-400-30-default-none", "resnet8-1000-45-default-symmetric30",
+    "resnet8-3000-15-default-pairs", "resnet8-3000-45-none-symmetric10", "resnet8-10000-15-default-random1",
+    "resnet8-10000-15-default-symmetric30", "resnet20-3000-15-default-random1",
+)  # fmt: skip
 CLEANLAB_FILTERS = ("prune_by_noise_rate", "prune_by_class")
 
 
@@ -99,7 +105,7 @@ def name_of(setting) -> str:
 
 
 def is_set_aside(setting) -> bool:
-    return SETTINGS.index(setting) % 3 == 2
+    return SETTINGS.index(setting) % 3 == 2 and name_of(setting) not in LOOKED_AT
 
 
 def noisy_labels(noise: str, human_N, worse_N, clean_N):
