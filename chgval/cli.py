@@ -274,7 +274,7 @@ def detect_noise(
 
     with running(config.outputs, config.state_file, _command_line(), resumes=resume.resume):
         rate = run_detect_noise(config, console, command=_command_line())
-    if config.fail_over is not None and (rate.low, rate.high) == (0, 1):
+    if config.fail_over is not None and rate.is_unknown:
         console.fail("--fail-over: nothing can be said about these labels, so it cannot be checked")
         raise typer.Exit(EXIT_FAILED)
     if config.fail_over is not None and rate.rate > config.fail_over:

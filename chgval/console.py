@@ -146,7 +146,7 @@ class Console:
         rate = summary.rate
         self.say("")
         noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
-        if (rate.low, rate.high) == (0, 1):
+        if rate.is_unknown:
             noise = "unknown how many of the labels are wrong"
         flagged = f"{summary.num_flagged:,} of {summary.num_assessed:,} flagged"
         self.say(f"estimated noise: {noise}; {flagged}")

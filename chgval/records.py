@@ -200,11 +200,16 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseRate:
-    """Estimated share of wrong labels, and the interval that it lies in if the scores are somewhat off."""
+    """Estimated share of wrong labels, and the interval that it lies in."""
 
     rate: float
     low: float
     high: float
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing can be said: the interval leaves all open."""
+        return (self.low, self.high) == (0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

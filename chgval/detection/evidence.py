@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chgval.detection.settings import SETTINGS
 
-# Rows, and rows times classes, on which that choice is made; and what is worked on at a time.
+# Rows, and rows times classes, on which shrinkage and scale are chosen; and what is worked on at a time.
 JUDGED_ROWS = 3_000
 JUDGED_ENTRIES = 1_000_000
 CHUNK_ROWS = 8_192
@@ -70,7 +70,7 @@ class LeftOutGaussians:
         """
         labels_N = self._labels_N
         fitted = self.fit(torch.ones(len(labels_N)) if weights_N is None else weights_N.float())
-        judged = torch.from_numpy(_judged_rows(labels_N.numpy(), self._num_classes))
+        judged = torch.from_numpy(judged_rows(labels_N.numpy(), self._num_classes))
         choices = []
         for shrinkage in SETTINGS.shrinkages:
             logs_BC = fitted.log_likelihoods(judged, shrinkage)
@@ -115,16 +115,12 @@ class LeftOutGaussians:
 def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tuple[float, float]:
     """Return the factor of log-likelihoods under which labels are most probable, and their mean loss then.
 
-    Of many rows some are asked, evenly from every class.
-
     Args:
         logs_NC: natural logarithms, up to a constant per row, shape (N, C).
         labels_N: shape (N,).
     """
     from scipy.optimize import minimize_scalar
 
-    judged = _judged_rows(labels_N, logs_NC.shape[1])
-    logs_NC, labels_N = logs_NC[judged], labels_N[judged]
     # Class by class: sums over a short last axis are slow.
     logs_CN = np.ascontiguousarray((logs_NC - logs_NC.max(1, keepdims=True)).T)
     own_N = logs_CN[labels_N, np.arange(len(labels_N))]
@@ -137,10 +133,19 @@ def best_scale(logs_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> tup
     return float(np.exp(best.x)), float(best.fun)
 
 
-def _judged_rows(labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Return some rows, evenly from every class."""
-    most = max(1, min(len(labels_N), JUDGED_ROWS, JUDGED_ENTRIES // num_classes))
-    places = np.linspace(0, len(labels_N) - 1, most).round().astype(np.int64)
+def judged_rows(labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Return the rows on which shrinkage and scale are chosen, evenly from every class."""
+    return rows_of_every_class(labels_N, min(JUDGED_ROWS, JUDGED_ENTRIES // num_classes))
+
+
+def rows_of_every_class(labels_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most so many rows, at least one, of each class as many as its share; sorted by label.
+
+    Args:
+        labels_N: given classes, shape (N,).
+        most: rows to return, if there are as many.
+    """
+    places = np.linspace(0, len(labels_N) - 1, max(1, min(len(labels_N), most))).round().astype(np.int64)
     rows: NDArray[np.int64] = np.argsort(labels_N, kind="stable")[places]
     return rows
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chgval.detection.evidence import LeftOutGaussians, best_scale
+from chgval.detection.evidence import LeftOutGaussians, best_scale, judged_rows, rows_of_every_class
 from chgval.detection.noise_model import Floats, NoiseModel, fit_noise_model
 from chgval.detection.rules import calibrated_by, confident_labels
 from chgval.detection.settings import SETTINGS
@@ -48,6 +48,8 @@ def score_labels(
         quick: whether to fit the Gaussians once, and fewer noise models: four times as fast, for a run that
             asks again and again. Of many classes that is so in any case.
     """
+    from scipy.special import entr
+
     signals = NoiseSignals.unknown(len(labels_N))
     finite_N = unseen_ND.isfinite().all(1)
     if seen_ND is not None:
@@ -59,8 +61,7 @@ def score_labels(
     signals.confident_label_N[known] = confident_labels(averaged_KC, labels_K)
     num_classes = averaged_NC.shape[1]
     quick = quick or num_classes > SETTINGS.most_paired
-    shares_C = np.bincount(labels_K, minlength=num_classes) / len(labels_K)
-    entropy = -float((shares_C[shares_C > 0] * np.log(shares_C[shares_C > 0])).sum())
+    entropy = float(entr(np.bincount(labels_K) / len(labels_K)).sum())
     signals.noise_score_N[known] = 0.0
     if entropy == 0:  # one class only: nothing can be mistaken
         return signals
@@ -68,8 +69,7 @@ def score_labels(
     rows, labels = torch.from_numpy(known), torch.from_numpy(labels_K)
     unseen = LeftOutGaussians(unseen_ND[rows], labels, num_classes)
     unseen_CK = unseen.log_probabilities().T.copy()
-    unseen_loss = _mean_loss(unseen_CK, labels_K)
-    signals.explained = max(0.0, 1 - unseen_loss / entropy)
+    signals.explained = max(0.0, 1 - _mean_loss(unseen_CK, labels_K) / entropy)
     if signals.explained < SETTINGS.least_explained:
         return signals
     weights_K: Tensor | None = None
@@ -80,29 +80,20 @@ def score_labels(
         unseen_CK = unseen.log_probabilities(weights_K).T.copy()
     mixture = _Mixture.fit(unseen_CK, labels_K, quick=quick)
 
-    log_averaged_KC = np.log(np.maximum(averaged_KC, SMALLEST_PROBABILITY))
-    scale, _ = best_scale(log_averaged_KC, labels_K)
-    evidence = [unseen_CK, _log_softmax(np.float32(scale) * log_averaged_KC.T)]
+    evidence = [unseen_CK, _scaled(averaged_KC, labels_K)]
     if seen_ND is not None:
         seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
         evidence.append(seen.log_probabilities(weights_K).T.copy())
     posterior_CK = mixture.posterior(_blend(evidence, labels_K), labels_K)
     doubt_K = _doubt(posterior_CK, labels_K)
-    score_MK = np.stack(
-        [
-            calibrated_by(-doubt_K, _doubt(alone.posterior(unseen_CK, labels_K), labels_K))
-            for alone in mixture.each()
-        ]
-    )
-    score_K = (mixture.shares_M @ score_MK).clip(0, 1)
-    # Where all labels are right, all scores are 0.
-    variance_K = mixture.shares_M @ (score_MK - score_K) ** 2 + (1 - mixture.shares_M.sum()) * score_K**2
-    signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, np.sqrt(variance_K)
+    score_K, std_K = mixture.scores(unseen_CK, labels_K, -doubt_K)
+    signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, std_K
     if seen_ND is not None and score_K.any():
         signals.memorised = float(np.average(averaged_KC.argmax(1) == labels_K, weights=score_K))
-    share_K = posterior_CK.max(0) / np.maximum(doubt_K, SMALLEST_PROBABILITY)
-    posterior_CK[labels_K, np.arange(len(labels_K))] = -1.0  # also where all others are 0
+    columns = np.arange(len(labels_K))
+    posterior_CK[labels_K, columns] = -1.0  # another class is suggested even where all others are 0
     suggested_K = posterior_CK.argmax(0)
+    share_K = posterior_CK[suggested_K, columns] / np.maximum(doubt_K, SMALLEST_PROBABILITY)
     signals.suggested_label_N[known] = suggested_K
     signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
     return signals
@@ -127,10 +118,8 @@ class _Mixture:
         Quick is one affinity, and only the most probable models.
         """
         affinities = SETTINGS.affinities[1:2] if quick else SETTINGS.affinities
-        most = min(len(labels_K), SETTINGS.fitted_rows, max(1, SETTINGS.fitted_entries // len(logs_CK)))
-        # Evenly from every class.
-        places = np.linspace(0, len(labels_K) - 1, most).round().astype(np.int64)
-        fitted = np.argsort(labels_K, kind="stable")[places]
+        most = min(SETTINGS.fitted_rows, SETTINGS.fitted_entries // len(logs_CK))
+        fitted = rows_of_every_class(labels_K, most)
         logs_CS = np.ascontiguousarray(logs_CK[:, fitted])
         models = [
             fit_noise_model(logs_CS, labels_K[fitted], sharpening, affinity)
@@ -148,10 +137,6 @@ class _Mixture:
         kept_M = shares_M[kept]
         return cls([models[number] for number in kept], kept_M * (1 - clean_share) / kept_M.sum())
 
-    def each(self) -> list[_Mixture]:
-        """Return the models one by one."""
-        return [_Mixture([model], np.ones(1)) for model in self.models]
-
     def posterior(self, logs_CK: Floats, labels_K: IntArray) -> Floats:
         """Return the probabilities of the true class, if labels are wrong at all, shape (C, K)."""
         posterior_CK = np.zeros_like(logs_CK)
@@ -163,6 +148,25 @@ class _Mixture:
             for model, share in zip(self.models, shares_M, strict=True):
                 posterior_CK[:, rows] += np.float32(share) * model.posterior(logs_CB, labels_K[rows])
         return posterior_CK
+
+    def scores(
+        self, logs_CK: Floats, labels_K: IntArray, order_K: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the probability that each label is wrong, and its standard deviation over the models.
+
+        Args:
+            logs_CK: evidence that has not seen the labels.
+            labels_K: given classes.
+            order_K: what samples are ordered by, the most suspicious lowest.
+        """
+        alone = [_Mixture([model], np.ones(1)) for model in self.models]
+        score_MK = np.stack(
+            [calibrated_by(order_K, _doubt(one.posterior(logs_CK, labels_K), labels_K)) for one in alone]
+        )
+        score_K = (self.shares_M @ score_MK).clip(0, 1)
+        # Where all labels are right, all scores are 0.
+        variance_K = self.shares_M @ (score_MK - score_K) ** 2 + (1 - self.shares_M.sum()) * score_K**2
+        return score_K, np.sqrt(variance_K)
 
 
 def _blend(evidence: Sequence[Floats], labels_K: IntArray) -> Floats:
@@ -181,6 +185,17 @@ def _blend(evidence: Sequence[Floats], labels_K: IntArray) -> Floats:
     return blended_CK
 
 
+def _scaled(averaged_KC: Floats, labels_K: IntArray) -> Floats:
+    """Return logarithms of averaged probabilities, scaled so that labels are most probable, shape (C, K)."""
+    from scipy.special import log_softmax
+
+    logs_KC = np.log(np.maximum(averaged_KC, SMALLEST_PROBABILITY))
+    judged = judged_rows(labels_K, averaged_KC.shape[1])
+    scale, _ = best_scale(logs_KC[judged], labels_K[judged])
+    scaled_CK: Floats = log_softmax(np.float32(scale) * logs_KC.T, axis=0)
+    return scaled_CK
+
+
 def _doubt(posterior_CK: Floats, labels_K: IntArray) -> FloatArray:
     """Set the entries of the labels to 0, and return the probability of all other classes, shape (K,).
 
@@ -193,9 +208,3 @@ def _doubt(posterior_CK: Floats, labels_K: IntArray) -> FloatArray:
 
 def _mean_loss(logs_CK: Floats, labels_K: IntArray) -> float:
     return -float(logs_CK[labels_K, np.arange(len(labels_K))].mean(dtype=np.float64))
-
-
-def _log_softmax(logs_CK: Floats) -> Floats:
-    logs_CK = logs_CK - logs_CK.max(0)
-    normalised_CK: Floats = (logs_CK - np.log(np.exp(logs_CK).sum(0))).astype(np.float32)
-    return normalised_CK

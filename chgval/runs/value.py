@@ -344,18 +344,19 @@ def observe_average(
         not trained on, or the embeddings themselves; and last-layer inputs of what was trained on, None for
         embeddings.
     """
+    content = run.dataset.content
     mirrors = run.recipe.augment == "crop-flip"
     trained = [None, mirrored] if mirrors else [None]
     weight = (run.recipe.epochs - accumulator.averaged_from + 1) / len(trained)
     seen_ND: Tensor | None = None
     for view in trained:
-        first = view is None
-        rows_N, logits_NC, features_ND = predict(average.model, run.loader, with_features=first, view=view)
+        keeps = view is None and not isinstance(content, Embeddings)
+        rows_N, logits_NC, features_ND = predict(average.model, run.loader, with_features=keeps, view=view)
         accumulator.add_predictions(rows_N, logits_NC, weight)
-        if first:
+        if keeps:
             seen_ND = _of_all_rows(rows_N, features_ND, len(run.dataset))
-    if isinstance(run.dataset.content, Embeddings):
-        return torch.from_numpy(run.dataset.content.vectors_ND), None
+    if isinstance(content, Embeddings):
+        return torch.from_numpy(content.vectors_ND), None
     rows_N, _, features_ND = predict(average.model, run.loader, view=rotated if mirrors else mirrored)
     return _of_all_rows(rows_N, features_ND, len(run.dataset)), seen_ND
 
