@@ -79,8 +79,8 @@ class NoiseSignals:
         confident_label_N: class that confident learning counts the sample in, -1 for none (Northcutt et al.
             2021, arXiv:1911.00068, equation 1).
         explained: share of the labels' entropy, in [0, 1], that is explained without having seen them.
-        memorised: expected share of the wrong labels, in [0, 1], that the network predicts all the same;
-            0 for embeddings.
+        memorised: share of the labels that are more likely wrong than right, in [0, 1], that the network
+            predicts all the same; 0 if there are none, and for embeddings.
     """
 
     noise_score_N: FloatArray

@@ -88,8 +88,11 @@ def score_labels(
     doubt_K = _doubt(posterior_CK, labels_K)
     score_K, std_K = mixture.scores(unseen_CK, labels_K, -doubt_K)
     signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, std_K
-    if seen_ND is not None and score_K.any():
-        signals.memorised = float(np.average(averaged_KC.argmax(1) == labels_K, weights=score_K))
+    if seen_ND is not None:
+        likely_wrong_K = score_K >= 0.5
+        learned = (averaged_KC.argmax(1) == labels_K)[likely_wrong_K].sum()
+        # Beside two imaginary ones that were not learned: a single suspect says little.
+        signals.memorised = float(learned / (likely_wrong_K.sum() + 2))
     columns = np.arange(len(labels_K))
     posterior_CK[labels_K, columns] = -1.0  # another class is suggested even where all others are 0
     suggested_K = posterior_CK.argmax(0)

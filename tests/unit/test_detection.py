@@ -239,6 +239,15 @@ def test_a_network_that_predicts_wrong_labels_has_learned_them_by_heart():
         assert [note.startswith("the network has learned") for note in notes] == [True] * round(memorised)
 
 
+def test_a_network_that_predicts_right_labels_has_learned_nothing_by_heart():
+    """Where no label is wrong there is none to learn by heart, however sure the network is."""
+    features_ND, labels_N, _ = world(0.0)
+    averaged_NC = (0.1 * uniform(len(labels_N)) + 0.9 * np.eye(C)[labels_N]).astype(np.float32)
+    signals = score_labels(labels_N, averaged_NC, features_ND, features_ND)
+    assert signals.memorised == 0
+    assert notes_on(verdict_of(signals, labels_N, labels_N, "abcde")) == []
+
+
 def test_classes_that_are_never_predicted_are_named():
     signals = dataclasses.replace(scores.NoiseSignals.unknown(4), explained=0.5)
     (note,) = notes_on(verdict_of(signals, np.array([0, 1, 2, -1]), np.array([0, 0, 0, -1]), ["a", "b", "c"]))
