@@ -33,8 +33,8 @@ class ScoreSettings:
         tolerance: change of the mean log-likelihood, in nats, below which it ends.
         first_noise: where that starts.
         least_explained: share of the labels' entropy that evidence must explain for any verdict.
-        most_memorised: share of the wrong labels that a network may predict all the same before they are
-            called learned by heart.
+        most_memorised: share of the likely wrong labels that a network may predict all the same before they
+            are called learned by heart. At most 0.33 in the trials; without augmentation it is little tried.
         deviations: half the width of the rate's interval, in standard deviations.
         least_precision: flags shall be right at least this often.
     """
