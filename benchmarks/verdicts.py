@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
-from chgval.data.dataset import PixelImages
+from chgval.data.dataset import Embeddings, PixelImages
 from chgval.data.digits import read_digits
 from chgval.data.loader import make_loader
 from chgval.detection.rules import automatic_cut, estimate_rate
@@ -252,12 +252,10 @@ def score(setting, options, path: Path) -> dict[str, object]:
     return {name: round(v, 5) if isinstance(v, float) else v for name, v in result.items()}
 
 
-def train_folds(setting, options, path: Path) -> None:
+def fold_probabilities(config, dataset):
     """Predict every fold by a model trained on the others, by the same recipe and with averaged weights."""
-    config, dataset, _ = open_setting(setting, options)
     run = prepare(config, dataset)  # the recipe is that of the whole dataset
-    labels_N, started = dataset.labels_N, time.perf_counter()
-    is_embedding = setting[0] in ("linear", "mlp")
+    labels_N, seed = dataset.labels_N, config.train.seed
     probabilities_NC = np.zeros((len(labels_N), NUM_CLASSES))
 
     def loader_of(rows):
@@ -268,10 +266,10 @@ def train_folds(setting, options, path: Path) -> None:
             device=run.device,
         )
 
-    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=options.seed).split(labels_N, labels_N)
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed).split(labels_N, labels_N)
     for fold, (train_rows, held_rows) in enumerate(folds):
-        generator = torch.Generator().manual_seed(options.seed * NUM_FOLDS + fold)
-        shape = InputShape(dataset.input_size, is_embedding)
+        generator = torch.Generator().manual_seed(seed * NUM_FOLDS + fold)
+        shape = InputShape(dataset.input_size, isinstance(dataset.content, Embeddings))
         model = build_model(run.arch, NUM_CLASSES, shape, generator, None)
         model.to(memory_format=torch.channels_last)
         loader, held = loader_of(train_rows), loader_of(held_rows)
@@ -283,6 +281,14 @@ def train_folds(setting, options, path: Path) -> None:
         for view in views:
             rows_N, logits_NC, _ = predict(average.model, held, view=view)
             probabilities_NC[rows_N] += logits_NC.double().softmax(1).numpy() / len(views)
+    return probabilities_NC
+
+
+def train_folds(setting, options, path: Path) -> None:
+    """Train the five folds of a setting, and keep their predictions."""
+    config, dataset, _ = open_setting(setting, options)
+    started = time.perf_counter()
+    probabilities_NC = fold_probabilities(config, dataset)
     np.savez(path, probabilities=probabilities_NC, seconds=time.perf_counter() - started)
 
 

@@ -35,7 +35,8 @@ class DataConfig:
 
     Attributes:
         source: a folder, a Parquet file, glob, folder or URI, or builtin:digits.
-        image_column, label_column, id_column: columns of Parquet files; None finds them by type and name.
+        image_column, id_column: columns of Parquet files; None finds them by type and name.
+        label_columns: the same of labels; several, or one of lists, are labels of several annotators.
         features_column: column of embeddings; the model is then fed these instead of images.
         image_size: side in pixels of the squares that the model is fed; None takes it from the images.
         mean, std: of the pixels, in [0, 1], per channel; None takes them from the images.
@@ -46,7 +47,7 @@ class DataConfig:
 
     source: str = ""
     image_column: str | None = None
-    label_column: str | None = None
+    label_columns: tuple[str, ...] = ()
     id_column: str | None = None
     features_column: str | None = None
     image_size: int | None = None
@@ -59,6 +60,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_at_least("--image-size", self.image_size, 1)
         _check_at_least("--workers", self.workers, 0)
+        if len(set(self.label_columns)) < len(self.label_columns):
+            named = " ".join(self.label_columns)
+            raise SettingsError(f"--label-column {named}: names a column twice; name each annotator's once.")
         if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
             raise SettingsError(f"--max-pixels {self.max_pixels}: must be from 1 to {PILLOW_MAX_PIXELS:,}.")
         if self.std is not None and min(self.std) <= 0:
@@ -72,8 +76,8 @@ class DataConfig:
     @property
     def names_columns(self) -> bool:
         """Whether the user named a column, as only Parquet files have them."""
-        columns = (self.image_column, self.label_column, self.id_column, self.features_column)
-        return any(column is not None for column in columns)
+        columns = (self.image_column, self.id_column, self.features_column)
+        return bool(self.label_columns) or any(column is not None for column in columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ HISTOGRAM_WIDTH = 40
 LONGEST_NAME = 40
 LINE_WIDTH = 80
 SHOWN_CLASSES = 20
+SHOWN_ANNOTATORS = 10
 
 
 class _Unfailing:
@@ -138,6 +139,14 @@ class Console:
             lines = textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
             for line in lines:
                 self.say(line)
+
+    def annotators(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Print how often each annotator is wrong: share of wrong labels, number of labels and name."""
+        if rows:
+            shown = [*rows[:SHOWN_ANNOTATORS]]
+            if len(rows) > SHOWN_ANNOTATORS:
+                shown.append(("", "", f"... and {len(rows) - SHOWN_ANNOTATORS:,} who are wrong less often"))
+            self._table("Annotators", {"wrong": "right", "labels": "right", "annotator": "left"}, shown)
 
     def noise(self, summary: NoiseSummary) -> None:
         """Print what was found out about labels: the noise rate, flags per class, pairs and suspects."""

@@ -315,9 +315,12 @@ def data_options(
         typer.Option(help="Parquet column of images. Default: by type and name.", rich_help_panel=DATA_PANEL),
     ] = None,
     label_column: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Parquet column of labels. Default: label, or by name.", rich_help_panel=DATA_PANEL
+            metavar="<str>",
+            help="Parquet column of labels. Again for each annotator, or one of lists. Default: label, or by "
+            "name.",
+            rich_help_panel=DATA_PANEL,
         ),
     ] = None,
     id_column: Annotated[
@@ -368,7 +371,7 @@ def data_options(
     """Options of how a dataset is read; its source is the command's argument."""
     return DataConfig(
         image_column=image_column,
-        label_column=label_column,
+        label_columns=tuple(label_column or ()),
         id_column=id_column,
         features_column=features_column,
         image_size=image_size,

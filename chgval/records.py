@@ -66,6 +66,22 @@ class RunSignals:
     predicted_probability_N: FloatArray
 
 
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """Labels that several annotators gave.
+
+    Attributes:
+        names: of the A annotators.
+        labels_NA: class that each gave, shape (N, A); -1 where there is none.
+        are_told_apart: whether a name stands for the same annotator in all rows; else the labels of a row
+            are in no order, and all annotators count as alike.
+    """
+
+    names: tuple[str, ...]
+    labels_NA: IntArray
+    are_told_apart: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class NoiseSignals:
     """What a run says of every label; rows of which it says nothing hold NaN (labels: -1).
@@ -81,6 +97,7 @@ class NoiseSignals:
         explained: share of the labels' entropy, in [0, 1], that is explained without having seen them.
         memorised: share of the labels that are more likely wrong than right, in [0, 1], that the network
             predicts all the same; 0 if there are none, and for embeddings.
+        consensus: what labels of several annotators say together, if there are any.
     """
 
     noise_score_N: FloatArray
@@ -90,6 +107,7 @@ class NoiseSignals:
     confident_label_N: IntArray
     explained: float = 0.0
     memorised: float = 0.0
+    consensus: Consensus | None = None
 
     @classmethod
     def unknown(cls, num_samples: int) -> NoiseSignals:
@@ -101,6 +119,21 @@ class NoiseSignals:
             suggested_probability_N=np.full(num_samples, np.nan),
             confident_label_N=np.full(num_samples, -1),
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class Consensus:
+    """What labels of several annotators and the run say together.
+
+    Attributes:
+        label_N: the most probable class; -1 where nothing is said.
+        probability_N: that it is the true one.
+        scores_NA: probability that each annotator's label is wrong, shape (N, A); NaN where there is none.
+    """
+
+    label_N: IntArray
+    probability_N: FloatArray
+    scores_NA: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,16 @@ from numpy.typing import NDArray
 from chgval.config import METADATA_KEY, STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
 from chgval.files import check_file, check_free, could_not_write, replacing
-from chgval.records import EpochRecord, EpochSignals, FloatArray, IntArray, NoiseSignals, RunSignals
+from chgval.records import (
+    Annotations,
+    Consensus,
+    EpochRecord,
+    EpochSignals,
+    FloatArray,
+    IntArray,
+    NoiseSignals,
+    RunSignals,
+)
 from chgval.spreadsheets import with_marks, without_marks
 
 if TYPE_CHECKING:  # a report is read without what decodes images
@@ -130,6 +139,8 @@ def values_table(
 ) -> pa.Table:
     """Return the report: one row per input row, in input order.
 
+    Labels of several annotators add columns: the consensus, and each one's label and score.
+
     Args:
         dataset: the input rows.
         signals: what the run says of them.
@@ -168,7 +179,29 @@ def values_table(
         "status": dataset.statuses(),
         "reason": [dataset.problems.get(row) for row in range(len(dataset))],
     }
-    return pa.table(columns, schema=VALUES_SCHEMA)
+    schema = VALUES_SCHEMA
+    if dataset.annotations is not None and noise.consensus is not None:
+        added = _annotation_columns(dataset.annotations, noise.consensus, names)
+        columns |= added
+        schema = pa.schema([*schema, *(pa.field(name, column.type) for name, column in added.items())])
+    return pa.table(columns, schema=schema)
+
+
+def _annotation_columns(
+    annotations: Annotations, consensus: Consensus, names: NDArray[np.object_]
+) -> dict[str, pa.Array]:
+    """Return what all annotators say together, and each one's label with how probably it is wrong."""
+    columns = {
+        "consensus_label": _or_null(consensus.label_N),
+        "consensus_name": pa.array(names[consensus.label_N], pa.string()),
+        "consensus_probability": _or_null(consensus.probability_N),
+    }
+    for name, labels_N, score_N in zip(
+        annotations.names, annotations.labels_NA.T, consensus.scores_NA.T, strict=True
+    ):
+        columns[f"label_name_of_{name}"] = pa.array(names[labels_N], pa.string())
+        columns[f"noise_score_of_{name}"] = _or_null(score_N)
+    return columns
 
 
 def epoch_table(signals: EpochSignals) -> pa.Table:
@@ -407,11 +440,13 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     """
     try:
         data = metadata["settings"]["data"]
-        columns = ("image_column", "label_column", "id_column", "features_column")
-        named = {column: data[column] for column in columns}
+        columns = ("image_column", "id_column", "features_column")
+        named, label_columns = {column: data[column] for column in columns}, data["label_columns"]
         if not (isinstance(data["source"], str) and all(isinstance(n, str | None) for n in named.values())):
             raise TypeError("names are text")
-        return DataConfig(source=data["source"], **named)
+        if not (isinstance(label_columns, list) and all(isinstance(name, str) for name in label_columns)):
+            raise TypeError("names are text")
+        return DataConfig(source=data["source"], label_columns=tuple(label_columns), **named)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
@@ -59,16 +59,32 @@ def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
     raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
 
 
-def find_label_column(source: str, schema: pa.Schema, name: str | None) -> str:
-    """Return the column of labels: the named one, or by metadata, type and name.
+def find_label_columns(source: str, schema: pa.Schema, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of labels: the named ones, or one by metadata, type and name.
+
+    Several columns hold labels of several annotators, and so does a column of lists.
 
     Raises:
-        DataError: there is none, or the named one cannot be.
+        DataError: there is none, or the named ones cannot be.
     """
-    if name is not None:
-        expected = "integers, strings or booleans"
-        check_column(source, schema, "--label-column", name, _is_label, expected)
-        return name
+    expected = "integers, strings or booleans"
+    if len(names) == 1:
+        expected += ", or lists of them"
+    for name in names:
+        fits = _is_label if len(names) > 1 else lambda kind: _is_label(kind) or is_label_list(kind)
+        check_column(source, schema, "--label-column", name, fits, expected)
+    text = {is_text(schema.field(name).type) for name in names}
+    if len(text) > 1:
+        kinds = ", ".join(f"'{name}' {schema.field(name).type}" for name in names)
+        raise DataError(
+            f"{source}: columns {kinds} cannot hold the same classes; --label-column needs one type."
+        )
+    if names:
+        return tuple(names)
+    return (_label_column(source, schema),)
+
+
+def _label_column(source: str, schema: pa.Schema) -> str:
     candidates: list[str] = [field.name for field in schema if _is_label(field.type)]
     if "label" in candidates:
         return "label"
@@ -154,13 +170,24 @@ def _is_label(kind: pa.DataType) -> bool:
     return bool(number or is_text(kind))
 
 
+def is_label_list(kind: pa.DataType) -> bool:
+    """Say whether a type can hold the labels that several annotators gave; fractions are features."""
+    return is_list(kind) and _is_label(kind.value_type) and not pa.types.is_floating(kind.value_type)
+
+
 def _is_id(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_integer(kind) or is_text(kind))
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Say whether a type holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def is_vector(kind: pa.DataType) -> bool:
     """Say whether a type can hold embeddings: lists of numbers."""
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
+    return bool(
+        is_list(kind) and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from chgval.data.decode import Pixels
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError
-from chgval.records import IntArray, State
+from chgval.records import Annotations, IntArray, State
 
 
 class EncodedImages(Protocol):
@@ -72,6 +72,7 @@ class Dataset:
         flips: whether the mirror image of a sample still belongs to its class.
         notes: what a person should know about how the source was read.
         root: folder that the ids are paths below, if they are.
+        annotations: what every annotator said, if there are several; labels_N is then their majority.
     """
 
     source: str
@@ -84,6 +85,7 @@ class Dataset:
     flips: bool = True
     notes: Sequence[str] = ()
     root: str | None = None
+    annotations: Annotations | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -160,39 +162,41 @@ class Dataset:
 
 
 def class_indices(
-    raw: Sequence[object], class_names: Sequence[str] | None, source: str, ids: Sequence[str]
+    raw_A: Sequence[Sequence[object]], class_names: Sequence[str] | None, source: str, ids: Sequence[str]
 ) -> tuple[IntArray, list[str]]:
     """Turn labels as they were stored into class indices.
 
     Args:
-        raw: strings, integers, booleans or None, one per row.
+        raw_A: strings, integers, booleans or None, one per row, of each of A annotators.
         class_names: the dataset's own list of names, which integer labels index. Without one the classes
             are the distinct labels, sorted.
         source: the dataset, for messages.
         ids: name of every row, for messages.
     Returns:
-        int64 class indices (-1 for None and for the integer -1) and the class names.
+        int64 class indices (-1 for None and for the integer -1), shape (N, A), and the class names.
     Raises:
         DataError: an integer label lies outside the class list.
     """
+    labels_AN = np.empty((len(raw_A), len(ids)), dtype=np.int64)
     if class_names is None:
-        distinct = sorted({label for label in raw if not _unknown(label)})  # type: ignore[type-var]
+        distinct = sorted({label for raw in raw_A for label in raw if not _unknown(label)})  # type: ignore[type-var]
         index = {label: position for position, label in enumerate(distinct)}
-        labels = [-1 if _unknown(label) else index[label] for label in raw]
-        return np.array(labels, dtype=np.int64), [str(label) for label in distinct]
+        for labels_N, raw in zip(labels_AN, raw_A, strict=True):
+            labels_N[:] = [-1 if _unknown(label) else index[label] for label in raw]
+        return labels_AN.T, [str(label) for label in distinct]
     names = list(class_names)
     by_name = {name: position for position, name in enumerate(names)}
-    labels = []
-    for row, label in enumerate(raw):
-        position = by_name.get(label) if isinstance(label, str) else -1 if _unknown(label) else label
-        if not isinstance(position, int) or not -1 <= position < len(names):
-            raise DataError(
-                f"{source}: row {row:,} ({ids[row]}) has the label {label!r}, outside the class list of "
-                f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); mend the "
-                "label, or set it to -1 if it is unknown."
-            )
-        labels.append(position)
-    return np.array(labels, dtype=np.int64), names
+    for labels_N, raw in zip(labels_AN, raw_A, strict=True):
+        for row, label in enumerate(raw):
+            position = by_name.get(label) if isinstance(label, str) else -1 if _unknown(label) else label
+            if not isinstance(position, int) or not -1 <= position < len(names):
+                raise DataError(
+                    f"{source}: row {row:,} ({ids[row]}) has the label {label!r}, outside the class list of "
+                    f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); mend "
+                    "the label, or set it to -1 if it is unknown."
+                )
+            labels_N[row] = position
+    return labels_AN.T, names
 
 
 def _unknown(label: object) -> bool:
@@ -208,12 +212,12 @@ def digest(*pieces: bytes) -> int:
 
 
 def fingerprint(
-    ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
+    ids: Sequence[str], labels_NA: IntArray, class_names: Sequence[str], contents: Sequence[int] | bytes
 ) -> str:
     """Return a hash of rows, labels and classes, and of their contents or (for images) their digests."""
     hashed = hashlib.blake2b(digest_size=16)
     for text in (*class_names, "", *ids):
         hashed.update(text.encode() + b"\0")
-    hashed.update(np.ascontiguousarray(labels_N, dtype="<i8").tobytes())
+    hashed.update(np.ascontiguousarray(labels_NA, dtype="<i8").tobytes())
     hashed.update(contents if isinstance(contents, bytes) else np.asarray(contents, dtype="<i8").tobytes())
     return hashed.hexdigest()

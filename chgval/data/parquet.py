@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import METADATA_KEY, DataConfig
+from chgval.data.annotations import majority
 from chgval.data.columns import (
     check_column,
     class_names,
     find_id_column,
     find_image_column,
-    find_label_column,
+    find_label_columns,
     is_image,
+    is_list,
     is_vector,
 )
 from chgval.data.dataset import (
@@ -51,6 +54,7 @@ from chgval.data.images import (
     read_image_file,
 )
 from chgval.errors import DataError, first_line
+from chgval.records import Annotations, IntArray
 
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
 IMAGE_ROWS = 16
@@ -82,8 +86,9 @@ class ParquetRows:
     Attributes:
         source: what the user named.
         shards: the files.
-        label_column: name of the column of labels.
-        raw_labels: labels as they are stored, None for null and NaN.
+        label_columns: names of the columns of labels.
+        raw_labels_A: labels as they are stored, None for null and NaN, of each of A annotators.
+        annotators: their names, if there are several.
         class_names: names that integer labels index, if the files have them.
         ids: of the column of ids, if there is one.
         notes: what a person should know about how the source was read.
@@ -91,18 +96,36 @@ class ParquetRows:
 
     source: str
     shards: pads.FileSystemDataset
-    label_column: str
-    raw_labels: Sequence[object]
+    label_columns: tuple[str, ...]
+    raw_labels_A: Sequence[Sequence[object]]
+    annotators: tuple[str, ...]
     class_names: Sequence[str] | None
     ids: Sequence[str] | None
     notes: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.raw_labels)
+        return len(self.raw_labels_A[0])
 
     def row_numbers(self) -> list[str]:
         """Return ids for rows that have no others."""
         return [str(row) for row in range(len(self))]
+
+    def labelled(self, ids: Sequence[str]) -> Labelled:
+        """Return the labels as class indices; see class_indices."""
+        labels_NA, names_C = class_indices(self.raw_labels_A, self.class_names, self.source, ids)
+        if not self.annotators:
+            return Labelled(labels_NA[:, 0], labels_NA, names_C, None)
+        annotations = Annotations(self.annotators, labels_NA, len(self.label_columns) > 1)
+        return Labelled(majority(annotations), labels_NA, names_C, annotations)
+
+
+class Labelled(NamedTuple):
+    """Labels of all rows as class indices: the one of each row, all that it has, and what they mean."""
+
+    labels_N: IntArray
+    labels_NA: IntArray
+    class_names: list[str]
+    annotations: Annotations | None
 
 
 def open_parquet(source: str, config: DataConfig) -> ParquetRows:
@@ -116,17 +139,30 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     """
     shards, notes = _open_shards(source)
     schema = shards.schema
-    label_column = find_label_column(source, schema, config.label_column)
+    label_columns = find_label_columns(source, schema, config.label_columns)
     id_column = find_id_column(source, schema, config.id_column)
-    columns = _table(source, shards, [name for name in dict.fromkeys([label_column, id_column]) if name])
+    columns = _table(source, shards, [name for name in dict.fromkeys([*label_columns, id_column]) if name])
     if not columns.num_rows:
         raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
+    raw_labels_A, annotators = _raw_labels(source, columns, label_columns)
+    named = {name: class_names(schema, name) for name in label_columns}
+    if len({None if names is None else tuple(names) for names in named.values()}) > 1:
+        raise DataError(
+            f"{source}: columns {', '.join(label_columns)} do not name the same classes; --label-column "
+            "needs columns that do."
+        )
+    if annotators:
+        who = f"{len(annotators):,} annotators"
+        if len(label_columns) == 1:
+            who = f"up to {who} a row"
+        notes.append(f"labels of {who} ({', '.join(label_columns)}); training on the majority")
     return ParquetRows(
         source=source,
         shards=shards,
-        label_column=label_column,
-        raw_labels=_plain_labels(source, label_column, columns[label_column]),
-        class_names=class_names(schema, label_column),
+        label_columns=label_columns,
+        raw_labels_A=raw_labels_A,
+        annotators=annotators,
+        class_names=named[label_columns[0]],
         ids=columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None,
         notes=notes,
     )
@@ -166,16 +202,17 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         content, problems, contents = loaded.content, loaded.problems, seen.digests
         ids = rows.ids or ids_from_paths(seen.paths)
 
-    labels_N, names_C = class_indices(rows.raw_labels, rows.class_names, source, ids)
+    labelled = rows.labelled(ids)
     return Dataset(
         source=source,
         ids=ids,
-        labels_N=labels_N,
-        class_names=names_C,
+        labels_N=labelled.labels_N,
+        class_names=labelled.class_names,
         content=content,
         problems=problems,
-        fingerprint=fingerprint(ids, labels_N, names_C, contents),
+        fingerprint=fingerprint(ids, labelled.labels_NA, labelled.class_names, contents),
         notes=rows.notes,
+        annotations=labelled.annotations,
     )
 
 
@@ -301,6 +338,23 @@ def _before_magic(pattern: str) -> str:
     """Return the folder that a glob starts from."""
     folder, slash, _ = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
     return folder or slash or "."
+
+
+def _raw_labels(
+    source: str, columns: pa.Table, names: tuple[str, ...]
+) -> tuple[list[list[object]], tuple[str, ...]]:
+    """Return the labels of each annotator, and the annotators' names if there are several."""
+    if not is_list(columns[names[0]].type):
+        several = names if len(names) > 1 else ()
+        return [_plain_labels(source, name, columns[name]) for name in names], several
+    lists = columns[names[0]].combine_chunks()
+    flat = iter(_plain_labels(source, names[0], pa.chunked_array([lists.flatten()])))
+    lengths = pc.list_value_length(lists).fill_null(0).to_pylist()
+    most = max(1, *lengths)
+    padded = ([*itertools.islice(flat, length), *[None] * (most - length)] for length in lengths)
+    return [list(column) for column in zip(*padded, strict=True)], tuple(
+        f"{names[0]}_{position}" for position in range(1, most + 1)
+    )
 
 
 def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[object]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig, Link
 from chgval.data.columns import find_image_column, huggingface_features, is_image, is_text, original_column
-from chgval.data.dataset import class_indices, fingerprint
+from chgval.data.dataset import fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.image_folder import FolderRows, as_text, folder_fingerprint, list_image_folder
 from chgval.data.images import leads_into, open_image_file
@@ -27,6 +27,7 @@ from chgval.data.open import kind_of
 from chgval.data.parquet import (
     COLUMN_ROWS,
     IMAGE_ROWS,
+    Labelled,
     ParquetRows,
     SeenImages,
     bytes_and_path,
@@ -262,30 +263,30 @@ def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], p
 
 
 def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: Path) -> Rewritten:
-    rows, labels_N, class_names = _open_same(data, known)
+    rows, labelled = _open_same(data, known)
+    class_names = labelled.class_names
     _check_classes(data.source, changes, class_names)
     schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
     seen = SeenImages()
-    groups = _row_groups(_changed(data, rows, changes, schema, labels_N, class_names, seen))
+    groups = _row_groups(_changed(data, rows, changes, schema, labelled, seen))
     with could_not_write(target):
         if _is_one_file(target):
             with replacing(target) as file:
                 _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
-                _check_seen(data, known, rows, labels_N, class_names, seen)
+                _check_seen(data, known, rows, labelled, seen)
         else:
             with new_folder(target) as folder:
                 _write_shards(folder, schema, groups)
-                _check_seen(data, known, rows, labels_N, class_names, seen)
+                _check_seen(data, known, rows, labelled, seen)
     return _rewritten(known, changes, changes.kept_N, class_names, rows.notes, [])
 
 
-def _open_same(data: DataConfig, known: Known) -> tuple[ParquetRows, IntArray, list[str]]:
-    """Return the rows, their classes and the class names, if the rows are those that are known of."""
+def _open_same(data: DataConfig, known: Known) -> tuple[ParquetRows, Labelled]:
+    """Return the rows and their classes, if the rows are those that are known of."""
     rows = open_parquet(data.source, data)
-    ids = rows.ids or rows.row_numbers()
-    labels_N, class_names = class_indices(rows.raw_labels, rows.class_names, data.source, ids)
-    _check_rows(data.source, known, rows.ids, labels_N)
-    return rows, labels_N, class_names
+    labelled = rows.labelled(rows.ids or rows.row_numbers())
+    _check_rows(data.source, known, rows.ids, labelled.labels_N)
+    return rows, labelled
 
 
 def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
@@ -294,7 +295,7 @@ def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
     Raises:
         DataError: the files disagree about the types of their columns.
     """
-    shards, label = rows.shards, rows.label_column
+    shards, label = rows.shards, rows.label_columns[0]
     try:
         schemas = [pq.read_schema(path, filesystem=shards.filesystem) for path in shards.files]
         schema = pa.unify_schemas(schemas, promote_options="permissive")
@@ -321,12 +322,12 @@ def _original_column(schema: pa.Schema, label: str) -> str:
     return name
 
 
-def _stored_labels(
-    kind: pa.DataType, rows: ParquetRows, labels_N: IntArray, class_names: Sequence[str]
-) -> dict[int, object]:
+def _stored_labels(kind: pa.DataType, rows: ParquetRows, labelled: Labelled) -> dict[int, object]:
     """Return what the files write for every class; for one without rows, its name or its index."""
-    unseen: Sequence[object] = class_names if is_text(kind) else range(len(class_names))
-    return {**dict(enumerate(unseen)), **dict(zip(labels_N.tolist(), rows.raw_labels, strict=True))}
+    names = labelled.class_names
+    unseen: Sequence[object] = names if is_text(kind) else range(len(names))
+    seen = zip(labelled.labels_N.tolist(), rows.raw_labels_A[0], strict=True)
+    return {**dict(enumerate(unseen)), **dict(seen)}
 
 
 def _changed(
@@ -334,14 +335,13 @@ def _changed(
     rows: ParquetRows,
     changes: Changes,
     schema: pa.Schema,
-    labels_N: IntArray,
-    class_names: Sequence[str],
+    labelled: Labelled,
     seen: SeenImages,
 ) -> Iterator[pa.Table]:
     """Yield the rows that are kept, a few at a time, with their new labels and all their images embedded."""
-    label, original = rows.label_column, _original_column(schema, rows.label_column)
+    label, original = rows.label_columns[0], _original_column(schema, rows.label_columns[0])
     adds_original = original in schema.names and original not in rows.shards.schema.names
-    stored = _stored_labels(schema.field(label).type, rows, labels_N, class_names)
+    stored = _stored_labels(schema.field(label).type, rows, labelled)
     image_columns = [field.name for field in schema if is_image(field.type)]
     valued = None
     if data.features_column is None:
@@ -471,12 +471,7 @@ def _check_rows(source: str, known: Known, ids: Sequence[str] | None, labels_N: 
 
 
 def _check_seen(
-    data: DataConfig,
-    known: Known,
-    rows: ParquetRows,
-    labels_N: IntArray,
-    class_names: Sequence[str],
-    seen: SeenImages,
+    data: DataConfig, known: Known, rows: ParquetRows, labelled: Labelled, seen: SeenImages
 ) -> None:
     """Raise DataError where contents were not those of the report, although their labels were."""
     if data.features_column is None:
@@ -485,7 +480,8 @@ def _check_seen(
     else:
         ids = rows.ids or rows.row_numbers()
         contents = read_vectors(data.source, rows.shards, data.features_column, len(rows))[0].tobytes()
-    _check_fingerprint(data.source, known, fingerprint(ids, labels_N, class_names, contents))
+    found = fingerprint(ids, labelled.labels_NA, labelled.class_names, contents)
+    _check_fingerprint(data.source, known, found)
 
 
 def _check_fingerprint(source: str, known: Known, found: str) -> None:

@@ -2,9 +2,9 @@
 
 The evidence says how much a sample looks like each class. A noise model sharpens that into the probabilities
 of its true class, and says how readily each true class is labelled as each other one. Both are fitted to the
-labels.
+labels. Where several annotators gave labels, each has confusions of their own.
 
-Shape legend: S samples, C classes, J joint probabilities of true class (row) and label (column).
+Shape legend: S samples, C classes, A annotators.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class NoiseModel:
     """How true classes become labels.
 
     Given the evidence p(j|x), the true class has the probability c_j ~ p(j|x)^sharpening b_j, and a sample of
-    true class j gets label k with odds T_jk c_k^affinity.
+    true class j gets label k with odds T_jk c_k^affinity. Of n annotators each counts as 1 / (1 + (n - 1) r)
+    of one that is independent of the others, for a correlation r (the design effect of Kish 1965).
 
     Attributes:
         sharpening, affinity: the powers.
         log_bias_C: natural logarithm of b.
-        confusions: T.
+        confusions: T, of each group of annotators who are alike.
         log_evidence: natural logarithm of the probability of the labels it was fitted to, less what its
             freedom is worth.
     """
@@ -41,58 +42,112 @@ class NoiseModel:
     sharpening: float
     affinity: float
     log_bias_C: Floats
-    confusions: Confusions
+    confusions: Sequence[Confusions]
     log_evidence: float
 
-    def posterior(self, logs_CS: Floats, labels_S: IntArray) -> Floats:
-        """Return the probabilities of the true class once the label is known, shape (C, S).
+    def posterior(self, logs_CS: Floats, given: Given) -> Floats:
+        """Return the probabilities of the true class once the labels are known, shape (C, S).
 
         Args:
             logs_CS: the evidence, natural logarithms of probabilities.
-            labels_S: given classes.
+            given: the labels.
         """
         true_CS, powers_CS = _priors(logs_CS, self.sharpening, self.affinity, self.log_bias_C)
-        joint_CS = true_CS * self.confusions.of_label(powers_CS, labels_S)
-        joint_CS /= np.maximum(joint_CS.sum(0), TINY)
-        return joint_CS
+        return _seen(true_CS, powers_CS, self.confusions, given)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Who gave which label.
+
+    Attributes:
+        labels_AS: given classes, shape (A, S); -1 where an annotator gave none.
+        groups_A: the group that each annotator belongs to, from 0; those of one group confuse alike.
+    """
+
+    labels_AS: IntArray
+    groups_A: IntArray
+
+    @classmethod
+    def by_one(cls, labels_S: IntArray) -> Given:
+        """Return what a single annotator gave."""
+        return cls(labels_S[None], np.zeros(1, dtype=np.int64))
+
+    def of(self, samples: IntArray | slice) -> Given:
+        """Return the labels of some of the samples."""
+        return Given(self.labels_AS[:, samples], self.groups_A)
+
+    def of_group(self, group: int) -> tuple[IntArray | slice, IntArray]:
+        """Return samples, each as often as the group labelled it, and these labels."""
+        labels_AS = self.labels_AS[self.groups_A == group]
+        if len(labels_AS) == 1 and labels_AS.min(initial=0) >= 0:
+            return slice(None), labels_AS[0]
+        annotators, samples = np.nonzero(labels_AS >= 0)
+        return samples, labels_AS[annotators, samples]
 
 
 def fit_noise_model(
-    logs_CS: Floats, labels_S: IntArray, sharpening: float, affinity: float, *, clean: bool = False
+    logs_CS: Floats, given: Given, sharpening: float, affinity: float, *, clean: bool = False
 ) -> NoiseModel:
     """Fit the confusions and the frequencies of the true classes, by expectation maximisation.
 
     Args:
         logs_CS: evidence that has not seen the labels, natural logarithms of probabilities.
-        labels_S: given classes.
+        given: the labels.
         sharpening: see NoiseModel.
         affinity: see NoiseModel.
         clean: whether there is no noise at all, and only the frequencies are fitted.
     """
     num_classes = len(logs_CS)
-    confusions: Confusions
+    start: Confusions
     if clean:
-        confusions = Clean()
+        start = Clean()
     elif num_classes <= SETTINGS.most_paired:
-        confusions = Table.start(num_classes)
+        start = Table.start(num_classes)
     else:
-        confusions = Even.start(num_classes)
+        start = Even.start(num_classes)
+    groups = [given.of_group(group) for group in range(given.groups_A.max() + 1)]
+    confusions = [start] * len(groups)
     log_bias_C = np.zeros(num_classes, dtype=np.float32)
     last = -np.inf
     for step in range(SETTINGS.steps):
         true_CS, powers_CS = _priors(logs_CS, sharpening, affinity, log_bias_C)
-        joint_CS = true_CS * confusions.of_label(powers_CS, labels_S)
-        evidence_S = np.maximum(joint_CS.sum(0), TINY)
-        joint_CS /= evidence_S
-        log_likelihood = float(np.log(evidence_S).sum(dtype=np.float64))
+        joint_CS, log_likelihood = _seen(true_CS, powers_CS, confusions, given)
         is_refit = step % SETTINGS.refits == 0
-        confusions = confusions.updated(joint_CS, true_CS, powers_CS, labels_S, is_refit=is_refit)
+        confusions = [
+            table.updated(joint_CS[:, s], true_CS[:, s], powers_CS[:, s], labels, is_refit=is_refit)
+            for table, (s, labels) in zip(confusions, groups, strict=True)
+        ]
         log_bias_C += np.log((joint_CS.sum(1) + 1) / (true_CS.sum(1) + 1))
         log_bias_C -= log_bias_C.mean()
-        if abs(log_likelihood - last) < SETTINGS.tolerance * len(labels_S):
+        if abs(log_likelihood - last) < SETTINGS.tolerance * logs_CS.shape[1]:
             break
         last = log_likelihood
-    return NoiseModel(sharpening, affinity, log_bias_C, confusions, log_likelihood - confusions.freedom)
+    freedom = sum(table.freedom for table in confusions)
+    return NoiseModel(sharpening, affinity, log_bias_C, confusions, log_likelihood - freedom)
+
+
+def _seen(
+    true_CS: Floats, powers_CS: Floats, confusions: Sequence[Confusions], given: Given
+) -> tuple[Floats, float]:
+    """Return the probabilities of the true class given the labels, and the labels' log-likelihood."""
+    joint_CS = true_CS.copy()
+    log_likelihood = 0.0
+    count_S = (given.labels_AS >= 0).sum(0)
+    power_S = (1 / (1 + (count_S - 1).clip(min=0) * SETTINGS.correlation)).astype(np.float32)
+    for labels_S, group in zip(given.labels_AS, given.groups_A, strict=True):
+        known: IntArray | slice = (
+            slice(None) if labels_S.min(initial=0) >= 0 else np.flatnonzero(labels_S >= 0)
+        )
+        label_CK = confusions[group].of_label(powers_CS[:, known], labels_S[known])
+        if len(given.labels_AS) > 1:
+            label_CK **= power_S[known]
+        joint_CK = joint_CS[:, known] * label_CK
+        # One annotator after the other: the product of many would vanish.
+        evidence_K = np.maximum(joint_CK.sum(0), TINY)
+        joint_CS[:, known] = joint_CK / evidence_K
+        log_likelihood += float(np.log(evidence_K).sum(dtype=np.float64))
+    return joint_CS, log_likelihood
 
 
 def _priors(logs_CS: Floats, sharpening: float, affinity: float, log_bias_C: Floats) -> tuple[Floats, Floats]:

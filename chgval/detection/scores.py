@@ -2,7 +2,7 @@
 
 docs/detection.md says how, and what else was tried.
 
-Shape legend: N samples, K of them known, C classes, D features.
+Shape legend: N samples, K of them known, C classes, D features, A annotators.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from chgval.detection.evidence import LeftOutGaussians, best_scale, judged_rows, rows_of_every_class
-from chgval.detection.noise_model import Floats, NoiseModel, fit_noise_model
+from chgval.detection.noise_model import Floats, Given, NoiseModel, fit_noise_model
 from chgval.detection.rules import calibrated_by, confident_labels
 from chgval.detection.settings import SETTINGS
-from chgval.records import FloatArray, IntArray, NoiseSignals
+from chgval.records import Annotations, Consensus, FloatArray, IntArray, NoiseSignals
 
 # Rows times classes worked on at a time.
 CHUNK_ENTRIES = 1_000_000
@@ -30,6 +30,7 @@ def score_labels(
     averaged_NC: Floats,
     unseen_ND: Tensor,
     seen_ND: Tensor | None = None,
+    annotations: Annotations | None = None,
     *,
     quick: bool = False,
 ) -> NoiseSignals:
@@ -45,6 +46,7 @@ def score_labels(
         averaged_NC: averaged probabilities of the run, shape (N, C); NaN where a sample was not seen.
         unseen_ND: last-layer inputs of a view that was not trained on, or embeddings, shape (N, D).
         seen_ND: last-layer inputs of a view that was trained on, shape (N, E); None where there are none.
+        annotations: what several annotators said, if they did; the given classes are then their majority.
         quick: whether to fit the Gaussians once, and fewer noise models: four times as fast, for a run that
             asks again and again. Of many classes that is so in any case.
     """
@@ -63,6 +65,10 @@ def score_labels(
     quick = quick or num_classes > SETTINGS.most_paired
     entropy = float(entr(np.bincount(labels_K) / len(labels_K)).sum())
     signals.noise_score_N[known] = 0.0
+    given = Given.by_one(labels_K)
+    if annotations is not None:
+        given = _given(annotations, known, num_classes)
+        signals.consensus = _consensus_of(labels_N, known, annotations)
     if entropy == 0:  # one class only: nothing can be mistaken
         return signals
 
@@ -74,19 +80,19 @@ def score_labels(
         return signals
     weights_K: Tensor | None = None
     for _ in range(0 if quick else SETTINGS.rounds - 1):
-        mixture = _Mixture.fit(unseen_CK, labels_K, quick=True)
-        doubt_K = _doubt(mixture.posterior(unseen_CK, labels_K), labels_K)
+        mixture = _Mixture.fit(unseen_CK, labels_K, given, quick=True)
+        doubt_K = _doubt(mixture.posterior(unseen_CK, given), labels_K)
         weights_K = torch.from_numpy(np.maximum(1 - doubt_K, SETTINGS.least_weight))
         unseen_CK = unseen.log_probabilities(weights_K).T.copy()
-    mixture = _Mixture.fit(unseen_CK, labels_K, quick=quick)
+    mixture = _Mixture.fit(unseen_CK, labels_K, given, quick=quick)
 
     evidence = [unseen_CK, _scaled(averaged_KC, labels_K)]
     if seen_ND is not None:
         seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
         evidence.append(seen.log_probabilities(weights_K).T.copy())
-    posterior_CK = mixture.posterior(_blend(evidence, labels_K), labels_K)
+    posterior_CK = mixture.posterior(_blend(evidence, labels_K), given)
     doubt_K = _doubt(posterior_CK, labels_K)
-    score_K, std_K = mixture.scores(unseen_CK, labels_K, -doubt_K)
+    score_K, std_K = mixture.scores(unseen_CK, labels_K, given, -doubt_K)
     signals.noise_score_N[known], signals.noise_score_std_N[known] = score_K, std_K
     if seen_ND is not None:
         likely_wrong_K = score_K >= 0.5
@@ -94,12 +100,47 @@ def score_labels(
         # Beside two imaginary ones that were not learned: a single suspect says little.
         signals.memorised = float(learned / (likely_wrong_K.sum() + 2))
     columns = np.arange(len(labels_K))
+    if annotations is not None:
+        # The scores are calibrated; the posterior says what is the truth where a label is wrong.
+        posterior_CK *= (score_K / np.maximum(doubt_K, SMALLEST_PROBABILITY)).astype(np.float32)
+        posterior_CK[labels_K, columns] = 1 - score_K
+        doubt_K = score_K
+        signals.consensus = _consensus_of(labels_N, known, annotations, posterior_CK)
     posterior_CK[labels_K, columns] = -1.0  # another class is suggested even where all others are 0
     suggested_K = posterior_CK.argmax(0)
     share_K = posterior_CK[suggested_K, columns] / np.maximum(doubt_K, SMALLEST_PROBABILITY)
     signals.suggested_label_N[known] = suggested_K
     signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
     return signals
+
+
+def _given(annotations: Annotations, known: IntArray, num_classes: int) -> Given:
+    """Return the labels of the known samples; annotators of few labels count as one group."""
+    labels_AK = annotations.labels_NA[known].T
+    # A group of its own takes as many labels as a table of confusions has entries.
+    is_alone_A = annotations.are_told_apart & ((labels_AK >= 0).sum(1) >= num_classes**2)
+    # The order of those who are alike does not matter: in as few rows as can be.
+    alike_AK = -np.sort(-labels_AK[~is_alone_A], axis=0)
+    alike_AK = alike_AK[(alike_AK >= 0).any(1)]
+    groups_A = np.r_[np.arange(is_alone_A.sum()), np.full(len(alike_AK), is_alone_A.sum())]
+    return Given(np.concatenate([labels_AK[is_alone_A], alike_AK]), groups_A)
+
+
+def _consensus_of(
+    labels_N: IntArray, known: IntArray, annotations: Annotations, probabilities_CK: Floats | None = None
+) -> Consensus:
+    """Return what labels of several annotators say together; without probabilities, what most of them say."""
+    label_N = np.full(len(labels_N), -1)
+    probability_N = np.full(len(labels_N), np.nan)
+    scores_NA = np.full(annotations.labels_NA.shape, np.nan)
+    label_N[known] = labels_N[known]
+    if probabilities_CK is not None:
+        label_N[known] = probabilities_CK.argmax(0)
+        probability_N[known] = probabilities_CK.max(0)
+        samples, annotators = np.nonzero(annotations.labels_NA[known] >= 0)
+        given = annotations.labels_NA[known[samples], annotators]
+        scores_NA[known[samples], annotators] = 1 - probabilities_CK[given, samples]
+    return Consensus(label_N=label_N, probability_N=probability_N, scores_NA=scores_NA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +156,7 @@ class _Mixture:
     shares_M: FloatArray
 
     @classmethod
-    def fit(cls, logs_CK: Floats, labels_K: IntArray, *, quick: bool) -> _Mixture:
+    def fit(cls, logs_CK: Floats, labels_K: IntArray, given: Given, *, quick: bool) -> _Mixture:
         """Fit a noise model of each sharpening and affinity to some of the rows, and weigh them.
 
         Quick is one affinity, and only the most probable models.
@@ -123,13 +164,13 @@ class _Mixture:
         affinities = SETTINGS.affinities[1:2] if quick else SETTINGS.affinities
         most = min(SETTINGS.fitted_rows, SETTINGS.fitted_entries // len(logs_CK))
         fitted = rows_of_every_class(labels_K, most)
-        logs_CS = np.ascontiguousarray(logs_CK[:, fitted])
+        logs_CS, given = np.ascontiguousarray(logs_CK[:, fitted]), given.of(fitted)
         models = [
-            fit_noise_model(logs_CS, labels_K[fitted], sharpening, affinity)
+            fit_noise_model(logs_CS, given, sharpening, affinity)
             for affinity in affinities
             for sharpening in SETTINGS.sharpenings
         ]
-        clean = fit_noise_model(logs_CS, labels_K[fitted], 1.0, 0.0, clean=True)
+        clean = fit_noise_model(logs_CS, given, 1.0, 0.0, clean=True)
         logs_M = SETTINGS.tempering * np.array([model.log_evidence for model in [*models, clean]])
         shares_M = np.exp(logs_M - logs_M.max())
         shares_M[-1] *= SETTINGS.clean_share * len(models)
@@ -140,31 +181,32 @@ class _Mixture:
         kept_M = shares_M[kept]
         return cls([models[number] for number in kept], kept_M * (1 - clean_share) / kept_M.sum())
 
-    def posterior(self, logs_CK: Floats, labels_K: IntArray) -> Floats:
+    def posterior(self, logs_CK: Floats, given: Given) -> Floats:
         """Return the probabilities of the true class, if labels are wrong at all, shape (C, K)."""
         posterior_CK = np.zeros_like(logs_CK)
         shares_M = self.shares_M / self.shares_M.sum()
         chunk = max(1, CHUNK_ENTRIES // len(logs_CK))
-        for start in range(0, len(labels_K), chunk):
+        for start in range(0, logs_CK.shape[1], chunk):
             rows = slice(start, start + chunk)
             logs_CB = np.ascontiguousarray(logs_CK[:, rows])
             for model, share in zip(self.models, shares_M, strict=True):
-                posterior_CK[:, rows] += np.float32(share) * model.posterior(logs_CB, labels_K[rows])
+                posterior_CK[:, rows] += np.float32(share) * model.posterior(logs_CB, given.of(rows))
         return posterior_CK
 
     def scores(
-        self, logs_CK: Floats, labels_K: IntArray, order_K: FloatArray
+        self, logs_CK: Floats, labels_K: IntArray, given: Given, order_K: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Return the probability that each label is wrong, and its standard deviation over the models.
 
         Args:
             logs_CK: evidence that has not seen the labels.
-            labels_K: given classes.
+            labels_K: the labels that are scored.
+            given: all that is given.
             order_K: what samples are ordered by, the most suspicious lowest.
         """
         alone = [_Mixture([model], np.ones(1)) for model in self.models]
         score_MK = np.stack(
-            [calibrated_by(order_K, _doubt(one.posterior(logs_CK, labels_K), labels_K)) for one in alone]
+            [calibrated_by(order_K, _doubt(one.posterior(logs_CK, given), labels_K)) for one in alone]
         )
         score_K = (self.shares_M @ score_MK).clip(0, 1)
         # Where all labels are right, all scores are 0.

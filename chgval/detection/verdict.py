@@ -8,28 +8,61 @@ from typing import Any
 import numpy as np
 
 from chgval.detection.settings import SETTINGS
-from chgval.records import IntArray, NoiseSignals
+from chgval.records import Annotations, IntArray, NoiseSignals
 
 SHOWN_CLASSES = 5
 
 
 def verdict_of(
-    noise: NoiseSignals, labels_N: IntArray, predicted_N: IntArray, class_names: Sequence[str]
+    noise: NoiseSignals,
+    labels_N: IntArray,
+    predicted_N: IntArray,
+    class_names: Sequence[str],
+    annotations: Annotations | None = None,
 ) -> dict[str, Any]:
-    """Return what is kept of a verdict's trust in a report's metadata, ready for JSON.
+    """Return what is kept of a verdict in a report's metadata, ready for JSON: how far it can be trusted.
+
+    And how often each annotator is wrong, where there are several.
 
     Args:
         noise: what the run says of every label.
         labels_N: given classes, shape (N,); -1 where there are none.
         predicted_N: predicted classes, the same.
         class_names: of all classes.
+        annotations: labels of several annotators, if there are any.
     """
     never = np.setdiff1d(labels_N[labels_N >= 0], predicted_N)
     return {
         "explained": noise.explained,
         "memorised": noise.memorised,
         "never_predicted": [class_names[label] for label in never],
+        "annotators": [] if annotations is None else _annotators(noise, annotations),
     }
+
+
+def _annotators(noise: NoiseSignals, annotations: Annotations) -> list[dict[str, Any]]:
+    scores_NA = np.full(annotations.labels_NA.shape, np.nan)
+    if noise.consensus is not None:
+        scores_NA = noise.consensus.scores_NA
+    judged_A = np.isfinite(scores_NA).sum(0)
+    wrong_A = np.nansum(scores_NA, axis=0) / judged_A.clip(min=1)
+    return [
+        {"name": name, "labels": int((labels_N >= 0).sum()), "wrong": float(wrong) if judged else None}
+        for name, labels_N, wrong, judged in zip(
+            annotations.names, annotations.labels_NA.T, wrong_A, judged_A, strict=True
+        )
+    ]
+
+
+def annotators_shown(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return share of wrong labels, number of labels and name of annotators, the worst first.
+
+    Args:
+        verdict: as `verdict_of` made it; empty where a report does not tell.
+    """
+    judged = [who for who in verdict.get("annotators", []) if who["wrong"] is not None]
+    judged.sort(key=lambda who: -who["wrong"])
+    return [(f"{who['wrong']:.1%}", f"{who['labels']:,}", who["name"]) for who in judged]
 
 
 def notes_on(verdict: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from chgval.detection.rules import (
     mixture_flags,
     two_means_flags,
 )
-from chgval.detection.verdict import notes_on
+from chgval.detection.verdict import annotators_shown, notes_on
 from chgval.errors import DataError, SettingsError
 from chgval.files import check_apart
 from chgval.records import FloatArray, IntArray, NoiseRate, NoiseSummary, SuspectLine
@@ -81,8 +81,10 @@ def run_detect_noise(config: DetectConfig, console: Console, *, command: str) ->
     suspects = _suspects(report, assessment, given.duplicates_N, rows[: config.top])
     write_table(config.output, with_metadata(suspects, metadata))
     console.noise(summarise(report, assessment))
+    verdict = given.metadata.get("verdict", {})
+    console.annotators(annotators_shown(verdict))
     console.say("")
-    console.notes(notes_on(given.metadata.get("verdict", {})))
+    console.notes(notes_on(verdict))
     if given.duplicates_N is not None:
         console.say(f"{(given.duplicates_N >= 0).sum():,} samples have a near-duplicate with another label")
     target = "standard output" if config.output.to_stdout else config.output.path
@@ -122,6 +124,7 @@ def _read_report(config: DetectConfig) -> _Input:
         raise SettingsError(f"--duplicates: looks at images; pass the dataset, not its report {source}.")
     check_output(config.output, source)
     report, metadata = read_report(source, COLUMNS)
+    _check_relabel(config, metadata.get("verdict", {}).get("annotators"))
     data = config.value.data
     if config.cleaned is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
@@ -165,6 +168,7 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     values = None if config.values is None else unfinished.replaceable(config.values)
     check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
+    _check_relabel(config, dataset.annotations)
     if config.duplicates:
         check_images(dataset)
     if config.rule == "aum":
@@ -184,6 +188,15 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
         duplicates_N=find_duplicates(valued.run) if config.duplicates else None,
         unfinished=unfinished,
     )
+
+
+def _check_relabel(config: DetectConfig, annotators: object) -> None:
+    """Raise SettingsError where one label of several would have to be written anew."""
+    if config.relabel is not None and annotators:
+        raise SettingsError(
+            "--relabel: several annotators labelled each row, and none of their labels stands for all; leave "
+            "it out, and take consensus_label from the report of chgval value."
+        )
 
 
 def _write_cleaned(

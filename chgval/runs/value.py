@@ -27,7 +27,7 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import check_not_read, open_dataset
 from chgval.detection.scores import score_labels
-from chgval.detection.verdict import notes_on, verdict_of
+from chgval.detection.verdict import annotators_shown, notes_on, verdict_of
 from chgval.errors import SettingsError
 from chgval.evaluation import predict
 from chgval.files import check_file
@@ -102,6 +102,7 @@ def run_value(config: ValueConfig, console: Console, *, command: str) -> None:
     valued = value_dataset(config, dataset, output, console, unfinished, command=command)
     unfinished.remove()
     console.summary(summarise(dataset, valued.signals))
+    console.annotators(annotators_shown(valued.metadata["verdict"]))
     console.notes(notes_on(valued.metadata["verdict"]))
     statuses = dataset.statuses()
     counts = ", ".join(
@@ -149,10 +150,14 @@ def value_dataset(
             raise ValueError("mode 'none' values nothing")
         unseen_ND, seen_ND = observe_average(run, accumulator, run.average)
     signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
-    noise = score_labels(run.dataset.labels_N, probabilities_NC, unseen_ND, seen_ND)
+    noise = score_labels(run.dataset.labels_N, probabilities_NC, unseen_ND, seen_ND, run.dataset.annotations)
     table = values_table(run.dataset, signals, noise, per_class=config.per_class)
     metadata["verdict"] = verdict_of(
-        noise, run.dataset.labels_N, signals.predicted_label_N, run.dataset.class_names
+        noise,
+        run.dataset.labels_N,
+        signals.predicted_label_N,
+        run.dataset.class_names,
+        run.dataset.annotations,
     )
     metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     if writer is not None:

@@ -18,7 +18,7 @@ from chgval.config import DataConfig
 from chgval.data.dataset import Embeddings, LargeImages, PixelImages, class_indices
 from chgval.data.images import choose_size
 from chgval.data.open import open_dataset
-from chgval.errors import DataError
+from chgval.errors import DataError, SettingsError
 from tests.conftest import CLASS_NAMES, make_image, write_folder
 
 
@@ -228,8 +228,53 @@ def test_labels_of_any_type_become_sorted_classes(tmp_path, labels, names, expec
 
 
 def test_string_labels_with_class_names_are_looked_up():
-    labels, names = class_indices(["dog", None, "cat"], ["cat", "dog"], "d", ["0", "1", "2"])
-    assert labels.tolist() == [1, -1, 0] and names == ["cat", "dog"]
+    labels, names = class_indices([["dog", None, "cat"]], ["cat", "dog"], "d", ["0", "1", "2"])
+    assert labels.tolist() == [[1], [-1], [0]] and names == ["cat", "dog"]
+
+
+def test_labels_of_several_annotators_are_read_from_columns_and_from_lists(tmp_path):
+    a, b, c = ["x", "y", None, "z"], ["x", "w", None, None], ["y", "w", None, "z"]
+    lists = [["x", "x", "y"], ["y", None, "w", "w"], None, ["z", "z"]]
+    path = write_rows(tmp_path / "d.parquet", a, b=b, c=c, lists=lists)
+    dataset = read(path, label_columns=("label", "b", "c"))
+    assert list(dataset.class_names) == ["w", "x", "y", "z"]
+    assert dataset.labels_N.tolist() == [1, 0, -1, 3]
+    assert dataset.annotations.names == ("label", "b", "c") and dataset.annotations.are_told_apart
+    assert dataset.annotations.labels_NA.tolist() == [[1, 1, 2], [2, 0, 0], [-1, -1, -1], [3, -1, 3]]
+    assert dataset.notes == ["labels of 3 annotators (label, b, c); training on the majority"]
+    pooled = read(path, label_columns=("lists",))
+    assert pooled.labels_N.tolist() == [1, 0, -1, 3]
+    assert pooled.annotations.names == ("lists_1", "lists_2", "lists_3", "lists_4")
+    assert not pooled.annotations.are_told_apart
+    expected = [[1, 1, 2, -1], [2, -1, 0, 0], [-1, -1, -1, -1], [3, 3, -1, -1]]
+    assert pooled.annotations.labels_NA.tolist() == expected
+    assert pooled.notes == ["labels of up to 4 annotators a row (lists); training on the majority"]
+    assert read(path).annotations is None
+    assert len({read(path).fingerprint, dataset.fingerprint, pooled.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int8()), pa.list_(pa.int64(), 2)])
+def test_lists_of_numbers_of_any_kind_hold_labels(tmp_path, kind):
+    lists = pa.array([[3, 5], [5, 5], None, [-1, 3]], kind)
+    dataset = read(write_rows(tmp_path / "d.parquet", [0, 1, 0, 1], lists=lists), label_columns=("lists",))
+    assert list(dataset.class_names) == ["3", "5"]
+    assert dataset.annotations.labels_NA.tolist() == [[0, 1], [1, 1], [-1, -1], [-1, 0]]
+
+
+def test_class_names_of_annotators_must_be_the_same(tmp_path):
+    def described(**names):
+        features = {column: {"names": classes, "_type": "ClassLabel"} for column, classes in names.items()}
+        return {"huggingface": json.dumps({"info": {"features": features}})}
+
+    metadata = described(label=["x", "y"], b=["x", "y"], c=["y", "x"])
+    path = write_rows(tmp_path / "d.parquet", [0, 1], b=[1, 1], c=[0, 1], text=["x", "y"], metadata=metadata)
+    assert list(read(path, label_columns=("label", "b")).class_names) == ["x", "y"]
+    with pytest.raises(DataError, match="columns label, c do not name the same classes"):
+        read(path, label_columns=("label", "c"))
+    with pytest.raises(DataError, match=r"'label' int64, 'text' string cannot hold the same classes"):
+        read(path, label_columns=("label", "text"))
+    with pytest.raises(SettingsError, match="--label-column b b: names a column twice"):
+        read(path, label_columns=("b", "b"))
 
 
 def test_older_metadata_with_more_keys_is_understood(tmp_path):
@@ -431,13 +476,13 @@ def test_missing_columns_name_those_that_exist(tmp_path):
     path = write_rows(tmp_path / "d.parquet", [0, 1], emb=[[1.0], [2.0]])
     columns = "columns are image, label, emb"
     with pytest.raises(DataError, match=f"column 'y' not found; {columns}. Mend --label-column"):
-        read(path, label_column="y")
+        read(path, label_columns=("y",))
     with pytest.raises(DataError, match=f"column 'photo' not found; {columns}. Mend --image-column"):
         read(path, image_column="photo")
     with pytest.raises(DataError, match=f"column 'vec' not found; {columns}. Mend --features-column"):
         read(path, features_column="vec")
     with pytest.raises(DataError, match=r"column 'emb' holds list<.*--label-column needs integers, strings"):
-        read(path, label_column="emb")
+        read(path, label_columns=("emb",))
     pq.write_table(pa.table({"emb": [[1.0], [2.0]], "label": [0, 1]}), tmp_path / "e.parquet")
     with pytest.raises(
         DataError, match="no image column found; columns are emb, label; pass --features-column emb"

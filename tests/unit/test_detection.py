@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
+from chgval.data.annotations import majority
 from chgval.detection import noise_model, scores
 from chgval.detection.evidence import LeftOutGaussians, best_scale
-from chgval.detection.noise_model import Even, Table, fit_noise_model, log_probability
+from chgval.detection.noise_model import Even, Given, Table, fit_noise_model, log_probability
 from chgval.detection.rules import (
     automatic_cut,
     calibrated_by,
@@ -20,6 +22,7 @@ from chgval.detection.rules import (
 from chgval.detection.scores import score_labels
 from chgval.detection.settings import SETTINGS
 from chgval.detection.verdict import notes_on, verdict_of
+from chgval.records import Annotations
 from tests import oracles
 
 NAN = float("nan")
@@ -116,12 +119,34 @@ def test_the_posterior_is_bayes_rule_sample_by_sample(kind, affinity):
         right_C = rng.uniform(0.5, 0.9, 4).astype(np.float32)
         confusions = Even(right_C, (1 - right_C) / 3, 0.0)
         odds_CC = np.diag(right_C) + (1 - np.eye(4)) * confusions.wrong_C[:, None]
-    model = noise_model.NoiseModel(1.7, affinity, bias_C, confusions, 0.0)
-    actual_CS = model.posterior(logs_CS, labels_S)
+    model = noise_model.NoiseModel(1.7, affinity, bias_C, [confusions], 0.0)
+    actual_CS = model.posterior(logs_CS, Given.by_one(labels_S))
     for sample in range(20):
         true_C = np.exp(1.7 * logs_CS[:, sample] + bias_C)
         true_C /= true_C.sum()
         joint_C = true_C * oracles.label_probability(true_C, labels_S[sample], odds_CC, affinity)
+        np.testing.assert_allclose(actual_CS[:, sample], joint_C / joint_C.sum(), atol=1e-5)
+
+
+def test_labels_of_several_annotators_count_together_as_bayes_rule_has_it():
+    """Two annotators with confusions of their own, and two that share theirs; many gave no label."""
+    rng = np.random.default_rng(3)
+    logs_CS = np.log(rng.dirichlet(np.ones(4), 60)).T.astype(np.float32)
+    labels_AS = rng.integers(0, 4, (4, 60))
+    labels_AS[:, 1:][rng.random((4, 59)) < 0.4] = -1
+    odds_GCC = rng.dirichlet(np.ones(4), (3, 4)).astype(np.float32)
+    groups_A = np.array([0, 1, 2, 2])
+    tables = [Table(odds_CC, None, None, 0.0) for odds_CC in odds_GCC]
+    model = noise_model.NoiseModel(1.3, 0.2, np.zeros(4, np.float32), tables, 0.0)
+    actual_CS = model.posterior(logs_CS, Given(labels_AS, groups_A))
+    for sample in range(60):
+        true_C = np.exp(1.3 * logs_CS[:, sample])
+        true_C /= true_C.sum()
+        joint_C = true_C.copy()
+        independent = 1 / (1 + SETTINGS.correlation * ((labels_AS[:, sample] >= 0).sum() - 1))
+        for label, group in zip(labels_AS[:, sample], groups_A, strict=True):
+            if label >= 0:
+                joint_C *= oracles.label_probability(true_C, label, odds_GCC[group], 0.2) ** independent
         np.testing.assert_allclose(actual_CS[:, sample], joint_C / joint_C.sum(), atol=1e-5)
 
 
@@ -137,22 +162,26 @@ def test_a_fit_finds_the_confusions_that_made_the_labels(affinity):
     shown_SC = weights_SC / weights_SC.sum(1, keepdims=True)
     labels_S = (shown_SC.cumsum(1) > rng.random((12_000, 1))).argmax(1)
     logs_CS = np.log(true_SC).T.astype(np.float32)
-    model = fit_noise_model(logs_CS, labels_S, 1.0, affinity)
-    np.testing.assert_allclose(model.confusions.odds_CC, odds_CC, atol=0.03)
+    model = fit_noise_model(logs_CS, Given.by_one(labels_S), 1.0, affinity)
+    np.testing.assert_allclose(model.confusions[0].odds_CC, odds_CC, atol=0.03)
     # And the true sharpening and affinity explain the labels best.
     for sharpening, other in ((1.3, affinity), (0.8, affinity), (1.0, affinity + 0.3)):
-        assert fit_noise_model(logs_CS, labels_S, sharpening, other).log_evidence < model.log_evidence
+        assert (
+            fit_noise_model(logs_CS, Given.by_one(labels_S), sharpening, other).log_evidence
+            < model.log_evidence
+        )
 
 
 def test_noise_that_is_even_is_found_the_short_way_too(monkeypatch):
     """In memory of the order C, against the matrix of confusions."""
     features_ND, labels_N, _ = world(0.2)
     logs_CS = LeftOutGaussians(features_ND, torch.from_numpy(labels_N), C).log_probabilities().T.copy()
-    table = fit_noise_model(logs_CS, labels_N, 1.3, 0.1)
+    given = Given.by_one(labels_N)
+    table = fit_noise_model(logs_CS, given, 1.3, 0.1)
     monkeypatch.setattr(noise_model, "SETTINGS", dataclasses.replace(SETTINGS, most_paired=C - 1))
-    even = fit_noise_model(logs_CS, labels_N, 1.3, 0.1)
-    assert isinstance(even.confusions, Even)
-    difference_CS = table.posterior(logs_CS, labels_N) - even.posterior(logs_CS, labels_N)
+    even = fit_noise_model(logs_CS, given, 1.3, 0.1)
+    assert isinstance(even.confusions[0], Even)
+    difference_CS = table.posterior(logs_CS, given) - even.posterior(logs_CS, given)
     assert np.abs(difference_CS).mean() < 0.005
 
 
@@ -369,3 +398,95 @@ def test_named_rules_find_the_lower_cluster_and_the_higher_losses():
     value_N = rng.normal(np.where(wrong_N, -5, 0), 1)
     np.testing.assert_array_equal(two_means_flags(value_N), value_N < -2.5)
     assert (mixture_flags(-value_N) == wrong_N).mean() > 0.98
+
+
+def crowd(rates, share=1.0, *, seed=0, n=3000):
+    """A world in which annotators of these rates each gave a share of the labels, at random."""
+    features_ND, _, true_N = world(0.0, seed=seed, n=n)
+    rng = np.random.default_rng(seed + 1)
+    wrong_NA = rng.random((n, len(rates))) < rates
+    labels_NA = np.where(
+        wrong_NA, (true_N[:, None] + rng.integers(1, C, wrong_NA.shape)) % C, true_N[:, None]
+    )
+    labels_NA[rng.random(wrong_NA.shape) > share] = -1
+    return features_ND, labels_NA, true_N
+
+
+def best_consensus(labels_NA, true_N, rates, *, distance=2.6):
+    """The most probable classes to somebody who knows how the world was made (as `world` and `crowd` do)."""
+    features_ND = world(0.0, n=len(true_N))[0].double().numpy()
+    roots_ND = np.sign(features_ND) * np.sqrt(np.abs(features_ND))
+    logs_NC = -((roots_ND[:, None] - np.eye(C, 8) * distance) ** 2).sum(2) / 2
+    for labels_N, rate in zip(labels_NA.T, rates, strict=True):
+        said = labels_N >= 0
+        agrees_NC = labels_N[said, None] == np.arange(C)
+        logs_NC[said] += np.where(agrees_NC, np.log(1 - rate), np.log(rate / (C - 1)))
+    return logs_NC.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("rates", "share"), [((0.05, 0.2, 0.4), 1.0), ((0.1, 0.1, 0.2, 0.3, 0.5), 0.4), ((0.3,) * 40, 0.05)]
+)
+def test_a_consensus_is_about_as_good_as_that_of_somebody_who_knows_all(rates, share):
+    """Annotators of many labels, of some, and 40 of so few that they are judged together."""
+    features_ND, labels_NA, true_N = crowd(rates, share)
+    names = tuple(map(str, range(len(rates))))
+    annotations = Annotations(names, labels_NA, are_told_apart=True)
+    labels_N = majority(annotations)
+    has = labels_N >= 0
+    signals = score_labels(labels_N, uniform(len(labels_N)), features_ND, None, annotations)
+    consensus = signals.consensus
+    right_N = consensus.label_N == true_N
+    best = (best_consensus(labels_NA, true_N, rates) == true_N)[has].mean()
+    assert right_N[has].mean() > best - 0.01 > (labels_N == true_N)[has].mean()
+    assert consensus.probability_N[has].mean() == pytest.approx(right_N[has].mean(), abs=0.015)
+    assert np.nanmean(signals.noise_score_N) == pytest.approx((labels_N != true_N)[has].mean(), abs=0.015)
+    found_A = np.nanmean(consensus.scores_NA, 0)
+    if share > 0.1:
+        np.testing.assert_allclose(found_A, rates, atol=0.03)
+    assert np.isnan(consensus.scores_NA[labels_NA < 0]).all()
+    # What is said of the label that was trained on is said of it in the table of all labels too.
+    rows, annotators = np.nonzero((labels_NA == labels_N[:, None]) & has[:, None])
+    scores = consensus.scores_NA[rows, annotators]
+    np.testing.assert_allclose(scores, signals.noise_score_N[rows], atol=1e-6)
+    assert (consensus.label_N[~has] == -1).all() and np.isnan(consensus.probability_N[~has]).all()
+
+
+def test_annotators_that_are_not_told_apart_may_come_in_any_order():
+    features_ND, labels_NA, _ = crowd((0.2, 0.2, 0.3), 0.8, n=600)
+    shuffled_NA = np.random.default_rng(5).permuted(labels_NA, axis=1)
+    one, other = (
+        Annotations(("a", "b", "c"), given, are_told_apart=False) for given in (labels_NA, shuffled_NA)
+    )
+    labels_N = majority(one)
+    first = score_labels(labels_N, uniform(600), features_ND, None, one)
+    second = score_labels(labels_N, uniform(600), features_ND, None, other)
+    np.testing.assert_allclose(first.noise_score_N, second.noise_score_N, atol=1e-6)
+    np.testing.assert_array_equal(first.consensus.label_N, second.consensus.label_N)
+
+
+def test_labels_are_ranked_at_least_as_well_as_cleanlab_ranks_those_of_several_annotators():
+    peer = pytest.importorskip("cleanlab.multiannotator", reason="cleanlab is not installed")
+    features_ND, labels_NA, true_N = crowd((0.1, 0.2, 0.35), n=1500)
+    annotations = Annotations(("a", "b", "c"), labels_NA, are_told_apart=True)
+    labels_N = majority(annotations)
+    signals = score_labels(labels_N, uniform(1500), features_ND, None, annotations)
+    left_out_NC = np.exp(LeftOutGaussians(features_ND, torch.from_numpy(labels_N), C).log_probabilities())
+    theirs = peer.get_label_quality_multiannotator(labels_NA, left_out_NC, verbose=False)
+    wrong_NA = labels_NA != true_N[:, None]
+    quality_NA = theirs["detailed_label_quality"].to_numpy()
+    ours = roc_auc_score(wrong_NA.ravel(), signals.consensus.scores_NA.ravel())
+    assert ours >= roc_auc_score(wrong_NA.ravel(), -quality_NA.ravel())
+    said_N = theirs["label_quality"]["consensus_label"].to_numpy()
+    assert (signals.consensus.label_N == true_N).mean() >= (said_N == true_N).mean()
+
+
+def test_identical_samples_say_nothing_of_annotators_either():
+    rng = np.random.default_rng(0)
+    annotations = Annotations(("a", "b"), rng.integers(0, C, (200, 2)), are_told_apart=True)
+    labels_N = majority(annotations)
+    signals = score_labels(labels_N, uniform(200), torch.ones(200, 4), None, annotations)
+    np.testing.assert_array_equal(signals.consensus.label_N, labels_N)
+    assert np.isnan(signals.consensus.probability_N).all() and np.isnan(signals.consensus.scores_NA).all()
+    told = verdict_of(signals, labels_N, labels_N, "abcde", annotations)["annotators"]
+    assert [(who["labels"], who["wrong"]) for who in told] == [(200, None)] * 2

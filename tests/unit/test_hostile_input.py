@@ -281,7 +281,7 @@ def test_lines_that_nest_without_end_are_no_report(tmp_path):
 
 
 def test_a_dataset_that_is_no_name_is_none(tmp_path):
-    columns = dict.fromkeys(("image_column", "label_column", "id_column", "features_column"))
+    columns = {**dict.fromkeys(("image_column", "id_column", "features_column")), "label_columns": []}
     report = write_report(tmp_path / "v.parquet", settings={"data": {"source": 5, **columns}})
     result = invoke("detect-noise", report, "--cleaned", tmp_path / "c", "-o", tmp_path / "out.csv")
     assert result.exit_code == 1 and "does not say which dataset it is about" in result.stderr
