@@ -52,7 +52,7 @@ def read_digits(part: slice) -> Dataset:
 
 
 def read_cifar(path: str, column: str, count: int | None) -> Dataset:
-    dataset = open_dataset(DataConfig(source=path, label_column=column), 32)
+    dataset = open_dataset(DataConfig(source=path, label_columns=(column,)), 32)
     return dataset if count is None else dataset.only(np.arange(count))
 
 
