@@ -142,10 +142,10 @@ def _seen(
         label_CK = confusions[group].of_label(powers_CS[:, known], labels_S[known])
         if len(given.labels_AS) > 1:
             label_CK **= power_S[known]
-        joint_CK = joint_CS[:, known] * label_CK
+        label_CK *= joint_CS[:, known]
         # One annotator after the other: the product of many would vanish.
-        evidence_K = np.maximum(joint_CK.sum(0), TINY)
-        joint_CS[:, known] = joint_CK / evidence_K
+        evidence_K = np.maximum(label_CK.sum(0), TINY)
+        joint_CS[:, known] = label_CK / evidence_K
         log_likelihood += float(np.log(evidence_K).sum(dtype=np.float64))
     return joint_CS, log_likelihood
 

@@ -143,6 +143,15 @@ def _consensus_of(
     return Consensus(label_N=label_N, probability_N=probability_N, scores_NA=scores_NA)
 
 
+def memory_bytes(num_samples: int, num_classes: int, num_features: int) -> int:
+    """Return about how much memory `score_labels` takes at its peak, besides what it is given.
+
+    At four sizes, from 100,000 x 2 x 512 to 20,000 x 1,000 x 128, it took 0.86 to 0.99 times as much.
+    """
+    float32 = 4
+    return float32 * (num_samples * (8 * num_classes + 5 * num_features) + 6 * CHUNK_ENTRIES)
+
+
 @dataclass(frozen=True, slots=True)
 class _Mixture:
     """Noise models that explain the labels about equally well.

@@ -26,7 +26,7 @@ from chgval.console import Console, histogram
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import check_not_read, open_dataset
-from chgval.detection.scores import score_labels
+from chgval.detection.scores import memory_bytes, score_labels
 from chgval.detection.verdict import annotators_shown, notes_on, verdict_of
 from chgval.errors import SettingsError
 from chgval.evaluation import predict
@@ -452,6 +452,8 @@ def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
             len(run.dataset), run.dataset.num_classes, run.model.head.in_features
         )
         costs.append(("", f"{_gibibytes(needed)} of it for valuing, on {run.accumulator.labels_N.device}"))
+        scoring = memory_bytes(len(run.dataset), run.dataset.num_classes, run.model.head.in_features)
+        costs.append(("", f"{_gibibytes(scoring)} more in the end, for noise scores"))
         if config.output.to_stdout:
             costs.append(("output", "standard output"))
         else:

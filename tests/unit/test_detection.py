@@ -1,4 +1,5 @@
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -312,6 +313,18 @@ def test_tiny_and_lopsided_inputs_have_finite_scores():
         signals = score_labels(np.array(labels), np.array(probabilities, np.float32), features_ND)
         assert np.isfinite(signals.noise_score_N).all()
         assert ((signals.noise_score_N >= 0) & (signals.noise_score_N <= 1)).all()
+
+
+def test_memory_is_what_is_told_beforehand():
+    rng = np.random.default_rng(0)
+    labels_N = rng.integers(0, 300, 6000)
+    features_ND = 4 * torch.eye(300)[torch.from_numpy(labels_N)] + torch.randn(6000, 300)
+    averaged_NC = np.full((6000, 300), 1 / 300, np.float32)
+    tracemalloc.start()  # sees what NumPy takes, not PyTorch
+    score_labels(labels_N, averaged_NC, features_ND)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.7 < peak / scores.memory_bytes(6000, 300, 0) < 1.1
 
 
 def test_confident_labels_flag_what_cleanlab_flags():
