@@ -142,10 +142,10 @@ class Console:
 
     def annotators(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Print how often each annotator is wrong: share of wrong labels, number of labels and name."""
-        if rows:
+        if rows and not self._quiet:
             shown = [*rows[:SHOWN_ANNOTATORS]]
             if len(rows) > SHOWN_ANNOTATORS:
-                shown.append(("", "", f"... and {len(rows) - SHOWN_ANNOTATORS:,} who are wrong less often"))
+                shown.append(("", "", f"... and {len(rows) - SHOWN_ANNOTATORS:,} more"))
             self._table("Annotators", {"wrong": "right", "labels": "right", "annotator": "left"}, shown)
 
     def noise(self, summary: NoiseSummary) -> None:

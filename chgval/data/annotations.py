@@ -14,7 +14,7 @@ def majority(annotations: Annotations) -> IntArray:
     """Return the class that most annotators gave, shape (N,); -1 where nobody gave one.
 
     Of classes that are given equally often it is that of the annotators who agree more with the others in all
-    other rows; then the one named first.
+    rows; then the one named first.
     """
     labels_NA = annotations.labels_NA
     rows, annotators = np.nonzero(labels_NA >= 0)

@@ -20,12 +20,19 @@ def huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: hint for name, hint in features if isinstance(hint, dict)}
+    # Older descriptions of lists are a list of one.
+    hints = {
+        name: {"feature": hint[0]} if isinstance(hint, list) and hint else hint for name, hint in features
+    }
+    return {name: hint for name, hint in hints.items() if isinstance(hint, dict)}
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:
     """Return the names of the classes that a column's integers stand for, if the metadata has them."""
-    names = huggingface_features(schema).get(column, {}).get("names")
+    hint: object = huggingface_features(schema).get(column, {})
+    while isinstance(hint, dict) and "feature" in hint:  # lists of classes
+        hint = hint["feature"]
+    names = hint.get("names") if isinstance(hint, dict) else None
     if not isinstance(names, list):
         return None
     return [str(name).encode("utf-8", "backslashreplace").decode() for name in names]
@@ -67,14 +74,15 @@ def find_label_columns(source: str, schema: pa.Schema, names: Sequence[str]) -> 
     Raises:
         DataError: there is none, or the named ones cannot be.
     """
-    expected = "integers, strings or booleans"
     if len(names) == 1:
-        expected += ", or lists of them"
+        expected = "integers, strings or booleans, or lists of these"
+        fits = lambda kind: _is_label(kind) or is_label_list(kind)  # noqa: E731
+    else:  # an annotator may have labelled nothing
+        expected = "integers, strings or booleans"
+        fits = lambda kind: _is_label(kind) or pa.types.is_null(kind)  # noqa: E731
     for name in names:
-        fits = _is_label if len(names) > 1 else lambda kind: _is_label(kind) or is_label_list(kind)
         check_column(source, schema, "--label-column", name, fits, expected)
-    text = {is_text(schema.field(name).type) for name in names}
-    if len(text) > 1:
+    if len({_label_type(schema.field(name).type) for name in names} - {"nothing"}) > 1:
         kinds = ", ".join(f"'{name}' {schema.field(name).type}" for name in names)
         raise DataError(
             f"{source}: columns {kinds} cannot hold the same classes; --label-column needs one type."
@@ -101,10 +109,10 @@ def _label_column(source: str, schema: pa.Schema) -> str:
             return preferred
     unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
     found = f"column '{unfit}' holds {schema.field(unfit).type}" if unfit else "column 'label' not found"
-    raise DataError(
-        f"{source}: {found}; {_columns_are(schema)}; pass a column of integers, strings or booleans with "
-        "--label-column."
-    )
+    advice = "pass a column of integers, strings or booleans with --label-column"
+    if unfit and is_label_list(schema.field(unfit).type):
+        advice = f"if several annotators gave these, pass --label-column {unfit}"
+    raise DataError(f"{source}: {found}; {_columns_are(schema)}; {advice}.")
 
 
 def original_column(label_column: str) -> str:
@@ -173,6 +181,12 @@ def _is_label(kind: pa.DataType) -> bool:
 def is_label_list(kind: pa.DataType) -> bool:
     """Say whether a type can hold the labels that several annotators gave; fractions are features."""
     return is_list(kind) and _is_label(kind.value_type) and not pa.types.is_floating(kind.value_type)
+
+
+def _label_type(kind: pa.DataType) -> str:
+    if pa.types.is_null(kind):
+        return "nothing"
+    return "text" if is_text(kind) else "boolean" if pa.types.is_boolean(kind) else "number"
 
 
 def _is_id(kind: pa.DataType) -> bool:

@@ -59,6 +59,7 @@ from chgval.records import Annotations, IntArray
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
 IMAGE_ROWS = 16
 COLUMN_ROWS = 65_536
+SHOWN_ANNOTATORS = 5
 READ_BUFFER = 65_536
 
 # A split in a file name stands between delimiters: train-00000-of-00002, my_train.parquet.
@@ -141,11 +142,13 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     schema = shards.schema
     label_columns = find_label_columns(source, schema, config.label_columns)
     id_column = find_id_column(source, schema, config.id_column)
-    columns = _table(source, shards, [name for name in dict.fromkeys([*label_columns, id_column]) if name])
+    wanted = dict.fromkeys([*label_columns, *([] if id_column is None else [id_column])])
+    columns = _table(source, shards, list(wanted))
     if not columns.num_rows:
         raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
     raw_labels_A, annotators = _raw_labels(source, columns, label_columns)
-    named = {name: class_names(schema, name) for name in label_columns}
+    filled = [name for name in label_columns if not pa.types.is_null(schema.field(name).type)]
+    named = {name: class_names(schema, name) for name in filled}
     if len({None if names is None else tuple(names) for names in named.values()}) > 1:
         raise DataError(
             f"{source}: columns {', '.join(label_columns)} do not name the same classes; --label-column "
@@ -155,14 +158,18 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
         who = f"{len(annotators):,} annotators"
         if len(label_columns) == 1:
             who = f"up to {who} a row"
-        notes.append(f"labels of {who} ({', '.join(label_columns)}); training on the majority")
+        shown = [
+            *label_columns[:SHOWN_ANNOTATORS],
+            *(["..."] if len(label_columns) > SHOWN_ANNOTATORS else []),
+        ]
+        notes.append(f"labels of {who} ({', '.join(shown)}); training on the majority")
     return ParquetRows(
         source=source,
         shards=shards,
         label_columns=label_columns,
         raw_labels_A=raw_labels_A,
         annotators=annotators,
-        class_names=named[label_columns[0]],
+        class_names=named[filled[0]] if filled else None,
         ids=columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None,
         notes=notes,
     )
@@ -350,7 +357,9 @@ def _raw_labels(
     lists = columns[names[0]].combine_chunks()
     flat = iter(_plain_labels(source, names[0], pa.chunked_array([lists.flatten()])))
     lengths = pc.list_value_length(lists).fill_null(0).to_pylist()
-    most = max(1, *lengths)
+    most = max(lengths, default=0)
+    if most <= 1:
+        return [[next(flat, None) if length else None for length in lengths]], ()
     padded = ([*itertools.islice(flat, length), *[None] * (most - length)] for length in lengths)
     return [list(column) for column in zip(*padded, strict=True)], tuple(
         f"{names[0]}_{position}" for position in range(1, most + 1)

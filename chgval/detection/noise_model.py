@@ -313,6 +313,11 @@ class Even:
 Confusions = Table | Even | Clean
 
 
+def num_odds(num_classes: int) -> int:
+    """Return how many numbers the confusions of so many classes have."""
+    return num_classes**2 if num_classes <= SETTINGS.most_paired else 2 * num_classes
+
+
 @dataclass(frozen=True, slots=True)
 class _Prior:
     """A Dirichlet distribution of the shares in each row of counts: imaginary counts, shape (C, K)."""

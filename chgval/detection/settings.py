@@ -25,8 +25,8 @@ class ScoreSettings:
         least_weight: of a suspect in these fits.
         trust_power: evidence that has seen the labels counts as the ratio of its loss and that of evidence
             that has not, smaller over larger, to this power. Powers from 1 to 4 ranked alike.
-        fitted_rows, fitted_entries: samples, and samples times classes, that noise models are fitted to. Only
-            for time.
+        fitted_rows, fitted_entries: samples, and samples times classes times annotators, that noise models
+            are fitted to. Only for time.
         most_paired: with more classes than this, it is not asked which ones are mistaken for which.
         strengths: imaginary samples per class behind what all classes share; the counts choose one.
         steps, refits: of expectation maximisation; every so many steps the strengths are chosen anew.

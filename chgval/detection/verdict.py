@@ -44,24 +44,29 @@ def _annotators(noise: NoiseSignals, annotations: Annotations) -> list[dict[str,
     scores_NA = np.full(annotations.labels_NA.shape, np.nan)
     if noise.consensus is not None:
         scores_NA = noise.consensus.scores_NA
-    judged_A = np.isfinite(scores_NA).sum(0)
-    wrong_A = np.nansum(scores_NA, axis=0) / judged_A.clip(min=1)
-    return [
-        {"name": name, "labels": int((labels_N >= 0).sum()), "wrong": float(wrong) if judged else None}
-        for name, labels_N, wrong, judged in zip(
-            annotations.names, annotations.labels_NA.T, wrong_A, judged_A, strict=True
-        )
-    ]
+    columns = {name: [place] for place, name in enumerate(annotations.names)}
+    if not annotations.are_told_apart:  # a place in a list is nobody in particular
+        columns = {"all together": list(range(len(annotations.names)))}
+    told = []
+    for name, places in columns.items():
+        score = scores_NA[:, places]
+        score = score[np.isfinite(score)]
+        labels = int((annotations.labels_NA[:, places] >= 0).sum())
+        told.append({"name": name, "labels": labels, "wrong": float(score.mean()) if len(score) else None})
+    return told
 
 
 def annotators_shown(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return share of wrong labels, number of labels and name of annotators, the worst first.
 
+    The worst gave the most wrong labels beyond the mean share: a single label says little of anybody.
+
     Args:
         verdict: as `verdict_of` made it; empty where a report does not tell.
     """
     judged = [who for who in verdict.get("annotators", []) if who["wrong"] is not None]
-    judged.sort(key=lambda who: -who["wrong"])
+    wrong, labels = sum(who["wrong"] * who["labels"] for who in judged), sum(who["labels"] for who in judged)
+    judged.sort(key=lambda who: -who["labels"] * (who["wrong"] - wrong / max(1, labels)))
     return [(f"{who['wrong']:.1%}", f"{who['labels']:,}", who["name"]) for who in judged]
 
 

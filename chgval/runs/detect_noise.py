@@ -124,7 +124,7 @@ def _read_report(config: DetectConfig) -> _Input:
         raise SettingsError(f"--duplicates: looks at images; pass the dataset, not its report {source}.")
     check_output(config.output, source)
     report, metadata = read_report(source, COLUMNS)
-    _check_relabel(config, metadata.get("verdict", {}).get("annotators"))
+    _check_relabel(config, several=bool(metadata.get("verdict", {}).get("annotators")))
     data = config.value.data
     if config.cleaned is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
@@ -168,7 +168,7 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     values = None if config.values is None else unfinished.replaceable(config.values)
     check_outputs(config.value, values, unfinished)
     dataset = read_dataset(config.value, console)
-    _check_relabel(config, dataset.annotations)
+    _check_relabel(config, several=dataset.annotations is not None)
     if config.duplicates:
         check_images(dataset)
     if config.rule == "aum":
@@ -190,9 +190,9 @@ def _value_dataset(config: DetectConfig, console: Console, command: str) -> _Inp
     )
 
 
-def _check_relabel(config: DetectConfig, annotators: object) -> None:
+def _check_relabel(config: DetectConfig, *, several: bool) -> None:
     """Raise SettingsError where one label of several would have to be written anew."""
-    if config.relabel is not None and annotators:
+    if config.relabel is not None and several:
         raise SettingsError(
             "--relabel: several annotators labelled each row, and none of their labels stands for all; leave "
             "it out, and take consensus_label from the report of chgval value."

@@ -71,6 +71,8 @@ def read_test(data: DataConfig, source: str, dataset: Dataset, console: Console)
         DataError: it cannot be read, has samples of another kind, or a class that these have not.
     """
     read = dataclasses.replace(data, source=source, image_size=None)
+    if dataset.annotations is not None:  # what is tested on has one label
+        read = dataclasses.replace(read, label_columns=())
     if source.startswith("builtin:"):
         read = DataConfig(source=source, on_error=data.on_error)
     elif not isinstance(dataset.content, Embeddings):

@@ -86,6 +86,8 @@ def test_lists_of_labels_are_annotators_who_are_not_told_apart(crowd, tmp_path):
     table = pacsv.read_csv(out)
     assert (table["consensus_name"].to_numpy(zero_copy_only=False) == true_N).mean() > 0.95
     assert {f"label_name_of_lists_{n}" for n in (1, 2, 3)} < set(table.column_names)
+    told = result.stderr.partition("Annotators")[2].splitlines()[2]
+    assert told.split()[1:] == ["5,385", "all", "together"]
 
 
 def test_suspects_of_such_a_report_are_rows_whose_majority_is_wrong(crowd, valued, tmp_path):
@@ -103,6 +105,22 @@ def test_suspects_of_such_a_report_are_rows_whose_majority_is_wrong(crowd, value
         result = invoke("detect-noise", *source, *relabel)
         assert result.exit_code == 2 and "--relabel: several annotators labelled each row" in result.stderr
     assert not (tmp_path / "other.parquet").exists()
+
+
+def test_nothing_is_said_where_nothing_is_asked_for(valued, tmp_path):
+    result = invoke("detect-noise", valued[0], "-q", "-o", tmp_path / "s.parquet")
+    assert result.exit_code == 0 and result.stderr == ""
+
+
+def test_what_is_tested_on_has_a_column_of_its_own(crowd, tmp_path):
+    path, true_N, _ = crowd
+    table = pq.read_table(path, columns=["pixels"]).append_column("label", pa.array(true_N))
+    pq.write_table(table.slice(0, 300), tmp_path / "gold.parquet")
+    args = [*COLUMNS, *FAST, "--test", tmp_path / "gold.parquet", "-o", tmp_path / "trained"]
+    result = invoke("train", path, *args)
+    assert result.exit_code == 0, result.stderr
+    metrics = pq.read_table(tmp_path / "trained/metrics.parquet").to_pylist()
+    assert metrics[-1]["test_accuracy"] > 0.9, metrics[-1]
 
 
 def test_a_dataset_of_which_one_annotator_changed_a_label_is_another(crowd, valued, tmp_path):

@@ -253,6 +253,41 @@ def test_labels_of_several_annotators_are_read_from_columns_and_from_lists(tmp_p
     assert len({read(path).fingerprint, dataset.fingerprint, pooled.fingerprint}) == 3
 
 
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"feature": {"names": ["ant", "cat", "dog"], "_type": "ClassLabel"}, "_type": "List"},
+        {"feature": {"names": ["ant", "cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"},
+        [{"names": ["ant", "cat", "dog"], "_type": "ClassLabel"}],
+    ],
+    ids=["list", "sequence", "python-list"],
+)
+def test_lists_of_class_labels_keep_their_names(tmp_path, hint):
+    metadata = {"huggingface": json.dumps({"info": {"features": {"lists": hint}}})}
+    path = write_rows(tmp_path / "d.parquet", [0, 1], lists=[[1, 2, 2], [1]], metadata=metadata)
+    dataset = read(path, label_columns=("lists",))
+    assert list(dataset.class_names) == ["ant", "cat", "dog"] and dataset.labels_N.tolist() == [2, 1]
+    path = write_rows(tmp_path / "e.parquet", [0, 1], lists=[[1, 2, 2], [3]], metadata=metadata)
+    with pytest.raises(DataError, match="label 3, outside the class list of 3 names"):
+        read(path, label_columns=("lists",))
+
+
+def test_columns_of_annotators_may_be_empty_and_lists_may_hold_one_label(tmp_path):
+    nothing = pa.nulls(3)
+    path = write_rows(tmp_path / "d.parquet", [0, 1, 0], b=[1, 1, 0], c=nothing, lists=[["x"], ["y"], []])
+    dataset = read(path, label_columns=("label", "c", "b"))
+    assert dataset.annotations.labels_NA.tolist() == [[0, -1, 1], [1, -1, 1], [0, -1, 0]]
+    single = read(path, label_columns=("lists",))
+    assert single.annotations is None and single.labels_N.tolist() == [0, 1, -1]
+    with pytest.raises(DataError, match="column 'c' holds null; --label-column needs"):
+        read(path, label_columns=("c",))
+    with pytest.raises(DataError, match="column '' not found"):
+        read(path, label_columns=("",))
+    path = write_rows(tmp_path / "e.parquet", [["x", "y"], ["y", "y"]])
+    with pytest.raises(DataError, match="if several annotators gave these, pass --label-column label"):
+        read(path)
+
+
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int8()), pa.list_(pa.int64(), 2)])
 def test_lists_of_numbers_of_any_kind_hold_labels(tmp_path, kind):
     lists = pa.array([[3, 5], [5, 5], None, [-1, 3]], kind)
@@ -273,6 +308,9 @@ def test_class_names_of_annotators_must_be_the_same(tmp_path):
         read(path, label_columns=("label", "c"))
     with pytest.raises(DataError, match=r"'label' int64, 'text' string cannot hold the same classes"):
         read(path, label_columns=("label", "text"))
+    booleans = write_rows(tmp_path / "e.parquet", [True, False], b=[0, 1])
+    with pytest.raises(DataError, match=r"'label' bool, 'b' int64 cannot hold the same classes"):
+        read(booleans, label_columns=("label", "b"))
     with pytest.raises(SettingsError, match="--label-column b b: names a column twice"):
         read(path, label_columns=("b", "b"))
 
