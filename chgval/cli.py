@@ -140,6 +140,7 @@ def value(
       chgval value photos/ -o photos.parquet        # photos/CLASS/IMAGE
       chgval value "shards/*.parquet" --arch resnet18 --epochs 20
       chgval value embeddings.parquet --features-column embedding
+      chgval value crowd.parquet --label-column ann --label-column bob
       chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     from chgval.runs.value import run_plan, run_value
