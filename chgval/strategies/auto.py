@@ -12,6 +12,9 @@ WARM_UP = 0.1
 # shares of the epochs. The surer the model, the fewer of its suspects are samples that it has yet to learn.
 LEFT_OUT, LEFT_OUT_LAST = 0.55, 1.0
 RISE = (0.4, 0.7)
+# From this share of the epochs on, more is left out than is wrong: scores of what is wrong and what is hard
+# overlap, and steps are small by then, so that little is lost by leaving out what is hard.
+FINAL, LEFT_OUT_FINAL = 0.9, 1.8
 # How much of earlier passes stays in the average of predictions from one pass to the next.
 REMEMBERED = 0.8
 
@@ -34,8 +37,8 @@ def choose(question: Question) -> Choice:
     averaged_NC = (memory["sum"] / memory["weight"]).numpy()
     noise = score_labels(question.labels_N.numpy(), averaged_NC, samples.features_ND, quick=True)
     score_N = noise.noise_score_N
-    expected_wrong = score_N.sum()
-    num_left_out = int(np.interp(progress, RISE, (LEFT_OUT, LEFT_OUT_LAST)) * expected_wrong)
+    share = LEFT_OUT_FINAL if progress >= FINAL else np.interp(progress, RISE, (LEFT_OUT, LEFT_OUT_LAST))
+    num_left_out = int(share * score_N.sum())
     # They come last: where a class has too few others, the least suspicious fill its share.
     left_out = np.argsort(-score_N, kind="stable")[:num_left_out]
     draw_N[left_out] = -score_N[left_out]
