@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import DataConfig, Link
-from chgval.data.columns import find_image_column, huggingface_features, is_image, is_text, original_column
+from chgval.data.columns import (
+    find_image_column,
+    huggingface_features,
+    is_image,
+    is_list,
+    is_text,
+    original_column,
+)
 from chgval.data.dataset import fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.image_folder import FolderRows, as_text, folder_fingerprint, list_image_folder
@@ -324,6 +331,9 @@ def _original_column(schema: pa.Schema, label: str) -> str:
 
 def _stored_labels(kind: pa.DataType, rows: ParquetRows, labelled: Labelled) -> dict[int, object]:
     """Return what the files write for every class; for one without rows, its name or its index."""
+    if is_list(kind):  # of one label each
+        stored = _stored_labels(kind.value_type, rows, labelled)
+        return {label: [written] for label, written in stored.items()}
     names = labelled.class_names
     unseen: Sequence[object] = names if is_text(kind) else range(len(names))
     seen = zip(labelled.labels_N.tolist(), rows.raw_labels_A[0], strict=True)

@@ -266,6 +266,17 @@ def test_columns_that_some_files_lack_or_hold_nulls_in_are_kept(hugging_face, tm
     assert new["note"].to_pylist() == [None, None, None, "a", "c", "d"]
 
 
+@pytest.mark.parametrize("labels", [[["bee"], ["ant"], None, ["bee"]], [[7], [3], [], [7]]])
+def test_lists_of_one_label_are_relabelled_as_lists(tmp_path, labels):
+    table = pa.table({"x": [[0.0], [1.0], [2.0], [3.0]], "votes": labels})
+    pq.write_table(table, tmp_path / "data.parquet")
+    data = DataConfig(source=str(tmp_path / "data.parquet"), features_column="x", label_columns=("votes",))
+    rewrite(data, *changes_of(data, [], {0: 0}), tmp_path / "new.parquet")
+    new = pq.read_table(tmp_path / "new.parquet")
+    assert new["votes"].to_pylist() == [labels[1], *labels[1:]]
+    assert new["original_votes"].to_pylist() == labels
+
+
 def test_a_relabelled_dataset_is_read_back_with_its_own_labels(tmp_path):
     features = datasets.Features(
         image=datasets.Image(),
