@@ -100,17 +100,16 @@ def score_labels(
         # Beside two imaginary ones that were not learned: a single suspect says little.
         signals.memorised = float(learned / (likely_wrong_K.sum() + 2))
     columns = np.arange(len(labels_K))
-    if annotations is not None:
-        # The scores are calibrated; the posterior says what is the truth where a label is wrong.
-        posterior_CK *= (score_K / np.maximum(doubt_K, SMALLEST_PROBABILITY)).astype(np.float32)
-        posterior_CK[labels_K, columns] = 1 - score_K
-        doubt_K = score_K
-        signals.consensus = _consensus_of(labels_N, known, annotations, posterior_CK)
     posterior_CK[labels_K, columns] = -1.0  # another class is suggested even where all others are 0
     suggested_K = posterior_CK.argmax(0)
     share_K = posterior_CK[suggested_K, columns] / np.maximum(doubt_K, SMALLEST_PROBABILITY)
     signals.suggested_label_N[known] = suggested_K
     signals.suggested_probability_N[known] = (score_K * share_K).clip(0, 1)
+    if annotations is not None:
+        # The scores are calibrated; the posterior says what is the truth where a label is wrong.
+        posterior_CK *= (score_K / np.maximum(doubt_K, SMALLEST_PROBABILITY)).astype(np.float32)
+        posterior_CK[labels_K, columns] = 1 - score_K
+        signals.consensus = _consensus_of(labels_N, known, annotations, posterior_CK)
     return signals
 
 

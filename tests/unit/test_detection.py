@@ -468,6 +468,31 @@ def test_a_consensus_is_about_as_good_as_that_of_somebody_who_knows_all(rates, s
     assert (consensus.label_N[~has] == -1).all() and np.isnan(consensus.probability_N[~has]).all()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_a_single_annotator_is_judged_as_if_there_were_none(rate):
+    features_ND, labels_N, _ = world(rate, n=600)
+    averaged_NC = np.random.default_rng(2).dirichlet(np.ones(C), 600).astype(np.float32)
+    alone = score_labels(labels_N, averaged_NC, features_ND)
+    annotations = Annotations(("a",), labels_N[:, None], are_told_apart=True)
+    counted = score_labels(labels_N, averaged_NC, features_ND, None, annotations)
+    np.testing.assert_array_equal(counted.noise_score_N, alone.noise_score_N)
+    np.testing.assert_array_equal(counted.suggested_label_N, alone.suggested_label_N)
+    np.testing.assert_array_equal(counted.suggested_probability_N, alone.suggested_probability_N)
+    np.testing.assert_allclose(counted.consensus.scores_NA[:, 0], alone.noise_score_N, atol=1e-6)
+
+
+def test_suggestions_do_not_hang_on_scores_that_are_zero(monkeypatch):
+    """Where nothing is suspected at all, the most probable other class is suggested all the same."""
+    features_ND, labels_N, _ = world(0.0, n=600)
+    annotations = Annotations(("a", "b"), np.stack([labels_N, labels_N], 1), are_told_apart=True)
+    found = score_labels(labels_N, uniform(600), features_ND, None, annotations)
+    zeros = (np.zeros(600), np.zeros(600))
+    monkeypatch.setattr(scores._Mixture, "scores", lambda *_: zeros)
+    unsuspected = score_labels(labels_N, uniform(600), features_ND, None, annotations)
+    np.testing.assert_array_equal(unsuspected.suggested_label_N, found.suggested_label_N)
+    assert len(np.unique(unsuspected.suggested_label_N)) == C
+
+
 def test_annotators_of_few_labels_are_one_group():
     """Whose labels are all counted, each with the sample that it was given to."""
     rng = np.random.default_rng(0)
