@@ -452,7 +452,9 @@ def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
             len(run.dataset), run.dataset.num_classes, run.model.head.in_features
         )
         costs.append(("", f"{_gibibytes(needed)} of it for valuing, on {run.accumulator.labels_N.device}"))
-        scoring = memory_bytes(len(run.dataset), run.dataset.num_classes, run.model.head.in_features)
+        is_embedding = isinstance(run.dataset.content, Embeddings)
+        width = run.dataset.input_size if is_embedding else run.model.head.in_features
+        scoring = memory_bytes(len(run.dataset), run.dataset.num_classes, width)
         costs.append(("", f"{_gibibytes(scoring)} more in the end, for noise scores"))
         if config.output.to_stdout:
             costs.append(("output", "standard output"))
