@@ -12,7 +12,6 @@ recipe, trained on the same majority. Takes about four minutes on 2 CPU cores.
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
-from verdicts import NUM_CLASSES, calibration_error, fold_probabilities
+from verdicts import NUM_CLASSES, calibration_error, fold_probabilities, parser_of_files
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.console import Console
@@ -129,13 +128,7 @@ def measure(kind: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--embeddings", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser_of_files(__doc__).parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for kind in CROWDS:
         measure(kind, options)

@@ -97,7 +97,7 @@ ADDED = (
     ("resnet20", 10_000, 5, "default", ("random1",)),
 )
 SETTINGS = [(*rest, noise) for *rest, noises in (*GRID, *ADDED) for noise in noises]
-NUM_ADDED = sum(len(noises) for *_, noises in ADDED)
+ADDED_SETTINGS = [(*rest, noise) for *rest, noises in ADDED for noise in noises]
 # Compared with cleanlab: every network and every noise, where five trainings take minutes.
 PEERS = [
     setting
@@ -120,9 +120,8 @@ def name_of(setting) -> str:
 
 
 def is_set_aside(setting) -> bool:
-    place = SETTINGS.index(setting)
-    is_added = place >= len(SETTINGS) - NUM_ADDED
-    return is_added or (place % 3 == 2 and name_of(setting) not in LOOKED_AT)
+    is_third = SETTINGS.index(setting) % 3 == 2
+    return setting in ADDED_SETTINGS or (is_third and name_of(setting) not in LOOKED_AT)
 
 
 def noisy_labels(noise: str, human_N, worse_N, clean_N):
@@ -380,13 +379,19 @@ def print_summary(title: str, results: list[dict]) -> None:
         print(f"  {name:<32} {met.sum():>3} of {len(met):>3}  {met.mean() if len(met) else np.nan:6.1%}")
 
 
-def main() -> None:
+def parser_of_files(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of where the data are, and where to work."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--embeddings", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of_files(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="settings whose names contain one of these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-train", action="store_true", help="score what there is")

@@ -442,9 +442,10 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
         data = metadata["settings"]["data"]
         columns = ("image_column", "id_column", "features_column")
         named, label_columns = {column: data[column] for column in columns}, data["label_columns"]
-        if not (isinstance(data["source"], str) and all(isinstance(n, str | None) for n in named.values())):
+        texts = [data["source"], *label_columns]
+        if not (isinstance(label_columns, list) and all(isinstance(text, str) for text in texts)):
             raise TypeError("names are text")
-        if not (isinstance(label_columns, list) and all(isinstance(name, str) for name in label_columns)):
+        if not all(isinstance(name, str | None) for name in named.values()):
             raise TypeError("names are text")
         return DataConfig(source=data["source"], label_columns=tuple(label_columns), **named)
     except (KeyError, TypeError) as error:

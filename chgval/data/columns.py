@@ -74,14 +74,19 @@ def find_label_columns(source: str, schema: pa.Schema, names: Sequence[str]) -> 
     Raises:
         DataError: there is none, or the named ones cannot be.
     """
+    expected = "integers, strings or booleans"
+    also, more = pa.types.is_null, ""  # one of several annotators may have labelled nothing
     if len(names) == 1:
-        expected = "integers, strings or booleans, or lists of these"
-        fits = lambda kind: _is_label(kind) or is_label_list(kind)  # noqa: E731
-    else:  # an annotator may have labelled nothing
-        expected = "integers, strings or booleans"
-        fits = lambda kind: _is_label(kind) or pa.types.is_null(kind)  # noqa: E731
+        also, more = is_label_list, ", or lists of these"
     for name in names:
-        check_column(source, schema, "--label-column", name, fits, expected)
+        check_column(
+            source,
+            schema,
+            "--label-column",
+            name,
+            lambda kind: _is_label(kind) or also(kind),
+            expected + more,
+        )
     if len({_label_type(schema.field(name).type) for name in names} - {"nothing"}) > 1:
         kinds = ", ".join(f"'{name}' {schema.field(name).type}" for name in names)
         raise DataError(

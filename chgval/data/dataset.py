@@ -192,7 +192,7 @@ def class_indices(
             if not isinstance(position, int) or not -1 <= position < len(names):
                 raise DataError(
                     f"{source}: row {row:,} ({ids[row]}) has the label {label!r}, outside the class list of "
-                    f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); mend "
+                    f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); fix "
                     "the label, or set it to -1 if it is unknown."
                 )
             labels_N[row] = position

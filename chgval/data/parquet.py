@@ -142,34 +142,25 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     schema = shards.schema
     label_columns = find_label_columns(source, schema, config.label_columns)
     id_column = find_id_column(source, schema, config.id_column)
-    wanted = dict.fromkeys([*label_columns, *([] if id_column is None else [id_column])])
+    wanted = dict.fromkeys(name for name in (*label_columns, id_column) if name is not None)
     columns = _table(source, shards, list(wanted))
     if not columns.num_rows:
         raise DataError(f"{source}: no rows; expected at least two samples of different classes.")
     raw_labels_A, annotators = _raw_labels(source, columns, label_columns)
-    filled = [name for name in label_columns if not pa.types.is_null(schema.field(name).type)]
-    named = {name: class_names(schema, name) for name in filled}
-    if len({None if names is None else tuple(names) for names in named.values()}) > 1:
-        raise DataError(
-            f"{source}: columns {', '.join(label_columns)} do not name the same classes; --label-column "
-            "needs columns that do."
-        )
     if annotators:
         who = f"{len(annotators):,} annotators"
         if len(label_columns) == 1:
             who = f"up to {who} a row"
-        shown = [
-            *label_columns[:SHOWN_ANNOTATORS],
-            *(["..."] if len(label_columns) > SHOWN_ANNOTATORS else []),
-        ]
-        notes.append(f"labels of {who} ({', '.join(shown)}); training on the majority")
+        more = ", ..." if len(label_columns) > SHOWN_ANNOTATORS else ""
+        shown = ", ".join(label_columns[:SHOWN_ANNOTATORS]) + more
+        notes.append(f"labels of {who} ({shown}); training on the majority")
     return ParquetRows(
         source=source,
         shards=shards,
         label_columns=label_columns,
         raw_labels_A=raw_labels_A,
         annotators=annotators,
-        class_names=named[filled[0]] if filled else None,
+        class_names=_common_class_names(source, schema, label_columns),
         ids=columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None,
         notes=notes,
     )
@@ -345,6 +336,18 @@ def _before_magic(pattern: str) -> str:
     """Return the folder that a glob starts from."""
     folder, slash, _ = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
     return folder or slash or "."
+
+
+def _common_class_names(source: str, schema: pa.Schema, columns: Sequence[str]) -> list[str] | None:
+    """Return the class names that all columns of labels have, if any; empty ones need none."""
+    filled = [name for name in columns if not pa.types.is_null(schema.field(name).type)]
+    named = [class_names(schema, name) for name in filled]
+    if any(names != named[0] for names in named):
+        raise DataError(
+            f"{source}: columns {', '.join(columns)} do not name the same classes; --label-column needs "
+            "columns that do."
+        )
+    return named[0] if named else None
 
 
 def _raw_labels(
