@@ -93,7 +93,7 @@ class ValueAccumulator:
         self._logits_NC = torch.zeros(num_samples, num_classes, device=device)
         self._features_ND = torch.zeros(num_samples, num_features, device=device)
         self._seen_N = torch.zeros(num_samples, dtype=torch.bool, device=device)
-        self._signals: dict[str, Tensor] | None = None
+        self._closed: tuple[dict[str, Tensor], Factors] | None = None
         # The run's sums.
         double_N = torch.zeros(num_samples, dtype=torch.float64, device=device)
         self._count_N = torch.zeros(num_samples, dtype=torch.int64, device=device)
@@ -156,9 +156,8 @@ class ValueAccumulator:
         Shards of one run add up their sums and give the total to `finish_epoch`. The factors of samples that
         were not seen are zero, so they add nothing.
         """
-        self._close_epoch()
-        # After _close_epoch the buffer of logits holds the residuals.
-        sums = coalition_sums(self._factors())
+        _, factors = self._close_epoch()
+        sums = coalition_sums(factors)
         return CoalitionSums(int(self._seen_N.sum()), sums.total_CF, sums.squared_norm)
 
     def finish_epoch(self, sums: CoalitionSums | None = None) -> EpochSignals:
@@ -175,8 +174,8 @@ class ValueAccumulator:
             raise FactorError(
                 "sums of shards fit one coalition of gradients; not per-class or hardness values."
             )
-        signals = self._close_epoch()
-        signals["value"] = self._values(signals["loss"], sums)
+        signals, factors = self._close_epoch()
+        signals["value"] = self._values(factors, signals["loss"], sums)
         seen_N = self._seen_N
         self._count_N += seen_N
         for name, running in self._means.items():
@@ -193,7 +192,7 @@ class ValueAccumulator:
             label_probability_N=_figures(signals["label_probability"], seen_N),
             predicted_label_N=_integers(signals["predicted_label"].where(seen_N, -1)),
         )
-        self._signals = None
+        self._closed = None
         self._seen_N = torch.zeros_like(seen_N)
         return epoch
 
@@ -266,13 +265,14 @@ class ValueAccumulator:
             "forgetting_events": self._forgetting_events_N,
         }
 
-    def _factors(self) -> Factors:
-        return Factors(self._logits_NC, self._features_ND, self.has_bias)
+    def _close_epoch(self) -> tuple[dict[str, Tensor], Factors]:
+        """Read the signals off the epoch's logits, then turn the logits into residuals, in place.
 
-    def _close_epoch(self) -> dict[str, Tensor]:
-        """Read the signals off the epoch's logits, then turn the logits into residuals, in place."""
-        if self._signals is not None:
-            return self._signals
+        Returns:
+            The signals, shape (N,) each, and the gradients, which are zero where a sample was not seen.
+        """
+        if self._closed is not None:
+            return self._closed
         self._num_epochs += 1
         is_averaged = self._num_epochs >= self.averaged_from
         chunks: dict[str, list[Tensor]] = {}
@@ -291,17 +291,18 @@ class ValueAccumulator:
                 chunks.setdefault(name, []).append(figure_B)
         if is_averaged:
             self._probability_weights_N += self._seen_N
-        self._signals = {name: torch.cat(parts) for name, parts in chunks.items()}
-        return self._signals
+        factors = Factors(self._logits_NC, self._features_ND, self.has_bias)
+        self._closed = {name: torch.cat(parts) for name, parts in chunks.items()}, factors
+        return self._closed
 
-    def _values(self, losses_N: Tensor, sums: CoalitionSums | None) -> Tensor:
+    def _values(self, factors: Factors, losses_N: Tensor, sums: CoalitionSums | None) -> Tensor:
         """Values of the samples seen in this epoch; what the other rows hold is masked by the caller."""
         if self.utility is not Utility.HARDNESS and not self.per_class:
-            return chg_values(self._factors(), self.epoch_sums() if sums is None else sums)
+            return chg_values(factors, self.epoch_sums() if sums is None else sums)
         # Samples that were not seen make a group of their own.
         groups_N = self.labels_N.where(self._seen_N, self.num_classes)
         if self.utility is not Utility.HARDNESS:
-            return chg_values_per_class(self._factors(), groups_N, self.num_classes + 1)
+            return chg_values_per_class(factors, groups_N, self.num_classes + 1)
         values_N = torch.zeros_like(losses_N, dtype=torch.float64)
         seen = self._seen_N.nonzero().squeeze(1)
         for rows in rows_of_classes(groups_N, self.num_classes + 1) if self.per_class else [seen]:

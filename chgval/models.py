@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -129,12 +128,15 @@ class _BasicBlock(nn.Module):
 
 def image_archs() -> list[str]:
     """Return the names of all architectures for images."""
+    import torchvision  # takes longer to load than torch, and our own networks do without
+
     return [*IMAGE_ARCHS_OF_CHGVAL, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def check_names(arch: str | None, weights: Path | None) -> None:
     """Raise ModelError for what can be known to be wrong before any data is read."""
-    if arch is not None and arch not in (*image_archs(), *EMBEDDING_ARCHS):
+    own = (*IMAGE_ARCHS_OF_CHGVAL, *EMBEDDING_ARCHS)
+    if arch is not None and arch not in own and arch not in image_archs():
         raise ModelError(
             f"--arch {arch}: no such model; choose resnet8, resnet20 or a torchvision classification model "
             "such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
@@ -196,6 +198,8 @@ def _build_network(arch: str, num_classes: int, input_shape: InputShape) -> nn.M
             f"--arch {arch}: a model for embeddings, but the data are images; pass --features-column, or "
             "choose resnet8, resnet20 or a torchvision classification model."
         )
+    import torchvision
+
     builder = torchvision.models.get_model_builder(arch)
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     parameters = inspect.signature(builder).parameters
@@ -217,6 +221,10 @@ def _build_network(arch: str, num_classes: int, input_shape: InputShape) -> nn.M
 
 def _exchange_stem(network: nn.Module) -> bool:
     """Give the ResNets and DenseNets a 3x3 stride-1 first layer without pooling; say whether it was done."""
+    if isinstance(network, CIFARResNet):
+        return False
+    import torchvision
+
     if isinstance(network, torchvision.models.ResNet):
         network.conv1 = _small_conv(network.conv1)
         network.maxpool = nn.Identity()

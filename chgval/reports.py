@@ -36,6 +36,7 @@ from chgval.records import (
     NoiseSignals,
     RunSignals,
 )
+from chgval.selection import ranks_within
 from chgval.spreadsheets import with_marks, without_marks
 
 if TYPE_CHECKING:  # a report is read without what decodes images
@@ -149,7 +150,7 @@ def values_table(
     """
     names = np.array([*dataset.class_names, None], dtype=object)  # index -1 gives None
     group_N = dataset.labels_N if per_class else np.zeros_like(dataset.labels_N)
-    rank_N, percentile_N = _ranks(signals.value_N, group_N)
+    rank_N = ranks_within(signals.value_N, group_N)
     seen_N = signals.num_epochs_N > 0
     columns = {
         "index": np.arange(len(dataset)),
@@ -160,7 +161,7 @@ def values_table(
         "value_std": _or_null(signals.value_std_N),
         "value_stderr": _or_null(signals.value_stderr_N),
         "rank": pa.array(rank_N, mask=rank_N == 0),
-        "percentile": _or_null(percentile_N),
+        "percentile": _or_null(_percentiles(rank_N, group_N)),
         "loss_mean": _or_null(signals.loss_N),
         "margin_mean": _or_null(signals.margin_N),
         "el2n_mean": _or_null(signals.el2n_N),
@@ -511,13 +512,7 @@ def _or_null(figure_N: NDArray[np.floating] | NDArray[np.integer]) -> pa.Array:
     return pa.array(figure_N, mask=unknown_N)
 
 
-def _ranks(value_N: FloatArray, group_N: IntArray) -> tuple[IntArray, FloatArray]:
-    """Return ranks within groups (1 is the highest value, 0 none; ties by index) and percentiles."""
-    rank_N = np.zeros(len(value_N), dtype=np.int64)
-    percentile_N = np.full(len(value_N), np.nan)
-    for group in np.unique(group_N):
-        rows = np.flatnonzero((group_N == group) & ~np.isnan(value_N))
-        order = rows[np.argsort(-value_N[rows], kind="stable")]
-        rank_N[order] = np.arange(1, len(order) + 1)
-        percentile_N[order] = 100 * (len(order) - rank_N[order]) / max(1, len(order) - 1)
-    return rank_N, percentile_N
+def _percentiles(rank_N: IntArray, group_N: IntArray) -> FloatArray:
+    """Return 100 for the first rank of each group, 0 for its last, NaN where there is no rank."""
+    sizes_N = np.bincount(group_N.clip(0), weights=rank_N > 0)[group_N.clip(0)]
+    return np.where(rank_N > 0, 100 * (sizes_N - rank_N) / np.maximum(sizes_N - 1, 1), np.nan)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from scipy.special import digamma, zeta
 from torch import Tensor
 
 from chgval.errors import FactorError
@@ -28,6 +27,10 @@ from chgval.errors import FactorError
 # Rows worked on at a time: small enough that a chunk stays in cache while it is reduced in float64 (which is
 # what keeps float64 reductions nearly free), large enough that the matrix products run at full speed.
 CHUNK_ROWS = 4096
+EULER_GAMMA = 0.5772156649015329
+# B_2, B_4, ...: enough for float64 from n + 1 = FEWEST_FOR_SERIES + 1 on.
+BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6)
+FEWEST_FOR_SERIES = 10
 
 
 @dataclass(frozen=True)
@@ -277,8 +280,21 @@ def pull_coefficient(n: int) -> float:
 
 
 def harmonic_numbers(n: int) -> tuple[float, float]:
-    """Return (sum of 1/k, sum of 1/k²) for k = 1..n, in constant time for any n."""
-    return float(digamma(n + 1)) - float(digamma(1)), math.pi**2 / 6 - float(zeta(2, n + 1))
+    """Return (sum of 1/k, sum of 1/k²) for k = 1..n, in constant time for any n.
+
+    Source: DLMF 5.11.2 (https://dlmf.nist.gov/5.11.E2) at n + 1, and its derivative.
+    """
+    if n < FEWEST_FOR_SERIES:
+        return sum(1 / k for k in range(1, n + 1)), sum(1 / k**2 for k in range(1, n + 1))
+    x = n + 1.0
+    first, second = 0.0, 0.0  # Horner's scheme in 1/x²
+    for order in range(len(BERNOULLI), 0, -1):
+        bernoulli = BERNOULLI[order - 1]
+        first = first / x**2 + bernoulli / (2 * order)
+        second = second / x**2 + bernoulli
+    digamma = math.log(x) - 0.5 / x - first / x**2
+    trigamma = 1 / x + 0.5 / x**2 + second / x**3
+    return digamma + EULER_GAMMA, math.pi**2 / 6 - trigamma
 
 
 def _row_squares(matrix_BK: Tensor, buffer: Tensor) -> Tensor:

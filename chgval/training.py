@@ -22,6 +22,7 @@ from chgval.data.loader import Batch, Loader
 from chgval.errors import DataError, DeviceMemoryError, NonFiniteError
 from chgval.interruption import at_once
 from chgval.models import SplitModel
+from chgval.optimizers import NesterovSGD
 from chgval.recipe import Recipe
 from chgval.records import EpochRecord, Record, SplitRecord, State, StepRecord
 
@@ -119,14 +120,7 @@ class Trainer:
         self._average = average
         self._separate_pass = separate_pass
         self._choose = choose
-        self._optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=True,
-            foreach=True,
-        )
+        self._optimizer = NesterovSGD(model.parameters(), recipe)
         # A batch is shown to the model in so many parts, more where the device is out of memory otherwise.
         self._num_parts = 1
         self.finished_epochs = 0
@@ -159,10 +153,6 @@ class Trainer:
 
     def state_dict(self) -> State:
         """Return all that a trainer of the same run needs to go on from here, between two steps."""
-        momenta = {
-            str(number): self._optimizer.state[parameter].get("momentum_buffer")
-            for number, parameter in enumerate(self._model.parameters())
-        }
         return {
             "finished_epochs": self.finished_epochs,
             "num_parts": self._num_parts,
@@ -172,7 +162,7 @@ class Trainer:
             "cuda_generator": torch.cuda.get_rng_state(self._device) if self._on_cuda else None,
             "model": self._model.state_dict(),
             "average": None if self._average is None else self._average.model.state_dict(),
-            "momenta": momenta,
+            "optimizer": self._optimizer.state_dict(),
             "accumulator": None if self._accumulator is None else self._accumulator.state_dict(),
             "begun": None if self._begun is None else self._begun.state_dict(),
         }
@@ -194,10 +184,7 @@ class Trainer:
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.model.load_state_dict(state["average"])
-        for parameter, momentum in zip(self._model.parameters(), state["momenta"].values(), strict=True):
-            if momentum is not None:
-                own = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
-                self._optimizer.state[parameter]["momentum_buffer"] = own
+        self._optimizer.load_state_dict(state["optimizer"])
         if self._accumulator is not None:
             self._accumulator.load_state_dict(state["accumulator"])
         self._begun = None if state["begun"] is None else _Epoch.from_state_dict(state["begun"], self._device)
@@ -267,14 +254,12 @@ class Trainer:
 
         Statistics of normalisation layers have then moved a little towards the batch, and will again.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.clear_gradients()
         try:
             loss, losses_B, logits_BC, features_BD = self._compute_gradients(batch, weights_N)
         except torch.OutOfMemoryError:
             return False
-        self._optimizer.step()
+        self._optimizer.step(lr)
         if self._average is not None:
             self._average.update()
         if self._accumulator is not None and not self._separate_pass:
@@ -313,7 +298,7 @@ class Trainer:
                 "a smaller --arch or --image-size."
             )
         self._num_parts *= 2
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.clear_gradients()
         if self._on_cuda:
             torch.cuda.empty_cache()
         return SplitRecord(batch_size=size, num_parts=self._num_parts)

@@ -49,10 +49,10 @@ def test_accumulator_takes_a_step_in_without_leaving_the_device():
             torch.randn(100, 5, device="cuda", dtype=torch.bfloat16),
             torch.randn(100, 7, device="cuda", dtype=torch.bfloat16),
         )
-        signals = accumulator._close_epoch()
+        signals, factors = accumulator._close_epoch()
         assert {figure.device.type for figure in signals.values()} == {"cuda"}
-        sums = coalition_sums(accumulator._factors())
-        assert accumulator._values(signals["loss"], sums).device.type == "cuda"
+        sums = coalition_sums(factors)
+        assert accumulator._values(factors, signals["loss"], sums).device.type == "cuda"
 
 
 class FakeLoader:
@@ -79,7 +79,7 @@ def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
             labels_N = torch.zeros(128, dtype=torch.int64)
         accumulator = ValueAccumulator(labels_N, 10, 64)
         observe(model, FakeLoader("cuda"), accumulator.update)
-        assert accumulator._close_epoch()["loss"].device.type == "cuda"
+        assert accumulator._close_epoch()[0]["loss"].device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
             observe(model, FakeLoader("cpu"), accumulator.update)
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "records", "files", "interruption", "spreadsheets"},
     {"shapley", "recipe", "detection", "selection", "views"},
     {"accumulate"},
-    {"data", "models", "reports", "console"},
+    {"data", "models", "optimizers", "reports", "console"},
     {"training", "strategies"},
     {"evaluation"},
     {"runs"},

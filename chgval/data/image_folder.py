@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from chgval.config import EPOCHS_ENDING, TRAINING_FILE, TRAINING_STATE_FILE, DataConfig
 from chgval.data.dataset import Dataset, digest, fingerprint
@@ -32,7 +31,11 @@ from chgval.records import IntArray
 # Of each end of a file.
 DIGESTED_BYTES = 4096
 DIGESTS_AT_A_TIME = 64
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+# Those of torchvision's ImageFolder, and what else Pillow reads.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".gif", ".jfif"),
+)
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -107,14 +110,7 @@ def list_image_folder(root: Path) -> FolderRows:
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
             "folder of *.parquet files."
         )
-    samples = _without_loops(
-        make_dataset(
-            root,
-            {name: index for index, name in enumerate(folders)},
-            extensions=EXTENSIONS,
-            allow_empty=True,
-        )
-    )
+    samples = [(path, label) for label, name in enumerate(folders) for path in _images_below(root / name)]
     if not samples:
         raise DataError(
             f"{root}: {len(folders)} class folders but no images in them; images end in "
@@ -175,11 +171,8 @@ def _subfolders(root: Path) -> list[str]:
 
 
 def _all_subfolders(root: Path) -> list[str]:
-    try:
-        names = find_classes(root)[0]
-    except FileNotFoundError:
-        return []
-    return [name for name in names if not name.startswith(".")]
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _is_output(folder: Path) -> bool:
@@ -196,15 +189,24 @@ def _is_split(root: Path) -> bool:
     return "train" in names and set(names) <= SPLITS and bool(_subfolders(root / "train"))
 
 
-def _without_loops(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Leave out folders that links lead into a second time within a class; torchvision follows them."""
-    first_ways: dict[tuple[int, Path], Path] = {}
-    kept = []
-    for folder, members in itertools.groupby(samples, key=lambda sample: Path(sample[0]).parent):
-        group = list(members)
-        if first_ways.setdefault((group[0][1], folder.resolve()), folder) == folder:
-            kept.extend(group)
-    return kept
+def _images_below(class_folder: Path) -> list[str]:
+    """Return the images below a class folder, sorted by folder, then by name; links are followed.
+
+    A folder that links lead into a second time is left out: its images would count twice, and a link to a
+    folder above it would never end.
+    """
+    seen = set()
+    folders = []
+    for folder, subfolders, names in os.walk(class_folder, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        folders.append((folder, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
+    # Not with Path: one for each of a million files takes seconds.
+    return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
 
 
 def as_text(name: str) -> str:

@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -55,6 +54,9 @@ from chgval.data.images import (
 )
 from chgval.errors import DataError, first_line
 from chgval.records import Annotations, IntArray
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
 
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
 IMAGE_ROWS = 16
@@ -222,6 +224,8 @@ def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
 
 def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
     """Find the files that a path, glob, folder or URI names, sorted; of several splits the training one."""
+    import pyarrow.dataset as pads  # loads pandas
+
     try:
         path = _local_path(source)
         if path is None:

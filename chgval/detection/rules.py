@@ -84,11 +84,11 @@ def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
         order_N: the figure; the lower, the more suspicious.
         score_N: calibrated scores.
     """
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
     _, places_N, counts_U = np.unique(order_N, return_inverse=True, return_counts=True)
     means_U = np.bincount(places_N, score_N) / counts_U
-    steps_U = isotonic_regression(means_U, sample_weight=counts_U, increasing=False)
+    steps_U = isotonic_regression(means_U, weights=counts_U, increasing=False).x
     step_of_U = np.cumsum(np.r_[True, steps_U[1:] != steps_U[:-1]]) - 1
     values_S = steps_U[np.flatnonzero(np.r_[True, np.diff(step_of_U) > 0])]
     gaps_S = -np.diff(values_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
 import resource
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import chgval
@@ -509,7 +509,7 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig, command: str) ->
         "libraries": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),
             "pyarrow": str(pa.__version__),
             "numpy": str(np.__version__),
         },

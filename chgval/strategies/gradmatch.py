@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
-from scipy.optimize import nnls
 
 from chgval.records import FloatArray, IntArray
 from chgval.shapley import coalition_sums
@@ -60,6 +58,9 @@ def matching_pursuit(
     Returns:
         The chosen atoms in the order of their choice, and the weight of each.
     """
+    from scipy.linalg import solve_triangular
+    from scipy.optimize import nnls
+
     # Everything is said in inner products: a fit is as large as the atoms chosen, not as their length.
     products_BB, targets_B = atoms_BK @ atoms_BK.T, atoms_BK @ target_K
     chosen: list[int] = []

@@ -62,6 +62,13 @@ def test_starting_up_imports_no_heavy_library(arguments):
     assert not heavy & imported_by(arguments)
 
 
+def test_a_run_loads_nothing_that_it_does_not_need_before_it_trains(image_folder):
+    """torchvision takes longer to load than torch; its networks are the only ones that need it."""
+    unneeded = {"torchvision", "torch._dynamo", "sympy", "sklearn", "scipy", "pandas", "matplotlib"}
+    for source in ("builtin:digits", str(image_folder)):
+        assert not unneeded & imported_by(["value", source, "--plan", "-q"])
+
+
 def test_version_is_that_of_the_package():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"chgval {chgval.__version__}\n"
 

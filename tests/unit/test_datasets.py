@@ -427,6 +427,7 @@ def test_digits_flip_the_stated_share_of_labels():
 
     dataset = read("builtin:digits")
     truth = load_digits().target
+    assert np.array_equal(dataset.content.pixels_N3SS[:, 1], (load_digits().images * 255 / 16).round())
     assert (dataset.labels_N != truth).sum() == 180 == round(0.1 * len(truth))
     assert "180 of 1,797 labels (10%)" in dataset.notes[0]
     assert all(name.endswith(f"-is-{digit}") for name, digit in zip(dataset.ids, truth, strict=True))
