@@ -22,10 +22,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from verdicts import NUM_CLASSES, calibration_error, fold_probabilities, parser_of_files
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
 from chgval.detection.evidence import LeftOutGaussians
-from chgval.runs.checkpoint import Unfinished
-from chgval.runs.value import read_dataset, value_dataset
+from chgval.runs.session import read_dataset
+from chgval.runs.unfinished import Unfinished
+from chgval.runs.value import value_dataset
 
 CROWDS = ("human", "alike", "even", "few")
 
@@ -80,10 +80,9 @@ def measure(kind: str, options: argparse.Namespace) -> None:
 
     data = DataConfig(source=str(path), label_columns=names, features_column="embedding")
     config = ValueConfig(data=data, train=TrainConfig(arch="linear", epochs=15))
-    console = Console(quiet=True)
     started = time.perf_counter()
-    dataset = read_dataset(config, console)
-    table = value_dataset(config, dataset, None, console, Unfinished(), command="").table
+    dataset = read_dataset(config.data, config.train)
+    table = value_dataset(config, dataset, None, Unfinished()).report.table
     seconds = time.perf_counter() - started
     said_N = dataset.labels_N >= 0
     scores_NA = np.stack([table[f"noise_score_of_{name}"].to_numpy() for name in names], 1)

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chgval.runs.training_folder import MODEL_FILE, TRAINING_FILE
+from chgval.files import TRAINING_FILE
+from chgval.runs.training_folder import MODEL_FILE
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from chgval.shapley import Factors, chg_values
+from chgval.valuation.closed_form import Factors, chg_values
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -16,9 +16,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
-from chgval.records import EpochRecord
-from chgval.runs.value import make_trainer, prepare, read_dataset
+from chgval.runs.session import make_valuing, prepare, read_dataset
+from chgval.training.records import EpochRecord
 
 SAMPLES, EPOCHS, REPETITIONS = 1000, 5, 5
 
@@ -34,8 +33,9 @@ def main() -> None:
             train=TrainConfig(epochs=EPOCHS),
         )
         for _ in range(REPETITIONS):
-            run = prepare(config, read_dataset(config, Console(quiet=True)))
-            epochs = [r.seconds for r in make_trainer(run).records() if isinstance(r, EpochRecord)]
+            run = prepare(config.data, config.train, read_dataset(config.data, config.train))
+            trainer = make_valuing(run, config)[2]
+            epochs = [r.seconds for r in trainer.records() if isinstance(r, EpochRecord)]
             seconds.extend(epochs)
     print(
         f"{SAMPLES} samples, {EPOCHS} epochs, {REPETITIONS} repetitions, torch {torch.__version__}, "

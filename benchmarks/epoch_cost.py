@@ -13,9 +13,8 @@ import time
 import torch
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
-from chgval.records import EpochRecord
-from chgval.runs.value import make_trainer, prepare, read_dataset
+from chgval.runs.session import make_trainer, make_valuing, prepare, read_dataset
+from chgval.training.records import EpochRecord
 
 MODES = ("none", "online", "exact")
 
@@ -33,10 +32,11 @@ def main() -> None:
         config = ValueConfig(
             data=DataConfig(source=options.data, features_column=options.features_column),
             train=TrainConfig(arch=options.arch, epochs=options.epochs + 1),
-            mode=mode,
+            mode="online" if mode == "none" else mode,
         )
-        run = prepare(config, read_dataset(config, Console(quiet=True)))
-        runs[mode] = make_trainer(run, separate_pass=mode == "exact").records()
+        run = prepare(config.data, config.train, read_dataset(config.data, config.train))
+        trainer = make_trainer(run) if mode == "none" else make_valuing(run, config)[2]
+        runs[mode] = trainer.records()
 
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for turn in range(options.epochs + 1):

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from chgval.config import STRATEGIES, DataConfig, TrainConfig, TrainingConfig, ValueConfig
-from chgval.console import Console
+from chgval.config import DataConfig, TrainConfig, TrainingConfig, strategies
 from chgval.data.dataset import Dataset, PixelImages
 from chgval.data.open import open_dataset
 from chgval.runs.choosing import Chooser, select_every
-from chgval.runs.train import hold_out, test_on, train
-from chgval.runs.training_folder import Training
-from chgval.runs.value import make_trainer, prepare
+from chgval.runs.session import make_trainer, prepare
+from chgval.runs.train import hold_out, ready_for, train
+from chgval.runs.training_folder import TrainingProgress
 
 NOISE = 0.3
 NUM_CLASSES = 10
@@ -77,15 +76,14 @@ def run_one(clean: Dataset, tested: Dataset, options, strategy: str, noisy: bool
         holdout=HELD_OUT if strategy == "glister" else None,
         test_every=options.epochs,
     )
-    values = ValueConfig(data=config.data, train=config.train, mode="none")
     held_out = None
     if strategy == "glister":
         dataset, held_out = hold_out(dataset, HELD_OUT, torch.Generator().manual_seed(seed))
-    run = prepare(values, dataset)
-    chooser = Chooser(run, config, None if held_out is None else test_on(run, config.data, held_out))
-    trainer, training = make_trainer(run, choose=chooser, average=chooser.average), Training()
-    test = test_on(run, config.data, tested)
-    train(run, trainer.records(), training, config, Console(quiet=True), test=test)
+    run = prepare(config.data, config.train, dataset)
+    chooser = Chooser(run, config, None if held_out is None else ready_for(run, config.data, held_out))
+    trainer, training = make_trainer(run, choose=chooser, average=chooser.average), TrainingProgress()
+    test = ready_for(run, config.data, tested)
+    train(run, trainer.records(), training, config, test=test)
     rows = dataset.usable_rows() if chooser.subset is None else chooser.subset.rows.numpy()
     return {
         "accuracy": training.evaluation.accuracy,
@@ -107,7 +105,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="use only the first so many training images")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--every", type=int, help="epochs from one choice to the next")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", default=strategies(), choices=strategies())
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.1, 0.3, 0.5, 0.7])
     parser.add_argument("--noise", nargs="+", choices=["noise", "none"], default=["noise", "none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -9,13 +9,12 @@ a training epoch. Runs of all kinds are interleaved; the ratio is that of the me
 import argparse
 from statistics import median
 
-from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
-from chgval.console import Console
+from chgval.config import DataConfig, TrainConfig, TrainingConfig
 from chgval.data.open import open_dataset
 from chgval.runs.choosing import Chooser
+from chgval.runs.session import make_trainer, prepare
 from chgval.runs.train import train
-from chgval.runs.training_folder import Training
-from chgval.runs.value import make_trainer, prepare
+from chgval.runs.training_folder import TrainingProgress
 
 SLACK = 1.15
 
@@ -43,10 +42,10 @@ def main() -> None:
                 fraction=fraction,
                 select_every=None if fraction is None else options.every,
             )
-            run = prepare(ValueConfig(data=config.data, train=config.train, mode="none"), dataset)
-            chooser, training = Chooser(run, config), Training()
+            run = prepare(config.data, config.train, dataset)
+            chooser, training = Chooser(run, config), TrainingProgress()
             trainer = make_trainer(run, choose=chooser, average=chooser.average)
-            train(run, trainer.records(), training, config, Console(quiet=True))
+            train(run, trainer.records(), training, config)
             seconds[strategy, fraction].append(training.seconds)
             print(f"{strategy} {fraction or 1:g}: {training.seconds:.1f} s", flush=True)
     full = median(seconds["full", None])

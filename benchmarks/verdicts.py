@@ -29,17 +29,18 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
 from chgval.data.dataset import Embeddings, PixelImages
 from chgval.data.digits import read_digits
 from chgval.data.loader import make_loader
-from chgval.detection.rules import automatic_cut, estimate_rate
+from chgval.detection.calibration import estimate_rate
+from chgval.detection.rules.auto import automatic_cut
 from chgval.detection.scores import score_labels
-from chgval.evaluation import predict
-from chgval.models import InputShape, build_model
-from chgval.runs.value import make_trainer, observe_average, prepare, read_dataset
-from chgval.training import Trainer, WeightAverage
-from chgval.views import mirrored
+from chgval.runs.session import make_valuing, prepare, read_dataset
+from chgval.runs.value import observe_average
+from chgval.training.evaluation import predict
+from chgval.training.loop import Trainer, WeightAverage
+from chgval.training.models import InputShape, build_model
+from chgval.training.views import mirrored
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.jsonl"
 NUM_CLASSES = 10
@@ -193,30 +194,28 @@ def open_setting(setting, options):
         pq.write_table(table, path, row_group_size=1000)
     features = "embedding" if is_embedding else None
     config = ValueConfig(data=DataConfig(source=str(path), features_column=features), train=train)
-    return config, read_dataset(config, Console(quiet=True)), clean_N[rows]
+    return config, read_dataset(config.data, config.train), clean_N[rows]
 
 
 def train(setting, options, path: Path) -> None:
     """Value a setting, and keep what its noise scores are made of."""
     config, dataset, clean_N = open_setting(setting, options)
     started = time.perf_counter()
-    run = prepare(config, dataset)
-    for _ in make_trainer(run).records():
+    run = prepare(config.data, config.train, dataset)
+    accumulator, average, trainer = make_valuing(run, config)
+    for _ in trainer.records():
         pass
-    unseen_ND, seen_ND = observe_average(run, run.accumulator, run.average)
-    signals = run.accumulator.run_signals()
+    unseen_ND, seen_ND = observe_average(run, accumulator, average)
+    signals = accumulator.run_signals()
     kept = {} if seen_ND is None else {"unseen": unseen_ND.numpy(), "seen": seen_ND.numpy()}
     np.savez(
         path,
         **kept,
         labels=dataset.labels_N,
         clean=clean_N,
-        averaged=run.accumulator.averaged_probabilities(),
+        averaged=accumulator.averaged_probabilities(),
         value=signals.value_N,
-        loss=signals.loss_N,
-        margin=signals.margin_N,
-        el2n=signals.el2n_N,
-        label_probability=signals.label_probability_N,
+        **signals.means,
         seconds=time.perf_counter() - started,
     )
 
@@ -258,8 +257,8 @@ def score(setting, options, path: Path) -> dict[str, object]:
             "best_f1": best_f1(score_N, wrong_N),
             "auroc": roc_auc_score(wrong_N, score_N),
             "ap": average_precision_score(wrong_N, score_N),
-            "best_single_auroc": max(roc_auc_score(wrong_N, figure_N) for figure_N in single),
-            "best_single_ap": max(average_precision_score(wrong_N, figure_N) for figure_N in single),
+            "best_single_auroc": max(roc_auc_score(wrong_N, signal_N) for signal_N in single),
+            "best_single_ap": max(average_precision_score(wrong_N, signal_N) for signal_N in single),
             "suggested_right": (noise.suggested_label_N == clean_N)[caught_N].mean() if caught_N.any() else 0,
         }
     fold_path = path.with_suffix(".folds.npz")
@@ -270,7 +269,7 @@ def score(setting, options, path: Path) -> dict[str, object]:
 
 def fold_probabilities(config, dataset):
     """Predict every fold by a model trained on the others, by the same recipe and with averaged weights."""
-    run = prepare(config, dataset)  # the recipe is that of the whole dataset
+    run = prepare(config.data, config.train, dataset)  # the recipe is that of the whole dataset
     labels_N, seed = dataset.labels_N, config.train.seed
     probabilities_NC = np.zeros((len(labels_N), NUM_CLASSES))
 

@@ -1,164 +1,268 @@
-"""Settings of a run: frozen, checked when created. Nothing below the command line sees a flag."""
+"""Settings of a run: frozen, checked when created. Each field is an option of the command line.
+
+What an option is called, what its help says and which values it takes stands at its field; the command line
+is derived from it (`cli/options.py`). Nothing here may import torch, or numpy: `chgval --help` must start at
+once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from chgval.errors import SettingsError
+from chgval.files import EPOCHS_ENDING, STATE_ENDING, TRAINING_STATE_FILE
+from chgval.registry import names_in
 
 ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
-REPORT_FORMATS: tuple[ReportFormat, ...] = ("parquet", "csv", "jsonl", "arrow")
+REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 # What a manifest can also be written as: only the names, or the numbers, of the kept rows.
 Listing = Literal["paths", "indices"]
-LISTINGS: tuple[Listing, ...] = ("paths", "indices")
+LISTINGS: tuple[Listing, ...] = get_args(Listing)
+# How files of a folder get into a new one.
+Link = Literal["copy", "hard", "sym"]
 STANDARD_STREAM = "-"
 # Images of more pixels are refused: a small file can claim any number, and take the memory for it.
 MAX_PIXELS = 100_000_000
 # What Pillow refuses by itself, in any program.
 PILLOW_MAX_PIXELS = 178_956_970
-# Key of the schema metadata that a report carries, and by which a report among data is known.
-METADATA_KEY = b"chgval"
-# What files end in that hold the state of unfinished runs.
-STATE_ENDING = ".checkpoint"
-# What folders end in that hold the values of each epoch.
-EPOCHS_ENDING = ".epochs"
-# What is in the folder of a training from its start, and holds its state while it is unfinished.
-TRAINING_FILE, TRAINING_STATE_FILE = "training.json", f"training{STATE_ENDING}"
+
+DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
+VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL = "Values", "Detection", "Rows"
+SELECTION_PANEL, DATASET_PANEL, TEST_PANEL = "Selection", "Dataset", "Test"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What the command line, and messages, need to know of a setting.
+
+    Attributes:
+        help: one sentence. "{name}" is the default name of the command's output.
+        panel: under which heading of the help it stands.
+        names: on the command line; empty is the field's name.
+        is_argument: whether it is given without a name.
+        metavar: what stands for its value in the help; None shows its type.
+        least, most, above, below: bounds of its value.
+        plugins: package whose plug-ins are its values.
+        affects_results: whether it changes what a run computes; else it may change while a run is unfinished.
+    """
+
+    help: str
+    panel: str = ""
+    names: tuple[str, ...] = ()
+    is_argument: bool = False
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    plugins: str = ""
+    affects_results: bool = True
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise SettingsError where a value is none of those that it may be."""
+        if self.plugins and value not in names_in(self.plugins):
+            raise SettingsError(f"{name} {value}: expected one of {', '.join(names_in(self.plugins))}.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        holds = {
+            "{:,g} or more": self.least is None or value >= self.least,
+            "above {:,g}": self.above is None or value > self.above,
+            "at most {:,g}": self.most is None or value <= self.most,
+            "below {:,g}": self.below is None or value < self.below,
+        }
+        if not all(holds.values()):  # NaN is out of all bounds
+            bounds = zip(holds, (self.least, self.above, self.most, self.below), strict=True)
+            wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
+            raise SettingsError(f"{name} {value:g}: must be {wanted} ({self.help.rstrip('.')}).")
+
+
+def option(default: Any, help: str, panel: str = "", *names: str, **more: Any) -> Any:
+    """Return the field of a setting; see Option."""
+    metadata = {"option": Option(help=help, panel=panel, names=names, **more)}
+    return field(default=default, metadata=metadata)
+
+
+def argument(metavar: str, help: str) -> Any:
+    """Return the field of what a command is about: it is given without a name."""
+    return option("", help, is_argument=True, metavar=metavar, affects_results=False)
+
+
+def option_of(setting: dataclasses.Field[Any]) -> Option | None:
+    """Return what makes a field an option; None for groups of settings."""
+    found: Option | None = setting.metadata.get("option")
+    return found
+
+
+def option_name(setting: dataclasses.Field[Any]) -> str:
+    """Return what a setting is called on the command line, and in messages: --batch-size."""
+    found = option_of(setting)
+    names = found.names if found is not None else ()
+    return names[0].partition("/")[0] if names else f"--{setting.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What to read and how.
-
-    Attributes:
-        source: a folder, a Parquet file, glob, folder or URI, or builtin:digits.
-        image_column, id_column: columns of Parquet files; None finds them by type and name.
-        label_columns: the same of labels; several, or one of lists, are labels of several annotators.
-        features_column: column of embeddings; the model is then fed these instead of images.
-        image_size: side in pixels of the squares that the model is fed; None takes it from the images.
-        mean, std: of the pixels, in [0, 1], per channel; None takes them from the images.
-        on_error: whether rows that cannot be read are kept with a status, or stop the run.
-        workers: processes that decode large images; None chooses.
-        max_pixels: images of more are refused.
-    """
-
-    source: str = ""
-    image_column: str | None = None
-    label_columns: tuple[str, ...] = ()
-    id_column: str | None = None
-    features_column: str | None = None
-    image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    on_error: Literal["keep", "fail"] = "keep"
-    workers: int | None = None
-    max_pixels: int = MAX_PIXELS
+class Settings:
+    """Checks the values of all its fields."""
 
     def __post_init__(self) -> None:
-        _check_at_least("--image-size", self.image_size, 1)
-        _check_at_least("--workers", self.workers, 0)
+        for setting in dataclasses.fields(self):
+            value, bounds = getattr(self, setting.name), option_of(setting)
+            if bounds is not None and value is not None:
+                bounds.check(option_name(setting), value)
+
+
+def free_settings(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all settings that may change while a run is unfinished, as `data.workers`."""
+    for setting in dataclasses.fields(config):
+        value, found = getattr(config, setting.name), option_of(setting)
+        if found is not None and not found.affects_results:
+            yield f"{prefix}{setting.name}"
+        elif dataclasses.is_dataclass(value):
+            yield from free_settings(value, f"{prefix}{setting.name}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Settings):
+    """What to read and how."""
+
+    source: str = argument(
+        "DATA", "Folder of class folders; Parquet file, glob, folder or URI; or builtin:digits."
+    )
+    image_column: str | None = option(
+        None, "Parquet column of images. Default: by type and name.", DATA_PANEL
+    )
+    label_columns: tuple[str, ...] = option(
+        (),
+        "Parquet column of labels. Again for each annotator, or one of lists. Default: label, or by name.",
+        DATA_PANEL,
+        "--label-column",
+        metavar="<str>",
+    )
+    id_column: str | None = option(
+        None, "Parquet column of ids. Default: id, paths, or row numbers.", DATA_PANEL
+    )
+    features_column: str | None = option(
+        None, "Parquet column of embeddings to value, not images.", DATA_PANEL
+    )
+    image_size: int | None = option(None, "Side in pixels. Default: from the images.", DATA_PANEL, least=1)
+    mean: tuple[float, float, float] | None = option(
+        None, "Pixel mean in [0, 1]. Default: from the images.", DATA_PANEL, metavar="R,G,B"
+    )
+    std: tuple[float, float, float] | None = option(
+        None, "Pixel deviation. Default: from the images.", DATA_PANEL, metavar="R,G,B"
+    )
+    on_error: Literal["keep", "fail"] = option(
+        "keep", "Keep unreadable samples in the report, or stop.", DATA_PANEL
+    )
+    workers: int | None = option(
+        None,
+        "Processes that decode large images. Default: one per core, at most 8.",
+        DATA_PANEL,
+        least=0,
+        affects_results=False,
+    )
+    max_pixels: int = option(
+        MAX_PIXELS, "Refuse images of more pixels.", DATA_PANEL, least=1, most=PILLOW_MAX_PIXELS
+    )
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
         if len(set(self.label_columns)) < len(self.label_columns):
             named = " ".join(self.label_columns)
             raise SettingsError(f"--label-column {named}: names a column twice; name each annotator's once.")
-        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
-            raise SettingsError(f"--max-pixels {self.max_pixels}: must be from 1 to {PILLOW_MAX_PIXELS:,}.")
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
         images_only = (self.image_column, self.image_size, self.mean, self.std)
-        if self.features_column is not None and any(option is not None for option in images_only):
+        if self.features_column is not None and any(given is not None for given in images_only):
             raise SettingsError(
                 "--features-column: embeddings take no --image-column, -size, --mean or --std."
             )
 
     @property
     def names_columns(self) -> bool:
-        """Whether the user named a column, as only Parquet files have them."""
+        """Whether the user named a column, as only tables have them."""
         columns = (self.image_column, self.id_column, self.features_column)
         return bool(self.label_columns) or any(column is not None for column in columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """How to train. None lets the run choose from the data, the model and the device.
+class TrainConfig(Settings):
+    """How to train. None lets the run choose from the data, the model and the device."""
 
-    Attributes:
-        arch: the model's name.
-        weights: file of pretrained weights.
-        epochs, batch_size: passes over the data, and samples in one optimizer step.
-        lr: the schedule's highest learning rate.
-        momentum, weight_decay: of SGD with Nesterov momentum.
-        schedule: one-cycle (linear up, cosine down) or cosine (down only).
-        augment: none, crop (random shifts), or crop-flip (also mirrored).
-        device: auto, cpu, cuda, cuda:N or mps.
-        compile_model: whether to compile the backbone.
-        seed: of all randomness in the run.
-    """
-
-    arch: str | None = None
-    weights: Path | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    augment: Literal["none", "crop", "crop-flip"] | None = None
-    device: str = "auto"
-    compile_model: bool = False
-    seed: int = 0
+    arch: str | None = option(
+        None,
+        "resnet8, resnet20, any torchvision classifier; linear or mlp for embeddings. Default: by image size "
+        "and device.",
+        MODEL_PANEL,
+    )
+    weights: Path | None = option(None, "Pretrained weights (safetensors or state dict).", MODEL_PANEL)
+    epochs: int | None = option(None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1)
+    batch_size: int | None = option(
+        None, "Samples per step. Default: 128, fewer for small data.", MODEL_PANEL, least=2
+    )
+    lr: float | None = option(
+        None, "Highest learning rate. Default: by the model.", MODEL_PANEL, above=0, below=float("inf")
+    )
+    momentum: float = option(0.9, "Nesterov momentum of SGD.", MODEL_PANEL, above=0, below=1)
+    weight_decay: float = option(5e-4, "Weight decay of SGD.", MODEL_PANEL, least=0, below=float("inf"))
+    schedule: Literal["one-cycle", "cosine"] = option("one-cycle", "Learning rate over the run.", MODEL_PANEL)
+    augment: Literal["none", "crop", "crop-flip"] | None = option(
+        None, "Random shifts and mirroring. Default: crop-flip.", MODEL_PANEL
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", MODEL_PANEL)
+    compile_model: bool = option(False, "Compile the model first.", MODEL_PANEL, "--compile")
+    seed: int = option(0, "Of all randomness in the run.", MODEL_PANEL, least=0, below=2**63)
 
     def __post_init__(self) -> None:
-        _check_at_least("--epochs", self.epochs, 1)
-        _check_at_least("--batch-size", self.batch_size, 2)
-        _check_at_least("--seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise SettingsError(f"--seed {self.seed}: must be below 2**63.")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise SettingsError(f"--lr {self.lr}: the learning rate must be above 0.")
-        if not 0 < self.momentum < 1:
-            raise SettingsError(f"--momentum {self.momentum}: must lie between 0 and 1, both excluded.")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise SettingsError(f"--weight-decay {self.weight_decay}: must be 0 or more.")
+        Settings.__post_init__(self)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", self.device):
             raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OutputConfig:
-    """Where the report goes.
+class OutputConfig(Settings):
+    """Where a command's table goes."""
 
-    Attributes:
-        path: a file, or "-" for standard output. Default: the name, with the ending of the format.
-        name: what a file is called if the user did not say.
-        report_format: None takes it from the file's ending (parquet for standard output).
-        overwrite: whether an output that exists may be replaced.
-        listing: what is written instead of a table, if anything.
-    """
+    # What a file is called if the user did not say.
+    name: ClassVar[str] = "values"
 
-    path: str = ""
-    name: str = "values"
-    report_format: ReportFormat | None = None
-    overwrite: bool = False
-    listing: Listing | None = None
+    path: str = option(
+        "",
+        "File to write; - is standard output. Default: {name}.parquet.",
+        OUTPUT_PANEL,
+        "--output",
+        "-o",
+        affects_results=False,
+    )
+    format: ReportFormat | None = option(
+        None, "Default: by the ending, or parquet.", OUTPUT_PANEL, affects_results=False
+    )
+    overwrite: bool = option(False, "Replace existing files.", OUTPUT_PANEL, affects_results=False)
 
     def __post_init__(self) -> None:
         if not self.path:
-            default = "txt" if self.listing else self.report_format or "parquet"
+            default = "txt" if self.listing else self.format or "parquet"
             object.__setattr__(self, "path", f"{self.name}.{default}")
         if self.path.endswith(STATE_ENDING):
             raise SettingsError(
                 f"--output {self.path}: runs keep their state under such names; pass another ending."
             )
         ending = Path(self.path).suffix.removeprefix(".")
-        is_told = self.listing is not None or self.report_format is not None or self.to_stdout
-        if not is_told and ending not in REPORT_FORMATS:
+        if self.format is None and not self.to_stdout and ending not in REPORT_FORMATS:
             raise SettingsError(
                 f"--output {self.path}: the ending says no format; end it in one of "
                 f"{', '.join(f'.{name}' for name in REPORT_FORMATS)}, or pass --format."
             )
+
+    @property
+    def listing(self) -> Listing | None:
+        """What is written instead of a table, if anything."""
+        return None
 
     @property
     def state_file(self) -> Path | None:
@@ -176,144 +280,200 @@ class OutputConfig:
 
     @property
     def to_stdout(self) -> bool:
-        """Whether the report goes to standard output."""
+        """Whether the table goes to standard output."""
         return self.path == STANDARD_STREAM
 
     @property
+    def target(self) -> str:
+        """What people are told where the table is."""
+        return "standard output" if self.to_stdout else self.path
+
+    @property
     def resolved_format(self) -> ReportFormat:
-        """The format of the report."""
-        if self.report_format is not None:
-            return self.report_format
-        ending = Path(self.path).suffix.removeprefix(".")
-        return next((name for name in REPORT_FORMATS if name == ending), "parquet")
+        """The format of the table."""
+        wanted = self.format or Path(self.path).suffix.removeprefix(".")
+        return next((name for name in REPORT_FORMATS if name == wanted), "parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ResumeConfig:
-    """What becomes of unfinished runs.
+class SuspectsOutput(OutputConfig):
+    """Where suspects go."""
 
-    Attributes:
-        resume: whether to go on with one.
-        minutes: how often the state is kept inside an epoch; it is kept after each in any case.
-    """
-
-    resume: bool = False
-    minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not self.minutes > 0:
-            raise SettingsError(f"--checkpoint-minutes {self.minutes:g}: must be above 0.")
+    name: ClassVar[str] = "suspects"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ValueConfig:
-    """Settings of `chgval value`.
+class ManifestOutput(OutputConfig):
+    """Where a manifest goes, or a listing of what is kept."""
 
-    Attributes:
-        data, train, output, resume: see there.
-        mode: online takes the values from the training steps, exact from a pass of its own before each epoch,
-            none trains without valuing.
-        utility: the game whose Shapley values are computed.
-        per_class: whether every class is a coalition of its own.
-        pred_probs: file of the averaged probabilities.
-    """
+    name: ClassVar[str] = "subset"
 
-    data: DataConfig
+    format: Literal[ReportFormat, Listing] | None = option(  # type: ignore[assignment]
+        None, "Default: by the ending, or parquet.", OUTPUT_PANEL, affects_results=False
+    )
+
+    @property
+    def listing(self) -> Listing | None:
+        """What is written instead of a table, if anything."""
+        return next((name for name in LISTINGS if name == self.format), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeConfig(Settings):
+    """What becomes of unfinished runs; their state is kept after each epoch in any case."""
+
+    resume: bool = option(False, "Resume an unfinished run.", OUTPUT_PANEL, affects_results=False)
+    minutes: float = option(
+        10.0,
+        "Keep the state of a run so often inside an epoch; it is kept after each.",
+        OUTPUT_PANEL,
+        "--checkpoint-minutes",
+        above=0,
+        affects_results=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValueConfig(Settings):
+    """Settings of `chgval value`. Without an output nothing is written."""
+
+    output: OutputConfig | None = field(default_factory=OutputConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    mode: Literal["online", "exact", "none"] = "online"
-    utility: Literal["chg", "gradient", "hardness"] = "chg"
-    per_class: bool = False
-    pred_probs: Path | None = None
+    pred_probs: Path | None = option(
+        None,
+        "Write averaged probabilities of all classes, as .npy.",
+        VALUES_PANEL,
+        metavar="FILE",
+        affects_results=False,
+    )
+    mode: Literal["online", "exact"] = option(
+        "online",
+        "online: from the training steps, at no cost. exact: from a pass before each epoch.",
+        VALUES_PANEL,
+    )
+    utility: str = option(
+        "chg", "The game: loss x gradient, gradient, or loss.", VALUES_PANEL, plugins="valuation.games"
+    )
+    per_class: bool = option(False, "Value samples within their class.", VALUES_PANEL)
 
     def __post_init__(self) -> None:
         if self.pred_probs is not None and self.pred_probs.suffix != ".npy":
             raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
-        if self.pred_probs is not None and self.mode == "none":
-            raise SettingsError("--pred-probs: with --no-values there are none.")
-        if self.resume.resume and self.mode == "none":
-            raise SettingsError("--resume: with --no-values nothing is kept to go on with.")
 
     @property
     def outputs(self) -> list[Path]:
         """Files that the command writes."""
-        if self.mode == "none":
-            return []
         return _files(self.output, self.pred_probs)
 
     @property
     def state_file(self) -> Path | None:
         """Where the run keeps its state."""
-        return None if self.mode == "none" else self.output.state_file
+        return None if self.output is None else self.output.state_file
 
 
-# How files of a folder get into a new one.
-Link = Literal["copy", "hard", "sym"]
-
-Rule = Literal["auto", "chg", "gmm", "confident", "aum"]
-RULES: tuple[Rule, ...] = ("auto", "chg", "gmm", "confident", "aum")
+REPORT_OR_DATASET = "Values report, - for one on standard input, or a dataset, which is valued first."
+KEPT_VALUES = "Keep the values report of a dataset here."
+DATASET_OF_REPORT = "Where the dataset of a report is now. Default: where it was valued."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DetectConfig:
-    """Settings of `chgval detect-noise`.
+class DetectConfig(Settings):
+    """Settings of `chgval detect-noise`. Without an output nothing is written."""
 
-    Attributes:
-        value: how to value the input, if it is a dataset; its data.source is the input in any case.
-        values: where the values report is kept, if it is.
-        output: where the suspects go.
-        rule: what decides which samples are flagged, or the score from which on they are.
-        expected_noise: share of the samples to flag, instead of a rule.
-        score: whether samples are ranked by all signals of the run or by the CHG value alone.
-        duplicates: whether near-duplicates with other labels are looked for; needs a dataset.
-        all_rows: whether rows that are not flagged are written too.
-        top: most rows to write.
-        fail_over: estimated noise rate above which the command fails.
-        cleaned: where the dataset is written without its flagged rows.
-        relabel: probability of a suggested label from which on a flagged row is not left out of it, but gets
-            that label.
-        force: whether that is written even if most rows, or all of a class, are left out.
-        dataset: where the dataset of a report is; None takes where it was when it was valued.
-    """
-
-    value: ValueConfig
-    values: OutputConfig | None = None
-    output: OutputConfig = field(default_factory=lambda: OutputConfig(name="suspects"))
-    rule: Rule | float = "auto"
-    expected_noise: float | None = None
-    score: Literal["all", "chg"] = "all"
-    duplicates: bool = False
-    all_rows: bool = False
-    top: int | None = None
-    fail_over: float | None = None
-    cleaned: Path | None = None
-    relabel: float | None = None
-    force: bool = False
-    dataset: str | None = None
+    source: str = argument("INPUT", REPORT_OR_DATASET)
+    output: SuspectsOutput | None = field(default_factory=SuspectsOutput)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    threshold: str = option(
+        "auto",
+        "What to flag: auto; samples from a noise score on; or another rule: confident (confident learning), "
+        "gmm (mixture of losses), chg (two-means of values), aum (threshold samples; trains a dataset twice "
+        "more).",
+        DETECTION_PANEL,
+        metavar="RULE|SCORE",
+    )
+    expected_noise: float | None = option(
+        None, "Flag this share of the samples instead.", DETECTION_PANEL, least=0, most=1
+    )
+    score: Literal["all", "chg"] = option(
+        "all", "Rank by all signals, or by the CHG value alone.", DETECTION_PANEL
+    )
+    duplicates: bool = option(
+        False, "Also list near-duplicates with other labels; needs a dataset of images.", DETECTION_PANEL
+    )
+    fail_over: float | None = option(
+        None,
+        "Exit with 3 if more of the labels are estimated to be wrong.",
+        DETECTION_PANEL,
+        least=0,
+        most=1,
+        affects_results=False,
+    )
+    all_rows: bool = option(False, "Write every row, not only flagged ones.", ROWS_PANEL, "--all")
+    top: int | None = option(None, "Write at most so many rows.", ROWS_PANEL, least=1)
+    values: Path | None = option(None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False)
+    cleaned: Path | None = option(
+        None,
+        "Write the dataset without the flagged rows: to a new folder, or one .parquet file.",
+        DATASET_PANEL,
+        metavar="DIR|FILE",
+        affects_results=False,
+    )
+    relabel: float | None = option(
+        None,
+        "Keep flagged rows in it under their suggested label if that is right with this probability.",
+        DATASET_PANEL,
+        least=0,
+        most=1,
+    )
+    force: bool = option(
+        False,
+        "Write it even if it loses over half of its rows, or a whole class.",
+        DATASET_PANEL,
+        affects_results=False,
+    )
+    dataset: str | None = option(
+        None, DATASET_OF_REPORT, DATASET_PANEL, metavar="DATA", affects_results=False
+    )
 
     def __post_init__(self) -> None:
-        _check_at_least("--top", self.top, 1)
-        for option, share in (
-            ("--expected-noise", self.expected_noise),
-            ("--fail-over", self.fail_over),
-            ("--relabel", self.relabel),
-        ):
-            if share is not None and not 0 <= share <= 1:
-                raise SettingsError(f"{option} {share:g}: must be a share from 0 to 1.")
-        if self.relabel is not None and self.cleaned is None:
-            raise SettingsError("--relabel: changes what --cleaned writes; pass that too.")
-        if self.force and self.cleaned is None:
-            raise SettingsError("--force: is about what --cleaned writes; pass that too.")
-        if self.dataset is not None and self.cleaned is None:
-            raise SettingsError(
-                "--dataset: says where the dataset is that --cleaned writes anew; pass that too."
-            )
-        if isinstance(self.rule, float) and not 0 <= self.rule <= 1:
-            raise SettingsError(f"--threshold {self.rule:g}: scores lie between 0 and 1.")
-        if self.expected_noise is not None and self.rule != "auto":
+        Settings.__post_init__(self)
+        for name in ("relabel", "force", "dataset"):
+            if getattr(self, name) and self.cleaned is None:
+                raise SettingsError(f"--{name}: is about what --cleaned writes; pass that too.")
+        self.rule  # noqa: B018 (to name a mistake at once)
+        if self.expected_noise is not None and self.threshold != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
-        _check_one_stream({"--output": self.output, "--values": self.values})
+        _check_one_stream({"--output": self.output, "--values": self.values_output})
+
+    @property
+    def rule(self) -> str | float:
+        """The rule that flags, or the score from which on samples are flagged."""
+        rules = names_in("detection.rules")
+        if self.threshold in rules:
+            return self.threshold
+        try:
+            score = float(self.threshold)
+        except ValueError as error:
+            raise SettingsError(
+                f"--threshold {self.threshold}: expected {', '.join(rules)}, or a score from 0 to 1."
+            ) from error
+        if not 0 <= score <= 1:
+            raise SettingsError(f"--threshold {score:g}: scores lie between 0 and 1.")
+        return score
+
+    @property
+    def value(self) -> ValueConfig:
+        """How the input is valued, if it is a dataset."""
+        return _valuing(self)
+
+    @property
+    def values_output(self) -> OutputConfig | None:
+        """Where the values report of a dataset is kept, if it is."""
+        return _values_output(self)
 
     @property
     def outputs(self) -> list[Path]:
@@ -323,90 +483,125 @@ class DetectConfig:
     @property
     def state_file(self) -> Path | None:
         """Where the runs behind it keep their state, if the input is a dataset."""
-        return _state_file(self.values, self.output)
+        return _state_file(self.values_output, self.output)
+
+    @property
+    def tables(self) -> list[OutputConfig]:
+        """Tables that the command writes, besides the values report."""
+        return [] if self.output is None else [self.output]
+
+    @property
+    def target(self) -> Path | None:
+        """Where the dataset is written anew, if it is."""
+        return self.cleaned
+
+    @property
+    def also_read(self) -> str:
+        """What is read besides the input."""
+        return ""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether outputs may be replaced."""
+        return self.output is not None and self.output.overwrite
 
     @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the cleaned dataset."""
-        return _files(self.value.data.source, self.output, self.values, _epochs_of(self.values))
-
-
-# What samples can be ranked by, besides at random: figures of the values report.
-RANKED_BY = (
-    *("value", "value_std", "loss_mean", "margin_mean", "el2n_mean", "label_probability_mean"),
-    *("forgetting_events", "predicted_probability", "noise_score", "random"),
-)
+        return _files(self.source, self.output, self.values, _epochs_of(self.values_output))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectConfig:
-    """Settings of `chgval select`.
+class SelectConfig(Settings):
+    """Settings of `chgval select`; train.seed draws random choices. Without an output nothing is written."""
 
-    Attributes:
-        value: how to value the input, if it is a dataset; its data.source is the input in any case, and its
-            train.seed that of random choices.
-        values: where the values report is kept, if it is.
-        output: where the manifest goes.
-        end_with_null: whether names in a listing end with a NUL byte instead of a line's end.
-        fraction: of all rows, which is kept.
-        count: of rows that are kept.
-        min_value: the figure from which on rows are kept.
-        per_class: whether every class is ranked by itself and keeps its share.
-        by: the figure that rows are ranked by.
-        lowest: whether the lowest are kept instead of the highest.
-        drop: suspects whose flagged rows are left out before.
-        with_random: where a random manifest of the same class counts goes.
-        weights: whether kept rows weigh by their figure (else 1).
-        materialize: folder, or Parquet file, that the kept rows of the dataset are written to.
-        link: how files of a folder get there; None copies.
-        dataset: where the dataset of a report is; None takes where it was when it was valued.
-    """
-
-    value: ValueConfig
-    values: OutputConfig | None = None
-    output: OutputConfig = field(default_factory=lambda: OutputConfig(name="subset"))
-    end_with_null: bool = False
-    fraction: float | None = None
-    count: int | None = None
-    min_value: float | None = None
-    per_class: bool = True
-    by: str = "value"
-    lowest: bool = False
-    drop: str | None = None
-    with_random: OutputConfig | None = None
-    weights: bool = False
-    materialize: Path | None = None
-    link: Link | None = None
-    dataset: str | None = None
+    source: str = argument("INPUT", REPORT_OR_DATASET)
+    output: ManifestOutput | None = field(default_factory=ManifestOutput)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    fraction: float | None = option(None, "Share of ALL rows to keep.", SELECTION_PANEL, above=0, most=1)
+    count: int | None = option(None, "Rows to keep.", SELECTION_PANEL, least=1)
+    min_value: float | None = option(
+        None, "Keep rows of at least this value (with --lowest, at most).", SELECTION_PANEL
+    )
+    per_class: bool = option(
+        True,
+        "Keep the same share of every class, or rank all rows against each other.",
+        SELECTION_PANEL,
+        "--per-class/--global",
+    )
+    by: str = option(
+        "value", "Column of the report to rank by, or random.", SELECTION_PANEL, metavar="COLUMN"
+    )
+    lowest: bool = option(False, "Keep the lowest, not the highest.", SELECTION_PANEL)
+    drop: str | None = option(
+        None,
+        "Leave out what detect-noise flagged in this table, or - for standard input.",
+        SELECTION_PANEL,
+        metavar="SUSPECTS",
+        affects_results=False,
+    )
+    weights: bool = option(
+        False, "Weigh kept rows from 0 (lowest) to 1 (highest), not all by 1.", SELECTION_PANEL
+    )
+    with_random: Path | None = option(
+        None,
+        "Also write a random manifest with as many rows of each class.",
+        SELECTION_PANEL,
+        metavar="FILE",
+        affects_results=False,
+    )
+    values: Path | None = option(None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False)
+    materialize: Path | None = option(
+        None,
+        "Write the kept rows as a dataset: to a new folder, or one .parquet file.",
+        DATASET_PANEL,
+        metavar="DIR|FILE",
+        affects_results=False,
+    )
+    link: Link | None = option(None, "How images of a folder get there. Default: copy.", DATASET_PANEL)
+    dataset: str | None = option(
+        None, DATASET_OF_REPORT, DATASET_PANEL, metavar="DATA", affects_results=False
+    )
+    end_with_null: bool = option(
+        False, "End paths or indices with NUL, as xargs -0 takes them.", SELECTION_PANEL, "-0"
+    )
 
     def __post_init__(self) -> None:
+        Settings.__post_init__(self)
         given = [name for name in ("fraction", "count", "min_value") if getattr(self, name) is not None]
         if len(given) != 1:
             raise SettingsError(
                 "how much to keep: pass --fraction (the share of all rows to keep), --count or --min-value."
             )
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise SettingsError(
-                f"--fraction {self.fraction:g}: is the share of all rows that is kept, above 0 and at most 1."
-            )
-        _check_at_least("--count", self.count, 1)
-        if self.by not in RANKED_BY:
-            raise SettingsError(f"--by {self.by}: expected one of {', '.join(RANKED_BY)}.")
         if self.by == "random" and self.min_value is not None:
             raise SettingsError("--min-value: random ranks have no values; pass --fraction or --count.")
-        if self.drop == STANDARD_STREAM and self.value.data.source == STANDARD_STREAM:
+        if self.drop == STANDARD_STREAM and self.source == STANDARD_STREAM:
             raise SettingsError("--drop -: standard input is the values report already; name a file.")
-        if self.end_with_null and self.output.listing is None:
+        if self.end_with_null and (self.output is None or self.output.listing is None):
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
-        if self.link is not None and self.materialize is None:
-            raise SettingsError("--link: says how --materialize places files; pass that too.")
-        if self.dataset is not None and self.materialize is None:
-            raise SettingsError(
-                "--dataset: says where the dataset is that --materialize writes anew; pass that too."
-            )
+        for name in ("link", "dataset"):
+            if getattr(self, name) is not None and self.materialize is None:
+                raise SettingsError(f"--{name}: is about what --materialize writes; pass that too.")
         _check_one_stream(
-            {"--output": self.output, "--values": self.values, "--with-random": self.with_random}
+            {"--output": self.output, "--values": self.values_output, "--with-random": self.random_output}
         )
+
+    @property
+    def value(self) -> ValueConfig:
+        """How the input is valued, if it is a dataset."""
+        return _valuing(self)
+
+    @property
+    def values_output(self) -> OutputConfig | None:
+        """Where the values report of a dataset is kept, if it is."""
+        return _values_output(self)
+
+    @property
+    def random_output(self) -> OutputConfig | None:
+        """Where the random manifest goes, if there shall be one."""
+        return _second_output(self.with_random, self.output)
 
     @property
     def outputs(self) -> list[Path]:
@@ -416,77 +611,105 @@ class SelectConfig:
     @property
     def state_file(self) -> Path | None:
         """Where the run behind it keeps its state, if the input is a dataset."""
-        return _state_file(self.values, self.output)
+        return _state_file(self.values_output, self.output)
+
+    @property
+    def tables(self) -> list[OutputConfig]:
+        """Tables that the command writes, besides the values report."""
+        return [output for output in (self.output, self.random_output) if output is not None]
+
+    @property
+    def target(self) -> Path | None:
+        """Where the dataset is written anew, if it is."""
+        return self.materialize
+
+    @property
+    def also_read(self) -> str:
+        """What is read besides the input."""
+        return self.drop or ""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether outputs may be replaced."""
+        return self.output is not None and self.output.overwrite
 
     @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the pruned dataset."""
         tables = (self.output, self.values, self.with_random)
-        return _files(self.value.data.source, *tables, self.drop, _epochs_of(self.values))
-
-
-Strategy = Literal[
-    "full", "random", "adaptive-random", "glister", "gradmatch", "chg", "hardness", "gradient", "el2n",
-    "infobatch", "auto",
-]  # fmt: skip
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+        return _files(self.source, *tables, self.drop, _epochs_of(self.values_output))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """Settings of `chgval train`.
-
-    Attributes:
-        data, train, resume: see there.
-        folder: where the model and what is known of its training go.
-        overwrite: whether files of an earlier training there may be replaced.
-        subset: a manifest of what to train on, with its weights.
-        strategy: what chooses the samples to train on, while training.
-        fraction: of the samples, that is trained on in an epoch.
-        select_every: epochs from one choice to the next; None chooses by their number.
-        test: dataset that the model is tested on.
-        holdout: share of the samples that is not trained on, but tested on (if there is no test dataset).
-        test_every: epochs from one test to the next; the last epoch is tested in any case.
-        target_accuracy: on the test, at which training stops.
-    """
+class TrainingConfig(Settings):
+    """Settings of `chgval train`."""
 
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    folder: Path = Path("trained")
-    overwrite: bool = False
-    subset: str | None = None
-    strategy: Strategy = "full"
-    fraction: float | None = None
-    select_every: int | None = None
-    test: str | None = None
-    holdout: float | None = None
-    test_every: int = 1
-    target_accuracy: float | None = None
+    folder: Path = option(
+        Path("trained"),
+        "Folder for the model, its settings and metrics.",
+        OUTPUT_PANEL,
+        "--output",
+        "-o",
+        metavar="DIR",
+        affects_results=False,
+    )
+    overwrite: bool = option(False, "Replace an earlier training there.", OUTPUT_PANEL, affects_results=False)
+    subset: str | None = option(
+        None,
+        "Train on what select kept, with its weights.",
+        SELECTION_PANEL,
+        metavar="MANIFEST",
+        affects_results=False,
+    )
+    fraction: float | None = option(
+        None, "Share of the samples to train on at a time.", SELECTION_PANEL, above=0, most=1
+    )
+    strategy: str | None = option(
+        None,
+        "What chooses them: {strategies}. Default: auto with --fraction, else full.",
+        SELECTION_PANEL,
+        metavar="NAME",
+    )
+    select_every: int | None = option(
+        None, "Epochs from one choice to the next. Default: a fifteenth of all.", SELECTION_PANEL, least=1
+    )
+    test: str | None = option(None, "Dataset to test on.", TEST_PANEL, metavar="DATA", affects_results=False)
+    holdout: float | None = option(
+        None,
+        "Share of the samples that is not trained on; it is tested on, unless --test is given.",
+        TEST_PANEL,
+        above=0,
+        below=1,
+    )
+    test_every: int = option(1, "Epochs from one test to the next.", TEST_PANEL, least=1)
+    target_accuracy: float | None = option(
+        None, "Stop when the test reaches it.", TEST_PANEL, above=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        _check_at_least("--select-every", self.select_every, 1)
-        _check_at_least("--test-every", self.test_every, 1)
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise SettingsError(
-                f"--fraction {self.fraction:g}: is the share that is trained on, above 0 and at most 1."
-            )
-        if self.holdout is not None and not 0 < self.holdout < 1:
-            raise SettingsError(f"--holdout {self.holdout:g}: is a share between 0 and 1, both excluded.")
-        if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
-            raise SettingsError(f"--target-accuracy {self.target_accuracy:g}: is a share, such as 0.9.")
-        if self.strategy == "full" and (self.fraction, self.select_every) != (None, None):
+        Settings.__post_init__(self)
+        if self.strategy is None:
+            object.__setattr__(self, "strategy", FULL if self.fraction is None else "auto")
+        if self.strategy not in strategies():
+            raise SettingsError(f"--strategy {self.strategy}: expected one of {', '.join(strategies())}.")
+        if not self.chooses and (self.fraction, self.select_every) != (None, None):
             raise SettingsError(
                 "--fraction, --select-every: full training has none; pass another --strategy."
             )
-        if self.strategy != "full" and self.fraction is None:
+        if self.chooses and self.fraction is None:
             raise SettingsError(f"--strategy {self.strategy}: pass the --fraction to train on, such as 0.3.")
-        if self.subset is not None and self.strategy != "full":
+        if self.subset is not None and self.chooses:
             raise SettingsError("--subset: says what to train on; leave out --fraction and --strategy.")
-        if self.strategy == "glister" and self.holdout is None:
-            raise SettingsError("--strategy glister: compares with held-out samples; pass --holdout 0.1.")
         if self.target_accuracy is not None and self.test is None and self.holdout is None:
             raise SettingsError("--target-accuracy: is reached on a test; pass --test or --holdout.")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a strategy chooses what is trained on."""
+        return self.strategy != FULL
 
     @property
     def outputs(self) -> list[Path]:
@@ -497,6 +720,32 @@ class TrainingConfig:
     def state_file(self) -> Path:
         """Where the run keeps its state."""
         return self.folder / TRAINING_STATE_FILE
+
+
+# Training on everything: no strategy chooses.
+FULL = "full"
+
+
+def strategies() -> tuple[str, ...]:
+    """Return the names of what can choose the samples to train on."""
+    return (FULL, *names_in("training.strategies"))
+
+
+def _valuing(config: DetectConfig | SelectConfig) -> ValueConfig:
+    return ValueConfig(
+        data=dataclasses.replace(config.data, source=config.source),
+        train=config.train,
+        resume=config.resume,
+        output=config.values_output,
+    )
+
+
+def _values_output(config: DetectConfig | SelectConfig) -> OutputConfig | None:
+    return _second_output(config.values, config.output)
+
+
+def _second_output(path: Path | None, first: OutputConfig | None) -> OutputConfig | None:
+    return None if path is None else OutputConfig(path=str(path), overwrite=bool(first and first.overwrite))
 
 
 def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
@@ -515,13 +764,8 @@ def _state_file(*outputs: OutputConfig | None) -> Path | None:
 
 
 def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:
-    to_stdout = [option for option, output in outputs.items() if output is not None and output.to_stdout]
+    to_stdout = [name for name, output in outputs.items() if output is not None and output.to_stdout]
     if len(to_stdout) > 1:
         raise SettingsError(
             f"{', '.join(to_stdout)}: only one output can go to standard output; name files for the others."
         )
-
-
-def _check_at_least(option: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise SettingsError(f"{option} {value}: must be {least} or more.")

@@ -14,6 +14,15 @@ from typing import BinaryIO
 
 from chgval.errors import OutputError
 
+# Key of the schema metadata that a report carries, and by which a report among data is known.
+METADATA_KEY = b"chgval"
+# What files end in that hold the state of unfinished runs.
+STATE_ENDING = ".checkpoint"
+# What folders end in that hold the values of each epoch.
+EPOCHS_ENDING = ".epochs"
+# What is in the folder of a training from its start, and holds its state while it is unfinished.
+TRAINING_FILE, TRAINING_STATE_FILE = "training.json", f"training{STATE_ENDING}"
+
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
@@ -60,8 +69,8 @@ def check_apart(path: Path, others: Iterable[Path]) -> None:
 
 
 @contextmanager
-def claimed(*paths: Path) -> Iterator[None]:
-    """Hold outputs for this process, so that no other run of chgval writes them meanwhile.
+def locked(*outputs: Path | None) -> Iterator[None]:
+    """Hold outputs for this process, so that no other run of chgval writes them meanwhile; None is no output.
 
     The locks are files beside them, gone with the last of their holders; one that a killed run left behind
     holds nothing.
@@ -71,6 +80,7 @@ def claimed(*paths: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # as long as all else that --help imports
 
+    paths = [path for path in outputs if path is not None]
     places = [Path(os.path.realpath(path.parent), path.name) for path in paths]
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chgval.accumulate import Utility, ValueAccumulator
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
 from chgval.data.loader import Batch
-from chgval.models import CIFARResNet, InputShape, SplitModel, build_model
-from chgval.records import EpochRecord
-from chgval.runs.value import make_trainer, prepare, read_dataset
-from chgval.shapley import Factors, chg_values, coalition_sums, hardness_values
-from chgval.training import observe
+from chgval.runs.session import make_valuing, prepare, read_dataset
+from chgval.training.loop import compute_gradients, observe
+from chgval.training.models import CIFARResNet, InputShape, SplitModel, build_model
+from chgval.training.optimizers import NesterovSGD
+from chgval.training.recipe import Recipe
+from chgval.training.records import EpochRecord
+from chgval.valuation.accumulator import ValueAccumulator
+from chgval.valuation.closed_form import Factors, chg_values, coalition_sums, hardness_values
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -43,7 +44,7 @@ def test_a_mix_of_devices_raises():
 def test_accumulator_takes_a_step_in_without_leaving_the_device():
     with FakeTensorMode():
         labels_N = torch.zeros(5000, dtype=torch.int64, device="cuda")
-        accumulator = ValueAccumulator(labels_N, 5, 7, utility=Utility.CHG)
+        accumulator = ValueAccumulator(labels_N, 5, 7, utility="chg")
         accumulator.update(
             torch.arange(100, device="cuda"),
             torch.randn(100, 5, device="cuda", dtype=torch.bfloat16),
@@ -84,23 +85,29 @@ def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
             observe(model, FakeLoader("cpu"), accumulator.update)
 
 
+def recipe_of_step():
+    return Recipe(
+        epochs=1, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine", augment="none"
+    )
+
+
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18"])
 def test_a_training_step_runs_on_the_meta_device(arch):
-    """The operations of one step of `Trainer`, on shapes alone."""
+    """On shapes alone: the step of the trainer itself."""
     model = build_model(arch, 10, InputShape(32), torch.Generator().manual_seed(0))
     model = model.to("meta", memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    optimizer = NesterovSGD(model.parameters(), recipe_of_step())
     accumulator = ValueAccumulator(
         torch.zeros(64, dtype=torch.int64, device="meta"), 10, model.head.in_features
     )
     images = torch.empty(64, 3, 32, 32, device="meta", dtype=torch.uint8)
     labels_B = torch.zeros(64, dtype=torch.int64, device="meta")
     inputs = images.to(torch.float32, memory_format=torch.channels_last)
-    logits_BC, features_BD = model(inputs)
-    loss = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none").mean()
-    loss.backward()
-    optimizer.step()
-    accumulator.update(torch.arange(64, device="meta"), logits_BC, features_BD)
+    batch = Batch(torch.arange(64, device="meta"), inputs, labels_B)
+    loss, losses_B, logits_BC, features_BD = compute_gradients(model, batch)
+    optimizer.step(0.1)
+    accumulator.update(batch.indices_B, logits_BC, features_BD)
+    assert loss.shape == () and losses_B.shape == (64,)
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
     assert features_BD.shape == (64, model.head.in_features)
 
@@ -111,13 +118,10 @@ def run_epochs(source, device, **settings):
         train=TrainConfig(arch="resnet8", epochs=2, device=device, augment="none", batch_size=16),
         **settings,
     )
-    run = prepare(config, read_dataset(config, Console(quiet=True)))
-    signals = [
-        record.signals
-        for record in make_trainer(run, separate_pass=config.mode == "exact").records()
-        if isinstance(record, EpochRecord)
-    ]
-    return run, signals
+    run = prepare(config.data, config.train, read_dataset(config.data, config.train))
+    accumulator, _, trainer = make_valuing(run, config)
+    signals = [record.signals for record in trainer.records() if isinstance(record, EpochRecord)]
+    return accumulator, signals
 
 
 @pytest.mark.cuda
@@ -125,8 +129,8 @@ def run_epochs(source, device, **settings):
 @pytest.mark.parametrize("mode", ["online", "exact"])
 def test_values_on_cuda_are_close_to_those_on_the_cpu(image_folder, mode):
     _, on_cpu = run_epochs(image_folder, "cpu", mode=mode)
-    run, on_cuda = run_epochs(image_folder, "cuda", mode=mode)
-    assert run.accumulator.labels_N.device.type == "cuda"
+    accumulator, on_cuda = run_epochs(image_folder, "cuda", mode=mode)
+    assert accumulator.labels_N.device.type == "cuda"
     # The first epoch starts from the same weights; bfloat16 keeps three digits.
     scale = np.abs(on_cpu[0].value_N).max()
     np.testing.assert_allclose(on_cuda[0].value_N, on_cpu[0].value_N, atol=0.05 * scale)
@@ -140,8 +144,8 @@ def test_no_step_waits_for_the_device(image_folder):
         data=DataConfig(source=str(image_folder)),
         train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
     )
-    run = prepare(config, read_dataset(config, Console(quiet=True)))
-    trainer = make_trainer(run)
+    run = prepare(config.data, config.train, read_dataset(config.data, config.train))
+    trainer = make_valuing(run, config)[2]
 
     def is_stopped():
         """From the second to the eighth of ten steps, an operation that waits is an error."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from chgval.records import Annotations, IntArray
+from chgval.detection.signals import Annotations
+from chgval.types import IntArray
 
 
 def majority(annotations: Annotations) -> IntArray:

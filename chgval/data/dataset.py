@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from chgval.data.decode import Pixels
 from chgval.data.pixel_file import PixelFile
+from chgval.detection.signals import Annotations
 from chgval.errors import DataError
-from chgval.records import Annotations, IntArray, State
+from chgval.types import IntArray, State
 
 
 class EncodedImages(Protocol):

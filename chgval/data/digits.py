@@ -9,7 +9,7 @@ import numpy as np
 
 from chgval.data.dataset import Dataset, PixelImages, fingerprint
 from chgval.errors import DataError
-from chgval.records import IntArray
+from chgval.types import IntArray
 
 FLIPPED_SHARE = 0.1
 # The flips belong to the dataset, not to the run: every --seed values the same labels.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chgval.config import EPOCHS_ENDING, TRAINING_FILE, TRAINING_STATE_FILE, DataConfig
+from chgval.config import DataConfig
 from chgval.data.dataset import Dataset, digest, fingerprint
 from chgval.data.decode import UnreadableImageError
 from chgval.data.images import (
@@ -25,8 +25,8 @@ from chgval.data.images import (
     read_image_file,
 )
 from chgval.errors import DataError
-from chgval.files import part_of
-from chgval.records import IntArray
+from chgval.files import EPOCHS_ENDING, TRAINING_FILE, TRAINING_STATE_FILE, part_of
+from chgval.types import IntArray
 
 # Of each end of a file.
 DIGESTED_BYTES = 4096

@@ -20,7 +20,7 @@ from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side, usable_cores
 from chgval.data.pixel_file import PixelFile, spooling
 from chgval.errors import DataError
-from chgval.records import IntArray
+from chgval.types import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
 LARGEST_KEPT_SIZE = 64

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from chgval.config import METADATA_KEY, DataConfig
+from chgval.config import DataConfig
 from chgval.data.annotations import majority
 from chgval.data.columns import (
     check_column,
@@ -52,8 +52,10 @@ from chgval.data.images import (
     leads_into,
     read_image_file,
 )
+from chgval.detection.signals import Annotations
 from chgval.errors import DataError, first_line
-from chgval.records import Annotations, IntArray
+from chgval.files import METADATA_KEY
+from chgval.types import IntArray
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads

@@ -13,7 +13,7 @@ import numpy as np
 
 from chgval.data.decode import Pixels
 from chgval.errors import OutputError
-from chgval.records import IntArray
+from chgval.types import IntArray
 
 
 class PixelFile:

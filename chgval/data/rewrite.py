@@ -54,8 +54,8 @@ from chgval.files import (
     replacing,
     sync,
 )
-from chgval.records import IntArray
 from chgval.spreadsheets import with_marks
+from chgval.types import IntArray
 
 # Readers take a row group whole, and Hugging Face's own writer keeps files below half a gigabyte.
 ROW_GROUP_BYTES = 32 * 2**20

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chgval.detection.settings import SETTINGS
-from chgval.records import FloatArray, IntArray
+from chgval.types import FloatArray, IntArray
 
 Floats = NDArray[np.float32]
 # Where a count or a probability would be 0.

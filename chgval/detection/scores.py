@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chgval.detection.calibration import calibrated_by, confident_labels
 from chgval.detection.evidence import LeftOutGaussians, best_scale, judged_rows, rows_of_every_class
 from chgval.detection.noise_model import Floats, Given, NoiseModel, fit_noise_model, num_odds
-from chgval.detection.rules import calibrated_by, confident_labels
 from chgval.detection.settings import SETTINGS
-from chgval.records import Annotations, Consensus, FloatArray, IntArray, NoiseSignals
+from chgval.detection.signals import Annotations, Consensus, NoiseSignals
+from chgval.types import FloatArray, IntArray
 
 # Rows times classes worked on at a time.
 CHUNK_ENTRIES = 1_000_000

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from chgval.detection.settings import SETTINGS
-from chgval.records import Annotations, IntArray, NoiseSignals
+from chgval.detection.signals import Annotations, NoiseSignals
+from chgval.types import IntArray
 
 SHOWN_CLASSES = 5
 

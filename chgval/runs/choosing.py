@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chgval.config import TrainingConfig
+from chgval.config import FULL, TrainingConfig
 from chgval.data.loader import Loader
-from chgval.evaluation import predict
-from chgval.models import SplitModel
-from chgval.records import IntArray, State
-from chgval.runs.value import Run
-from chgval.strategies import REGISTRY, Pass, Question, Strategy
-from chgval.training import Subset, WeightAverage, schedule_factor
+from chgval.runs.session import Run
+from chgval.training.evaluation import predict
+from chgval.training.loop import Subset, WeightAverage, schedule_factor
+from chgval.training.models import SplitModel
+from chgval.training.strategies import REGISTRY, Pass, Question, Strategy
+from chgval.types import IntArray, State
 
 # Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
 NUM_CHOICES = 15
@@ -24,8 +24,8 @@ AVERAGED_WHILE_CHOOSING = 1 / 25
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
-    """Samples that the model is not trained on.
+class Holdout:
+    """Samples that the model is not trained on, but tested on or compared with.
 
     Attributes:
         loader: of them.
@@ -52,14 +52,14 @@ class Chooser:
     """
 
     def __init__(
-        self, run: Run, config: TrainingConfig, held: Test | None = None, fixed: Subset | None = None
+        self, run: Run, config: TrainingConfig, held: Holdout | None = None, fixed: Subset | None = None
     ) -> None:
         self._run = run
         self._held = held
         self._rows = run.dataset.usable_rows()
         self._fraction = config.fraction or 1
         self._memory: dict[str, Tensor] = {}
-        self._strategy = None if config.strategy == "full" else REGISTRY[config.strategy]
+        self._strategy = REGISTRY.get(config.strategy or FULL)
         self._every = select_every(config, run.recipe.epochs)
         self.average = None
         if self._strategy is not None and self._strategy.averages_weights:
@@ -80,7 +80,7 @@ class Chooser:
         return self.subset if epoch == self._asked else None
 
     def state_dict(self) -> State:
-        """Return what another chooser of the same run needs to go on."""
+        """Return what another chooser of the same run needs to resume."""
         subset = self.subset if self._strategy is not None else None
         return {
             "rows": torch.from_numpy(self._rows),
@@ -90,7 +90,7 @@ class Chooser:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of another chooser of the same run."""
+        """Resume from the state of another chooser of the same run."""
         self._rows, self._memory, self._asked = state["rows"].numpy(), state["memory"], state["asked"]
         if state["subset"] is not None:
             weights_N = state["subset"]["weights"]

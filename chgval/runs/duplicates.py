@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.errors import SettingsError
-from chgval.records import IntArray
-from chgval.runs.value import Run
+from chgval.runs.session import Run
+from chgval.training.models import SplitModel
+from chgval.types import IntArray
 
 # Neighbours of either kind that are looked at closely.
 NUM_CANDIDATES = 5
@@ -34,7 +35,7 @@ def check_images(dataset: Dataset) -> None:
         )
 
 
-def find_duplicates(run: Run) -> IntArray:
+def find_duplicates(run: Run, model: SplitModel) -> IntArray:
     """Return, for every row, the row of its nearest near-duplicate with another label; -1 for none.
 
     Candidates are the nearest neighbours of other labels by last-layer inputs (of the averaged weights), and
@@ -42,8 +43,9 @@ def find_duplicates(run: Run) -> IntArray:
 
     Args:
         run: a run that has been trained, on images that `check_images` lets pass.
+        model: with the average of its weights.
     """
-    rows, features_ND, thumbnails_NHW = _describe(run)
+    rows, features_ND, thumbnails_NHW = _describe(run, model)
     labels_N = run.dataset.labels_N[rows]
     symmetric_NHW = thumbnails_NHW + thumbnails_NHW.flip(2)
     layouts_NP = functional.adaptive_avg_pool2d(symmetric_NHW, LAYOUT_SIZE).flatten(1)
@@ -80,12 +82,10 @@ def _nearest_of_other_labels(points_NK: NDArray[np.float32], labels_N: IntArray)
     return nearest_NK
 
 
-def _describe(run: Run) -> tuple[IntArray, Tensor, Tensor]:
+def _describe(run: Run, model: SplitModel) -> tuple[IntArray, Tensor, Tensor]:
     """Return the rows that can be read, last-layer inputs plus those of the mirror image, and thumbnails."""
-    if run.average is None:
-        raise ValueError("duplicates are found by the averaged weights, which this run has none of")
     rows, features, thumbnails = [], [], []
-    model = run.average.model.eval()
+    model.eval()
     with torch.inference_mode():
         for batch in run.loader.plain_batches():
             inputs_B = batch.inputs_B

@@ -1,4 +1,4 @@
-"""Datasets written anew from what a report says of their rows, for the commands that do so."""
+"""Write a dataset anew from what a report says of its rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from chgval import progress
 from chgval.config import DataConfig, Link
-from chgval.console import Console
 from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
 from chgval.errors import DataError
-from chgval.records import IntArray
-from chgval.reports import dataset_of, report_name
+from chgval.reports.files import dataset_of, report_name
+from chgval.types import IntArray
 
 
 def dataset_behind(
@@ -70,12 +70,11 @@ def rewrite_rows(
     metadata: dict[str, Any],
     kept_N: NDArray[np.bool_],
     target: Path,
-    console: Console,
     *,
     new_labels_N: IntArray | None = None,
     link: Link = "copy",
 ) -> int:
-    """Write the kept rows of a dataset anew, tell what a person should know, and return how many there are.
+    """Write the kept rows of a dataset anew, say what a person should know, and return how many there are.
 
     Args:
         data: the dataset.
@@ -83,7 +82,6 @@ def rewrite_rows(
         metadata: of the report.
         kept_N: which rows to write.
         target: where to.
-        console: where to tell about vanished classes and unreadable files.
         new_labels_N: the class that a row gets, -1 for its own.
         link: how files of a folder get there.
     Raises:
@@ -92,11 +90,11 @@ def rewrite_rows(
     changes = Changes(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
     written = rewrite(data, _known(report, metadata), changes, target, link)
     for note in written.notes:
-        console.say(f"note: {note}")
+        progress.say(f"note: {note}")
     for name in written.vanished:
-        console.warn(f"class '{name}' has no rows any more")
+        progress.warn(f"class '{name}' has no rows any more")
     if written.unreadable:
-        console.warn(
+        progress.warn(
             f"{len(written.unreadable):,} files could not be read, and are left out (the first, "
             f"{written.unreadable[0]})"
         )

@@ -8,13 +8,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from chgval import progress
 from chgval.config import ValueConfig
-from chgval.console import Console
 from chgval.data.dataset import Dataset
 from chgval.errors import DataError
-from chgval.records import FloatArray, IntArray
-from chgval.runs.checkpoint import Checkpoint, Unfinished
-from chgval.runs.value import make_trainer, metadata_of, prepared, train_to_end
+from chgval.runs.checkpoint import Checkpoint, HasState
+from chgval.runs.session import make_valuing, metadata_of, prepared, train_to_end
+from chgval.runs.unfinished import LATER_RUNS, Unfinished
+from chgval.types import FloatArray, IntArray
 
 # A label is flagged if its margin is no higher than that of most threshold samples (the paper's percentile).
 PERCENTILE = 99
@@ -50,8 +51,9 @@ def threshold_flags(
         DataError: none of the threshold samples can be read.
     """
     first_rows, second_rows = threshold_sets(dataset.usable_rows(), dataset.num_classes, seed)
-    first_N = margins_of("threshold-1", _marked(dataset, first_rows))
-    second_N = margins_of("threshold-2", _marked(dataset, second_rows))
+    first_name, second_name = LATER_RUNS
+    first_N = margins_of(first_name, _marked(dataset, first_rows))
+    second_N = margins_of(second_name, _marked(dataset, second_rows))
     flagged_N = below_threshold(first_N, first_rows)
     flagged_N[first_rows] = below_threshold(second_N, second_rows)[first_rows]
     return flagged_N
@@ -61,10 +63,7 @@ def run_margins(
     name: str,
     dataset: Dataset,
     config: ValueConfig,
-    console: Console,
     unfinished: Unfinished,
-    *,
-    command: str,
 ) -> FloatArray:
     """Train on a dataset that has threshold samples, and return the averaged margin of every row.
 
@@ -72,19 +71,15 @@ def run_margins(
         name: of the run, among those of the command.
         dataset: the samples.
         config: the settings.
-        console: where to tell what happens.
         unfinished: where the run keeps its state.
-        command: the command line.
     """
-    console.say(f"training with threshold samples ({name})")
-    with prepared(config, dataset) as run:
-        trainer, metadata = make_trainer(run), metadata_of(run, config, command)
-        parts = {"dataset": dataset}
-        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, name=name)
-        train_to_end(run, checkpoint.records(), console)
-        if run.accumulator is None:
-            raise ValueError("margins need a run that observes its samples")
-        return run.accumulator.run_signals().margin_N
+    progress.say(f"training with threshold samples ({name})")
+    with prepared(config.data, config.train, dataset) as run:
+        accumulator, _, trainer = make_valuing(run, config)
+        parts: dict[str, HasState] = {"dataset": dataset, "accumulator": accumulator}
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata_of(run, config), config, name=name)
+        train_to_end(run, checkpoint.records())
+        return accumulator.run_signals().means["margin"]
 
 
 def threshold_sets(rows: IntArray, num_classes: int, seed: int) -> tuple[IntArray, IntArray]:

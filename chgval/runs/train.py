@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Generator
-from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from chgval.config import DataConfig, TrainingConfig, ValueConfig
-from chgval.console import Console, evaluation_line
+from chgval import progress
+from chgval.config import FULL, DataConfig, TrainingConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
-from chgval.evaluation import evaluate
-from chgval.files import could_not_write
+from chgval.files import could_not_write, locked
 from chgval.interruption import at_once
-from chgval.records import EpochRecord, IntArray, Record
-from chgval.reports import MANIFEST, read_report, report_name
-from chgval.runs.checkpoint import Checkpoint, HasState, find_unfinished
-from chgval.runs.choosing import Chooser, Test, select_every
-from chgval.runs.training_folder import Training, TrainingFolder, check_training_folder
-from chgval.runs.value import (
+from chgval.reports.files import read_table, report_name
+from chgval.reports.tables import MANIFEST
+from chgval.runs.checkpoint import Checkpoint, HasState
+from chgval.runs.choosing import Chooser, Holdout, select_every
+from chgval.runs.session import (
     Run,
     make_trainer,
     metadata_of,
@@ -34,15 +33,42 @@ from chgval.runs.value import (
     read_dataset,
     settings_shown,
     tell_problems,
+    train_to_end,
 )
-from chgval.selection import class_quotas, keep_highest
-from chgval.strategies import REGISTRY
-from chgval.training import Subset
+from chgval.runs.training_folder import TrainingFolder, TrainingProgress, check_training_folder
+from chgval.runs.unfinished import Unfinished, find_unfinished
+from chgval.training.evaluation import evaluate
+from chgval.training.loop import Subset
+from chgval.training.records import EpochRecord, Evaluation, Record
+from chgval.training.strategies import REGISTRY
+from chgval.types import IntArray
+from chgval.valuation.selection import class_quotas, keep_highest
 
 # Missing classes that are named.
-SHOWN_CLASSES = 5
+NAMED_CLASSES = 5
 # Of a sample in a manifest; losses of larger ones could not be told from a training that diverged.
 LARGEST_WEIGHT = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a training has come to.
+
+    Attributes:
+        folder: where the model, its settings and metrics are.
+        epochs: what happened in each, as rows of metrics.parquet.
+        seconds: time spent on training and choosing, without tests.
+        class_names: of all classes.
+        evaluation: the last test, if there was one.
+        target: epoch and seconds at which the target accuracy was reached, if it was.
+    """
+
+    folder: Path
+    epochs: list[dict[str, float]]
+    seconds: float
+    class_names: list[str]
+    evaluation: Evaluation | None
+    target: dict[str, float] | None
 
 
 def hold_out(
@@ -59,14 +85,13 @@ def hold_out(
     return dataset.only(rows[~held_N]), dataset.only(rows[held_N])
 
 
-def read_test(data: DataConfig, source: str, dataset: Dataset, console: Console) -> Dataset:
+def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
     """Read a test dataset as the training data were read, with labels in the classes of these.
 
     Args:
         data: how the training data were read.
         source: the test dataset.
         dataset: the training data.
-        console: where to tell how it was read.
     Raises:
         DataError: it cannot be read, has samples of another kind, or a class that these have not.
     """
@@ -79,9 +104,11 @@ def read_test(data: DataConfig, source: str, dataset: Dataset, console: Console)
         read = dataclasses.replace(read, image_size=dataset.input_size)
     test = open_dataset(read, dataset.input_size, least_classes=1)
     for note in test.notes:
-        console.say(f"note: {note}")
+        progress.say(f"note: {note}")
     if test.fingerprint == dataset.fingerprint:
-        console.warn(f"--test {source}: holds exactly the training samples; what is tested on was trained on")
+        progress.warn(
+            f"--test {source}: holds exactly the training samples; what is tested on was trained on"
+        )
     if isinstance(test.content, Embeddings) != isinstance(dataset.content, Embeddings):
         raise DataError(f"{source}: one of test and training data are images, the other embeddings.")
     if test.input_size != dataset.input_size:
@@ -100,7 +127,7 @@ def read_test(data: DataConfig, source: str, dataset: Dataset, console: Console)
     return dataclasses.replace(test, labels_N=labels_C[test.labels_N], class_names=dataset.class_names)
 
 
-def test_on(run: Run, data: DataConfig, dataset: Dataset) -> Test:
+def ready_for(run: Run, data: DataConfig, dataset: Dataset) -> Holdout:
     """Make samples ready for the model of a run, read and normalised as its training samples are."""
     statistics = run.loader.statistics
     loader = make_loader(
@@ -115,7 +142,7 @@ def test_on(run: Run, data: DataConfig, dataset: Dataset) -> Test:
     )
     labels_N = np.full(len(dataset), -1)
     labels_N[dataset.usable_rows()] = dataset.labels_N[dataset.usable_rows()]
-    return Test(loader, labels_N)
+    return Holdout(loader, labels_N)
 
 
 def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
@@ -124,7 +151,7 @@ def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
     Raises:
         DataError: it cannot be read, or is of another dataset.
     """
-    manifest, metadata = read_report(source, ("index", "id", "label", "weight", "kept"), MANIFEST)
+    manifest, metadata = read_table(source, ("index", "id", "label", "weight", "kept"), MANIFEST)
     name = report_name(source)
     if metadata.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise DataError(
@@ -170,83 +197,96 @@ def only_kept(dataset: Dataset, rows: IntArray, source: str) -> Dataset:
     return dataset.only(rows)
 
 
-def warn_of_missing_classes(dataset: Dataset, config: TrainingConfig, console: Console) -> None:
+def warn_of_missing_classes(dataset: Dataset, config: TrainingConfig) -> None:
     """Name classes that are not trained on, or have no share in what is chosen."""
     sizes_C = np.bincount(dataset.labels_N[dataset.usable_rows()], minlength=dataset.num_classes)
     chosen_C = sizes_C
-    if config.fraction is not None and REGISTRY[config.strategy].keeps_shares:
+    strategy = REGISTRY.get(config.strategy or FULL)
+    if config.fraction is not None and strategy is not None and strategy.keeps_shares:
         chosen_C = class_quotas(sizes_C, round(config.fraction * int(sizes_C.sum())))
     missing = np.flatnonzero(chosen_C == 0)
     if len(missing):
-        names = [dataset.class_names[label] for label in missing[:SHOWN_CLASSES]]
+        names = [dataset.class_names[label] for label in missing[:NAMED_CLASSES]]
         more = f" and {len(missing) - len(names):,} more" if len(missing) > len(names) else ""
-        console.warn(f"no samples to train on: {', '.join(names)}{more}")
+        progress.warn(f"no samples to train on: {', '.join(names)}{more}")
 
 
-def run_train(config: TrainingConfig, console: Console, *, command: str) -> None:
+def run_train(config: TrainingConfig) -> Trained:
     """Train a model, test it, and keep it with all that is known of its training.
 
-    Args:
-        config: the settings.
-        console: where to tell what happens.
-        command: the command line, for metadata.
     Raises:
         ChgvalError: see the modules that this calls.
         Interrupted: a signal came.
     """
-    unfinished = find_unfinished("train", config, config.resume, console, overwrite=config.overwrite)
+    strategy = REGISTRY.get(config.strategy or FULL)
+    if strategy is not None and strategy.needs_holdout and config.holdout is None:
+        raise SettingsError(
+            f"--strategy {config.strategy}: compares with held-out samples; pass --holdout 0.1."
+        )
+    with (
+        locked(*config.outputs, config.state_file),
+        find_unfinished("train", config, overwrite=config.overwrite).resumable() as unfinished,
+    ):
+        return _train(config, unfinished)
+
+
+def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
     if not unfinished.resumes:
         check_training_folder(config)
-    values = ValueConfig(data=config.data, train=config.train, mode="none")
-    dataset = read_dataset(values, console)
-    tested = None if config.test is None else read_test(config.data, config.test, dataset, console)
+    dataset = read_dataset(config.data, config.train)
+    tested = None if config.test is None else read_test(config.data, config.test, dataset)
     manifest = None if config.subset is None else read_manifest(config.subset, dataset)
     # From all samples, whatever the manifest keeps: what it leaves out is as much a part of what will come.
     dataset, held_out = hold_out(dataset, config.holdout, torch.Generator().manual_seed(config.train.seed))
     if config.subset is not None and manifest is not None:
         dataset = only_kept(dataset, manifest[0], config.subset)
     dataset.check()
-    warn_of_missing_classes(dataset, config, console)
-    with prepared(values, dataset) as run:
-        if config.strategy != "full":
+    warn_of_missing_classes(dataset, config)
+    with prepared(config.data, config.train, dataset) as run:
+        if config.chooses:
             config = dataclasses.replace(config, select_every=select_every(config, run.recipe.epochs))
-        held = None if held_out is None else test_on(run, config.data, held_out)
-        test = held if tested is None else test_on(run, config.data, tested)
-        console.settings([*settings_shown(run, values), *_choices_shown(config, test)])
-        metadata = metadata_of(run, config, command)
+        held = None if held_out is None else ready_for(run, config.data, held_out)
+        test = held if tested is None else ready_for(run, config.data, tested)
+        progress.settings([*settings_shown(run, config.train), *_choices_shown(config, test)])
+        metadata = metadata_of(run, config)
         fixed, digests = None, {"test data": "" if tested is None else tested.fingerprint}
         if manifest is not None:
             rows = torch.from_numpy(dataset.usable_rows())
             fixed = Subset.weighted(rows, manifest[1][rows], len(dataset), run.device)
             chosen = rows.numpy().tobytes() + manifest[1][rows].numpy().tobytes()
             digests["subset"] = hashlib.blake2b(chosen).hexdigest()
-        chooser, training = Chooser(run, config, held, fixed), Training()
-        trainer = make_trainer(run, choose=chooser, average=chooser.average)
-        parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": training}
+        chooser, so_far = Chooser(run, config, held, fixed), TrainingProgress()
+        trainer = make_trainer(run, average=chooser.average, choose=chooser)
+        parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": so_far}
         if tested is not None:
             parts["tested"] = tested
         with could_not_write(config.folder):
             config.folder.mkdir(exist_ok=True)
-        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config.resume, console, digests=digests)
-        goes_on = trainer.position != (0, 0)
-        folder = TrainingFolder(config.folder, metadata, dataset, chooser, goes_on=goes_on)
-        train(run, checkpoint.records(), training, config, console, test=test, folder=folder)
-        folder.finish(run.model, training)
-    unfinished.remove()
-    tell_problems(dataset, console, "they were not trained on")
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config, digests=digests)
+        resumes = trainer.position != (0, 0)
+        folder = TrainingFolder(config.folder, metadata, dataset, chooser, resumes=resumes)
+        train(run, checkpoint.records(), so_far, config, test=test, folder=folder)
+        folder.finish(run.model, so_far)
+    tell_problems(dataset, "they were not trained on")
     if tested is not None:
-        tell_problems(tested, console, "they were not tested on")
-    _tell(run, training, config, console)
+        tell_problems(tested, "they were not tested on")
+    return Trained(
+        folder=config.folder,
+        epochs=so_far.epochs,
+        seconds=so_far.seconds,
+        class_names=list(dataset.class_names),
+        evaluation=so_far.evaluation,
+        target=so_far.target,
+    )
 
 
 def train(
     run: Run,
     records: Generator[Record],
-    training: Training,
+    so_far: TrainingProgress,
     config: TrainingConfig,
-    console: Console,
     *,
-    test: Test | None = None,
+    test: Holdout | None = None,
     folder: TrainingFolder | None = None,
 ) -> None:
     """Train a prepared run to its end, or to the target accuracy.
@@ -254,37 +294,31 @@ def train(
     Args:
         run: the run.
         records: of its trainer.
-        training: takes in what it comes to.
+        so_far: takes in what it comes to.
         config: when to test, and when to stop.
-        console: where to show progress.
         test: samples to test on.
         folder: where choices and epochs are kept, if they are.
     """
-    total = run.recipe.epochs * run.loader.num_batches(run.loader.rows)
-    with closing(records), console.progress(total) as shown:
-        for record in records:
-            shown.show(record)
-            if not isinstance(record, EpochRecord):
-                continue
-            evaluation = None
-            if test is not None and (
-                record.epoch % config.test_every == 0 or record.epoch == record.num_epochs
-            ):
-                with at_once():
-                    evaluation = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes)
-                console.say(evaluation_line(evaluation))
-            training.add(record, evaluation, config.target_accuracy)
-            if folder is not None:
-                folder.write(training)
-            if training.target is not None:
-                break
+
+    def after_epoch(record: EpochRecord) -> bool:
+        evaluation = None
+        if test is not None and (record.epoch % config.test_every == 0 or record.epoch == record.num_epochs):
+            with at_once():
+                evaluation = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes)
+            progress.say(progress.evaluation_line(evaluation))
+        so_far.add(record, evaluation, config.target_accuracy)
+        if folder is not None:
+            folder.write(so_far)
+        return so_far.target is not None
+
+    train_to_end(run, records, after_epoch)
 
 
-def _choices_shown(config: TrainingConfig, test: Test | None) -> list[tuple[str, str]]:
+def _choices_shown(config: TrainingConfig, test: Holdout | None) -> list[tuple[str, str]]:
     shown = []
     if config.subset is not None:
         shown.append(("subset", config.subset))
-    if config.strategy != "full":
+    if config.chooses:
         when = f"every {config.select_every} epochs"
         shown.append(("choice", f"{config.strategy}, {config.fraction:.0%} of the samples, {when}"))
     if test is not None:
@@ -292,19 +326,3 @@ def _choices_shown(config: TrainingConfig, test: Test | None) -> list[tuple[str,
             ("test", f"{len(test.rows):,} samples of {config.test or 'the training data, held out'}")
         )
     return shown
-
-
-def _tell(run: Run, training: Training, config: TrainingConfig, console: Console) -> None:
-    evaluation = training.evaluation
-    if evaluation is not None:
-        console.accuracies(run.dataset.class_names, evaluation)
-    console.say("")
-    if config.target_accuracy is not None:
-        reached = training.target
-        console.say(
-            f"accuracy {config.target_accuracy:.1%} was not reached"
-            if reached is None
-            else f"accuracy {config.target_accuracy:.1%} reached in epoch {reached['epoch']}, after "
-            f"{reached['seconds']:.1f} s"
-        )
-    console.say(f"trained {len(training.epochs)} epochs in {training.seconds:.1f} s -> {config.folder}")

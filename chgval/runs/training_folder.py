@@ -15,15 +15,25 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from chgval.config import TRAINING_FILE, OutputConfig, TrainingConfig
+from chgval.config import OutputConfig, TrainingConfig
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
-from chgval.files import check_new_folder, check_writable, could_not_write, lock_of, part_of, replacing
-from chgval.models import SplitModel
-from chgval.records import EpochRecord, Evaluation, State
-from chgval.reports import MANIFEST, with_metadata, write_table
+from chgval.files import (
+    TRAINING_FILE,
+    check_new_folder,
+    check_writable,
+    could_not_write,
+    lock_of,
+    part_of,
+    replacing,
+)
+from chgval.reports.files import with_metadata, write_table
+from chgval.reports.tables import MANIFEST
 from chgval.runs.choosing import Chooser
-from chgval.training import Subset
+from chgval.training.loop import Subset
+from chgval.training.models import SplitModel
+from chgval.training.records import EpochRecord, Evaluation
+from chgval.types import State
 
 MODEL_FILE, METRICS_FILE, SUBSETS_FOLDER = "model.safetensors", "metrics.parquet", "subsets"
 
@@ -45,7 +55,7 @@ SUBSET_SCHEMA = pa.schema(
 
 
 @dataclass(slots=True)
-class Training:
+class TrainingProgress:
     """What a training has come to.
 
     Attributes:
@@ -65,7 +75,7 @@ class Training:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there."""
+        """Resume from there."""
         evaluation = state["evaluation"]
         self.epochs, self.seconds, self.target = state["epochs"], state["seconds"], state["target"]
         self.evaluation = None if evaluation is None else Evaluation(**evaluation)
@@ -96,26 +106,26 @@ class TrainingFolder:
         metadata: what is known of the training.
         dataset: what is trained on.
         chooser: what of it.
-        goes_on: whether the files there belong to this training.
+        resumes: whether the files there belong to this training.
     Raises:
         OutputError: it cannot be written.
     """
 
     def __init__(
-        self, folder: Path, metadata: dict[str, Any], dataset: Dataset, chooser: Chooser, *, goes_on: bool
+        self, folder: Path, metadata: dict[str, Any], dataset: Dataset, chooser: Chooser, *, resumes: bool
     ) -> None:
         self._folder = folder
         self._metadata = metadata
         self._dataset = dataset
         self._chooser = chooser
         with could_not_write(folder):
-            for name in () if goes_on else (MODEL_FILE, METRICS_FILE):
+            for name in () if resumes else (MODEL_FILE, METRICS_FILE):
                 (folder / name).unlink(missing_ok=True)
-            if not goes_on and (folder / SUBSETS_FOLDER).exists():
+            if not resumes and (folder / SUBSETS_FOLDER).exists():
                 shutil.rmtree(folder / SUBSETS_FOLDER)
         self._describe({})
 
-    def write(self, training: Training) -> None:
+    def write(self, training: TrainingProgress) -> None:
         """Keep the epochs so far, and what was chosen before the last one, if anything was."""
         epoch = training.epochs[-1]["epoch"]
         chosen = self._chooser.chosen_in(epoch)
@@ -128,7 +138,7 @@ class TrainingFolder:
             self._folder / METRICS_FILE, pa.Table.from_pylist(training.epochs, METRICS_SCHEMA), self._metadata
         )
 
-    def finish(self, model: SplitModel, training: Training) -> None:
+    def finish(self, model: SplitModel, training: TrainingProgress) -> None:
         """Write the model, and everything that is known of its training."""
         path = self._folder / MODEL_FILE
         with could_not_write(path), replacing(path) as file:
@@ -137,7 +147,7 @@ class TrainingFolder:
         results = {
             "epochs": len(training.epochs),
             "train_seconds": round(training.seconds, 3),
-            "test": None if evaluation is None else test_of(evaluation, self._dataset),
+            "test": None if evaluation is None else evaluation_as_json(evaluation, self._dataset),
             "target": training.target,
         }
         self._describe(results)
@@ -183,7 +193,7 @@ def subset_table(dataset: Dataset, subset: Subset) -> pa.Table:
     return pa.table(columns, schema=SUBSET_SCHEMA)
 
 
-def test_of(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+def evaluation_as_json(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
     """Return a test as JSON: accuracies of classes by name, null for those without samples."""
     accuracies = zip(dataset.class_names, evaluation.class_accuracies, strict=True)
     return {

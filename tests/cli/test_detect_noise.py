@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from chgval.cli import app
-from chgval.reports import SUSPECTS_SCHEMA
+from chgval.reports.tables import SUSPECTS_SCHEMA
 from tests.conftest import imported_by, make_blobs
 
 CHGVAL = [sys.executable, "-m", "chgval"]
@@ -73,7 +73,7 @@ def test_all_rows_are_those_of_the_report(report, tmp_path):
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "arrow"])
 def test_every_format_of_a_report_gives_the_same_suspects(report, tmp_path, ending):
     from chgval.config import OutputConfig
-    from chgval.reports import write_table
+    from chgval.reports.files import write_table
 
     other = tmp_path / f"values.{ending}"
     write_table(OutputConfig(path=str(other)), pq.read_table(report))
@@ -308,7 +308,11 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
         ("v.csv", ["--cleaned", "new"], "v.csv: does not say which dataset it is about"),
         (report, ["--cleaned", "new"], "builtin:digits: is built in"),
         ("v.parquet", ["--relabel", "0.9"], "pass that too"),
-        ("v.parquet", ["--relabel", "90", "--cleaned", "new"], "--relabel 90: must be a share"),
+        (
+            "v.parquet",
+            ["--relabel", "90", "--cleaned", "new"],
+            "--relabel 90: must be 0 or more and at most 1",
+        ),
         ("v.parquet", ["--cleaned", tmp_path / "t.parquet"], "t.parquet: is named as two outputs"),
         ("v.parquet", ["--cleaned", "v.parquet", "--overwrite"], "v.parquet is or goes there"),
         (digits_folder, ["--cleaned", digits_folder / "new"], "is part of the dataset"),
@@ -323,12 +327,20 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
     ("arguments", "code", "message"),
     [
         (["missing.parquet"], 1, "missing.parquet: no such file or folder"),
-        (["{report}", "--threshold", "often"], 2, "--threshold often: expected auto, chg, gmm, confident"),
+        (
+            ["{report}", "--threshold", "often"],
+            2,
+            "--threshold often: expected aum, auto, chg, confident, gmm, or",
+        ),
         (["{report}", "--threshold", "aum"], 2, "--threshold aum: trains twice more; pass the dataset, not"),
         (["{report}", "--duplicates"], 2, "--duplicates: looks at images; pass the dataset, not its report"),
         (["builtin:digits", "--epochs", "1", "-q", "--duplicates"], 2, "needs images of at least 16 pixels"),
         (["{report}", "--threshold", "1.5"], 2, "--threshold 1.5: scores lie between 0 and 1"),
-        (["{report}", "--expected-noise", "10"], 2, "--expected-noise 10: must be a share from 0 to 1"),
+        (
+            ["{report}", "--expected-noise", "10"],
+            2,
+            "--expected-noise 10: must be 0 or more and at most 1 (Flag",
+        ),
         (["{report}", "--expected-noise", "0.1", "--threshold", "chg"], 2, "leave out --threshold"),
         (["{report}", "--force"], 2, "--force: is about what --cleaned writes"),
         (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from chgval.cli import app
 from chgval.data import loader
-from chgval.reports import ReportWriter
+from chgval.reports.files import ReportWriter
 from chgval.runs import value
-from chgval.training import Trainer
+from chgval.training.loop import Trainer
 from tests.conftest import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
@@ -355,7 +355,7 @@ def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):
     code = (
         "import os, signal, time\n"
         "from pathlib import Path\n"
-        "from chgval.training import Trainer\n"
+        "from chgval.training.loop import Trainer\n"
         "step = Trainer._step\n"
         "def killing(self, *args):\n"
         "    for worker in Path(f'/proc/self/task/{os.getpid()}/children').read_text().split():\n"

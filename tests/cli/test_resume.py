@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from chgval import interruption, reports
 from chgval.cli import app
-from chgval.config import STRATEGIES
+from chgval.config import strategies
 from chgval.interruption import SIGNALS, Interrupted, Interruption, holding_back
 from chgval.runs import checkpoint, value
 from tests.conftest import write_folder
@@ -113,7 +113,7 @@ def test_all_trainings_of_the_rule_aum_go_on(image_folder, tmp_path, monkeypatch
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", strategies())
 def test_trainings_are_the_same_to_the_last_bit(strategy, image_folder, tmp_path, monkeypatch):
     args = ["train", image_folder, "--arch", "resnet8", "--epochs", 6, "--batch-size", 8, "-q"]
     args += ["--holdout", 0.2, "--strategy", strategy]
@@ -352,7 +352,7 @@ def patched(code, *args):
 
 
 SLOW_STEPS = """
-from chgval.training import Trainer
+from chgval.training.loop import Trainer
 step = Trainer._step
 def slow(self, *args):
     open("stepping", "w").close()
@@ -438,7 +438,8 @@ def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folde
 
 def test_a_signal_while_python_starts_is_no_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    slow = "import chgval.cli as module\ndef app():\n    open('slow', 'w').close()\n    time.sleep(300)\n"
+    slow = "import chgval.cli.commands as module\n"
+    slow += "def app():\n    open('slow', 'w').close()\n    time.sleep(300)\n"
     process = patched(slow + "module.app = app")
     wait_for(tmp_path / "slow", process)
     process.send_signal(signal.SIGINT)
@@ -533,7 +534,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
     target = {
         "choosing": "import chgval.runs.choosing as module; module.predict = slow",
         "testing": "import chgval.runs.train as module; module.evaluate = slow",
-        "passing": "import chgval.training as module; module.observe = slow",
+        "passing": "import chgval.training.loop as module; module.observe = slow",
         "writing": "import chgval.runs.value as module; module.score_labels = slow",
     }[where]
     args = [
@@ -584,7 +585,7 @@ def test_a_run_killed_between_its_first_epoch_and_the_state_goes_on(image_folder
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v.parquet").write_text("of before")
     slow = """
-from chgval.reports import ReportWriter
+from chgval.reports.files import ReportWriter
 write_epoch = ReportWriter.write_epoch
 def slow(self, *args):
     write_epoch(self, *args)

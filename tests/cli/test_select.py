@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from chgval.cli import app
 from chgval.config import DataConfig
 from chgval.data.open import open_dataset
-from chgval.reports import MANIFEST_SCHEMA, VALUES_SCHEMA, with_metadata
+from chgval.reports.files import with_metadata
+from chgval.reports.tables import MANIFEST_SCHEMA, VALUES_SCHEMA
 from tests.conftest import imported_by, write_folder
 
 # Of the made-up report: 7 cats, 5 dogs, 1 cow, one row without a label and one that could not be read.
@@ -267,10 +268,10 @@ def test_a_report_is_read_without_torch(report, tmp_path):
     [
         ([], 2, "how much to keep: pass --fraction"),
         (["--fraction", "0.3", "--count", "4"], 2, "how much to keep: pass --fraction"),
-        (["--fraction", "30"], 2, "--fraction 30: is the share of all rows that is kept"),
+        (["--fraction", "30"], 2, "--fraction 30: must be above 0 and at most 1 (Share of ALL"),
         (["--count", "3", "--by", "size"], 2, "--by size: expected one of value, value_std"),
         (["--count", "3", "-0"], 2, "-0: ends names with NUL; pass --format paths or indices"),
-        (["--count", "3", "--link", "hard"], 2, "--link: says how --materialize places files"),
+        (["--count", "3", "--link", "hard"], 2, "--link: is about what --materialize writes"),
         (["--min-value", "1", "--by", "random"], 2, "random ranks have no values"),
         (["--min-value", "100"], 1, "no row can be kept"),
         (["--count", "3", "--materialize", "new"], 1, "does not say which dataset it is about"),

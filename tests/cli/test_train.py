@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from chgval.cli import app
-from chgval.models import CIFARResNet
+from chgval.training.models import CIFARResNet
 from tests.conftest import write_folder
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chgval.shapley import (
+from chgval.valuation.closed_form import (
     Factors,
     chg_utility,
     chg_values,

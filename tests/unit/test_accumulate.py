@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from chgval.accumulate import Utility, ValueAccumulator
 from chgval.errors import FactorError
+from chgval.valuation.accumulator import ValueAccumulator
 from tests import oracles
 
 N, C, D = 37, 4, 6
@@ -48,7 +48,7 @@ class Run:
         return np.array(grads)
 
 
-@pytest.mark.parametrize(("utility", "times_loss"), [(Utility.CHG, True), (Utility.GRADIENT, False)])
+@pytest.mark.parametrize(("utility", "times_loss"), [("chg", True), ("gradient", False)])
 def test_values_are_theorem_1_of_the_epochs_gradients(utility, times_loss):
     run = Run()
     accumulator, signals = run.accumulate(utility=utility)
@@ -66,7 +66,7 @@ def test_values_are_theorem_1_of_the_epochs_gradients(utility, times_loss):
 @pytest.mark.parametrize("per_class", [False, True])
 def test_hardness_values_come_from_the_losses(per_class):
     run = Run()
-    _, signals = run.accumulate(utility=Utility.HARDNESS, per_class=per_class)
+    _, signals = run.accumulate(utility="hardness", per_class=per_class)
     log_p = run.logits[0] - np.log(np.exp(run.logits[0]).sum(1, keepdims=True))
     losses_N = -log_p[np.arange(N), run.labels_N]
     groups = [run.labels_N == c for c in range(C)] if per_class else [np.full(N, True)]
@@ -98,15 +98,17 @@ def test_signals_equal_their_definitions():
     predicted = run.logits.argmax(2)
     right = predicted == run.labels_N
     for epoch in range(3):
-        np.testing.assert_allclose(signals[epoch].loss_N, -np.log(given[epoch]), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(signals[epoch].margin_N, margin[epoch], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(signals[epoch].el2n_N, el2n[epoch], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(signals[epoch].label_probability_N, given[epoch], rtol=1e-5)
+        np.testing.assert_allclose(
+            signals[epoch].signals["loss"], -np.log(given[epoch]), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(signals[epoch].signals["margin"], margin[epoch], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(signals[epoch].signals["el2n"], el2n[epoch], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(signals[epoch].signals["label_probability"], given[epoch], rtol=1e-5)
         np.testing.assert_array_equal(signals[epoch].predicted_label_N, predicted[epoch])
     total = accumulator.run_signals()
-    np.testing.assert_allclose(total.margin_N, margin.mean(0), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(total.el2n_N, el2n.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(total.loss_N, -np.log(given).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(total.means["margin"], margin.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total.means["el2n"], el2n.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(total.means["loss"], -np.log(given).mean(0), rtol=1e-5)
     np.testing.assert_array_equal(total.predicted_label_N, p.mean(0).argmax(1))
     np.testing.assert_allclose(total.predicted_probability_N, p.mean(0).max(1), rtol=1e-5)
     forgotten = (right[0] & ~right[1]).astype(int) + (right[1] & ~right[2])

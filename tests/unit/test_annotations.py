@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chgval.data.annotations import majority
-from chgval.records import Annotations
+from chgval.detection.signals import Annotations
 
 
 def majority_row_by_row(labels_NA, *, are_told_apart):

@@ -10,20 +10,16 @@ from sklearn.metrics import roc_auc_score
 
 from chgval.data.annotations import majority
 from chgval.detection import noise_model, scores
+from chgval.detection.calibration import calibrated_by, confident_labels, estimate_rate
 from chgval.detection.evidence import LeftOutGaussians, best_scale
 from chgval.detection.noise_model import Even, Given, Table, fit_noise_model, log_probability
-from chgval.detection.rules import (
-    automatic_cut,
-    calibrated_by,
-    confident_labels,
-    estimate_rate,
-    mixture_flags,
-    two_means_flags,
-)
+from chgval.detection.rules import REGISTRY as RULES
+from chgval.detection.rules import Judged
+from chgval.detection.rules.auto import automatic_cut
 from chgval.detection.scores import score_labels
 from chgval.detection.settings import SETTINGS
+from chgval.detection.signals import Annotations
 from chgval.detection.verdict import annotators_shown, notes_on, verdict_of
-from chgval.records import Annotations
 from tests import oracles
 
 NAN = float("nan")
@@ -409,8 +405,12 @@ def test_named_rules_find_the_lower_cluster_and_the_higher_losses():
     rng = np.random.default_rng(0)
     wrong_N = rng.random(2000) < 0.1
     value_N = rng.normal(np.where(wrong_N, -5, 0), 1)
-    np.testing.assert_array_equal(two_means_flags(value_N), value_N < -2.5)
-    assert (mixture_flags(-value_N) == wrong_N).mean() > 0.98
+    nothing_N = np.zeros(2000, dtype=int)
+    judged = Judged(
+        score_K=value_N, value_K=value_N, loss_K=-value_N, label_K=nothing_N, confident_label_K=nothing_N
+    )
+    np.testing.assert_array_equal(RULES["chg"].flag(judged), value_N < -2.5)
+    assert (RULES["gmm"].flag(judged) == wrong_N).mean() > 0.98
 
 
 def crowd(rates, share=1.0, *, seed=0, n=3000):

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
-from chgval.console import Console
 from chgval.errors import SettingsError
 from chgval.runs.duplicates import check_images, find_duplicates
-from chgval.runs.value import make_trainer, prepare, read_dataset
+from chgval.runs.session import make_valuing, prepare, read_dataset
 from tests.conftest import make_blobs
 
 SIZE = 32
@@ -50,10 +49,11 @@ def found(tmp_path_factory):
     labels.append(0)
     pq.write_table(pa.table({"image": images, "label": labels}), path)
     config = ValueConfig(data=DataConfig(source=str(path)), train=TrainConfig(epochs=2))
-    run = prepare(config, read_dataset(config, Console(quiet=True)))
-    for _ in make_trainer(run).records():
+    run = prepare(config.data, config.train, read_dataset(config.data, config.train))
+    _, average, trainer = make_valuing(run, config)
+    for _ in trainer.records():
         pass
-    return find_duplicates(run)
+    return find_duplicates(run, average.model)
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -78,6 +78,5 @@ def test_nothing_else_is_found(found):
 
 
 def test_what_has_no_details_is_refused():
-    config = ValueConfig(data=DataConfig(source="builtin:digits"))
     with pytest.raises(SettingsError, match="images of at least 16 pixels, which builtin:digits has not"):
-        check_images(read_dataset(config, Console(quiet=True)))
+        check_images(read_dataset(DataConfig(source="builtin:digits"), TrainConfig()))

@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score, log_loss, recall_score
 from chgval.config import DataConfig
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
-from chgval.evaluation import CALIBRATION_BINS, calibration_error, evaluate
-from chgval.models import InputShape, build_model
+from chgval.training.evaluation import CALIBRATION_BINS, calibration_error, evaluate
+from chgval.training.models import InputShape, build_model
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from chgval.cli import app
 from chgval.data.decode import UnreadableImageError, decode_centre
-from chgval.reports import VALUES_SCHEMA, with_metadata
+from chgval.reports.files import with_metadata
+from chgval.reports.tables import VALUES_SCHEMA
 from chgval.spreadsheets import with_marks, without_marks
 from tests.conftest import write_folder
 

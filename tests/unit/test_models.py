@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from chgval.errors import ModelError
-from chgval.models import InputShape, build_model, image_archs
+from chgval.training.models import InputShape, build_model, image_archs
 
 
 def generator(seed=0):

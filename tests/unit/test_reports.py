@@ -10,36 +10,29 @@ import pyarrow.parquet as pq
 import pytest
 
 from chgval.config import OutputConfig
-from chgval.data.dataset import Dataset, Embeddings
+from chgval.detection.signals import NoiseSignals
 from chgval.errors import OutputError, SettingsError
-from chgval.records import EpochRecord, EpochSignals, NoiseSignals, RunSignals
-from chgval.reports import (
-    METADATA_KEY,
-    VALUES_SCHEMA,
-    ReportWriter,
-    read_report,
-    values_table,
-    write_table,
-)
+from chgval.files import METADATA_KEY
+from chgval.reports.files import ReportWriter, read_table, write_table
+from chgval.reports.tables import VALUES_SCHEMA, InputRows, values_table
+from chgval.valuation.signals import SIGNAL_NAMES, EpochSignals, RunSignals
 
 NAN = float("nan")
 
 
-def dataset_and_signals():
+def rows_and_signals():
     """Five rows: three valued, two of them the same, one unlabelled, one unreadable."""
-    dataset = Dataset(
-        source="d",
+    rows = InputRows(
         ids=["a", 'b,"c"', "c", "=d", "e"],
         labels_N=np.array([0, 1, -1, 1, 0]),
         class_names=["x", "y"],
-        content=Embeddings(np.zeros((5, 2), np.float32)),
-        fingerprint="f",
-        problems={3: "empty file"},
+        statuses=["valued", "valued", "unlabelled", "unreadable", "valued"],
+        reasons=[None, None, None, "empty file", None],
     )
     floats = np.array([0.5, -1.0, NAN, NAN, 0.5])
     signals = RunSignals(
         num_epochs_N=np.array([3, 3, 0, 0, 3]), value_N=floats, value_std_N=floats, value_stderr_N=floats,
-        loss_N=floats, margin_N=floats, el2n_N=floats, label_probability_N=floats,
+        means=dict.fromkeys(SIGNAL_NAMES, floats),
         forgetting_events_N=np.array([0, 2, 0, 0, 1]), predicted_label_N=np.array([0, 0, -1, -1, 1]),
         predicted_probability_N=floats,
     )  # fmt: skip
@@ -48,21 +41,19 @@ def dataset_and_signals():
         suggested_label_N=np.array([1, 0, -1, -1, 1]), suggested_probability_N=floats,
         confident_label_N=np.array([1, -1, -1, -1, 0]),
     )  # fmt: skip
-    return dataset, signals, noise
+    return rows, signals, noise
 
 
 def report():
-    return values_table(*dataset_and_signals())
+    return values_table(*rows_and_signals())
 
 
-def epoch_record(epoch):
+def epoch_signals(epoch):
     floats = np.array([0.25, NAN])
-    signals = EpochSignals(
-        value_N=floats * epoch, loss_N=floats, margin_N=floats, el2n_N=floats, label_probability_N=floats,
+    return EpochSignals(
+        value_N=floats * epoch,
+        signals=dict.fromkeys(SIGNAL_NAMES, floats),
         predicted_label_N=np.array([1, -1]),
-    )  # fmt: skip
-    return EpochRecord(
-        epoch=epoch, num_epochs=2, loss=1.0, accuracy=0.5, num_samples=1, seconds=1.0, signals=signals
     )
 
 
@@ -95,7 +86,7 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         # What a spreadsheet would run begins with an apostrophe.
         assert [row["id"] for row in rows] == ["a", 'b,"c"', "c", "'=d", "e"]
-        assert read_report(str(path), ["id"])[0]["id"].to_pylist() == table["id"].to_pylist()
+        assert read_table(str(path), ["id"])[0]["id"].to_pylist() == table["id"].to_pylist()
         assert [row["value"] for row in rows] == ["0.5", "-1", "", "", "0.5"]
         return
     assert read.equals(table)
@@ -106,7 +97,7 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
 def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):
     writer = ReportWriter(OutputConfig(path=str(tmp_path / "v.parquet")))
     for epoch in (1, 2):
-        writer.write_epoch(epoch_record(epoch), {"seed": 0})
+        writer.write_epoch(epoch, epoch_signals(epoch), {"seed": 0})
         parts = pads.dataset(tmp_path / "v.epochs", partitioning="hive").to_table().to_pylist()
         assert [(row["epoch"], row["index"], row["value"]) for row in parts] == [
             (e, i, v) for e in range(1, epoch + 1) for i, v in ((0, 0.25 * e), (1, None))
@@ -117,10 +108,10 @@ def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):
 def test_an_output_in_the_way_is_not_replaced_unless_asked(tmp_path):
     path = tmp_path / "v.parquet"
     first = ReportWriter(OutputConfig(path=str(path)))
-    first.write_epoch(epoch_record(1), {})
+    first.write_epoch(1, epoch_signals(1), {})
     with pytest.raises(OutputError, match=r"v\.epochs: exists already; pass --overwrite"):
         ReportWriter.check(OutputConfig(path=str(path)))
-    ReportWriter.check(OutputConfig(path=str(path)), goes_on=True)
+    ReportWriter.check(OutputConfig(path=str(path)), resumes=True)
     first.write(report(), {})
     with pytest.raises(OutputError, match=r"v\.parquet: exists already"):
         ReportWriter.check(OutputConfig(path=str(path)))
@@ -156,7 +147,7 @@ def test_outputs_that_cannot_be_written_are_found_at_once(tmp_path):
         SettingsError, match=r"report\.xlsx: the ending says no format; end it in one of \.parquet"
     ):
         OutputConfig(path="report.xlsx")
-    assert OutputConfig(path="report.xlsx", report_format="csv").resolved_format == "csv"
+    assert OutputConfig(path="report.xlsx", format="csv").resolved_format == "csv"
     assert OutputConfig(path="-").resolved_format == "parquet"
 
 
@@ -169,5 +160,5 @@ def test_many_names_of_several_lines_come_back_from_csv(tmp_path):
         schema=pa.schema([VALUES_SCHEMA.field(name) for name in ("index", "id", "label")]),
     )
     write_table(OutputConfig(path=str(tmp_path / "v.csv")), table)
-    read, _ = read_report(str(tmp_path / "v.csv"), ("index", "id", "label"))
+    read, _ = read_table(str(tmp_path / "v.csv"), ("index", "id", "label"))
     assert read.equals(table)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chgval.selection import class_quotas, keep_highest, min_max_weights, ranks_within
+from chgval.valuation.selection import class_quotas, keep_highest, min_max_weights, ranks_within
 
 sizes = st.lists(st.integers(0, 50), min_size=1, max_size=8).map(np.array)
 figures = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)

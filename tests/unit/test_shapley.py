@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from chgval.errors import FactorError
-from chgval.shapley import (
+from chgval.valuation.closed_form import (
     CoalitionSums,
     Factors,
     chg_utility,

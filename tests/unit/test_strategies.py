@@ -14,13 +14,12 @@ from scipy.optimize import minimize
 from sklearn.linear_model import orthogonal_mp
 from torch.nn import functional
 
-from chgval.config import STRATEGIES
 from chgval.detection.scores import score_labels
-from chgval.strategies import REGISTRY, Pass, Question
-from chgval.strategies.gradmatch import REGULARISATION, matching_pursuit
+from chgval.training.strategies import REGISTRY, Pass, Question
+from chgval.training.strategies.gradmatch import REGULARISATION, matching_pursuit
 from tests.oracles import chg_utility, hardness_utility, last_layer_gradients, shapley_by_subsets
 
-CHOOSING = [name for name in STRATEGIES if name != "full"]
+CHOOSING = sorted(REGISTRY)
 
 
 def make_pass(n, num_classes=3, width=4, seed=0, *, has_bias=True):

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from chgval.accumulate import ValueAccumulator
 from chgval.config import DataConfig, TrainConfig
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DeviceMemoryError, NonFiniteError
-from chgval.models import InputShape, build_model
-from chgval.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
-from chgval.records import EpochRecord, SplitRecord, StepRecord
-from chgval.training import Subset, Trainer, schedule_factor
+from chgval.training.loop import Subset, Trainer, observe, schedule_factor
+from chgval.training.models import InputShape, build_model
+from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
+from chgval.training.records import EpochRecord, SplitRecord, StepRecord
+from chgval.valuation.accumulator import ValueAccumulator
 from tests import oracles
 
 CPU = torch.device("cpu")
@@ -39,14 +39,19 @@ def accumulator_for(dataset, model):
 
 
 def run(model, loader, accumulator=None, separate_pass=False, **settings):
+    def before_epoch(epoch, is_resumed):
+        if separate_pass:
+            observe(model, loader, accumulator.update)
+
     trainer = Trainer(
         model,
         loader,
         recipe(**settings),
         device=CPU,
         generator=torch.Generator().manual_seed(1),
-        accumulator=accumulator,
-        separate_pass=separate_pass,
+        observer=accumulator,
+        sees_steps=not separate_pass,
+        before_epoch=before_epoch,
     )
     return list(trainer.records())
 
@@ -88,7 +93,7 @@ def test_each_epoch_trains_on_its_subset_with_its_weights(setup):
         recipe(epochs=2),
         device=CPU,
         generator=torch.Generator().manual_seed(1),
-        choose=lambda epoch: subsets[epoch - 1],
+        before_epoch=lambda epoch, _: subsets[epoch - 1],
     )
     assert [r.num_samples for r in trainer.records() if isinstance(r, EpochRecord)] == [20, 30]
 
@@ -184,7 +189,7 @@ def test_records_say_what_happened(setup):
     assert kinds == [StepRecord, EpochRecord] * 2
     for epoch, record in enumerate(records[1::2], start=1):
         assert record.epoch == epoch and record.num_samples == len(dataset)
-        np.testing.assert_allclose(record.loss, record.signals.loss_N.mean(), rtol=1e-5)
+        np.testing.assert_allclose(record.loss, record.signals.signals["loss"].mean(), rtol=1e-5)
         right = record.signals.predicted_label_N == dataset.labels_N
         assert record.accuracy == pytest.approx(right.mean())
 

@@ -1,0 +1,179 @@
+"""The commands: what they are called and do, and what is printed of what a run returned.
+
+Nothing here may import torch, or numpy, before a command runs: `chgval --help` must start at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import chgval
+from chgval.cli.options import PanelCommand, with_settings
+from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
+from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.interruption import end_at_signals
+
+if TYPE_CHECKING:
+    from chgval.cli.console import Console
+
+app = typer.Typer(
+    name="chgval",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chgval {chgval.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """What each sample of an image dataset is worth, from one training run.
+
+    Start with: chgval value builtin:digits
+    """
+
+
+def command(name: str, config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as the command of that name, with the settings of a class as its options."""
+
+    def register(run: Callable[..., None]) -> Callable[..., None]:
+        return app.command(name=name, cls=PanelCommand)(with_settings(config_class, run))
+
+    return register
+
+
+@command("value", ValueConfig)
+def value(
+    console: "Console",
+    config: ValueConfig,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Tell what a run would do and cost, and stop.")
+    ] = False,
+) -> None:
+    """Train once on DATA and report what every sample is worth.
+
+    The report has one row per input row: its CHG Shapley value, rank and percentile, and signals of the same
+    run (loss, margin, EL2N, predicted label, ...). Low values come first when looking for wrong labels.
+
+    \b
+    Examples:
+      chgval value builtin:digits
+      chgval value photos/ -o photos.parquet        # photos/CLASS/IMAGE
+      chgval value "shards/*.parquet" --arch resnet18 --epochs 20
+      chgval value embeddings.parquet --features-column embedding
+      chgval value crowd.parquet --label-column ann --label-column bob
+      chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    if plan:
+        from chgval.runs.plan import run_plan
+
+        console.settings(run_plan(config))
+        return
+    from chgval.runs.value import run_value
+
+    console.values(run_value(config), config)
+
+
+@command("detect-noise", DetectConfig)
+def detect_noise(console: "Console", config: DetectConfig) -> None:
+    """List the samples of INPUT whose label is probably wrong, worst first.
+
+    Each has a noise_score, the probability that its label is wrong, and a suggested label. All comes from the
+    one training run behind a values report; a report is read without training.
+
+    \b
+    Examples:
+      chgval detect-noise values.parquet
+      chgval detect-noise photos/ --values values.parquet  # values it first
+      chgval detect-noise values.parquet --all --threshold 0.9 -o scores.csv
+      chgval value photos/ -o - | chgval detect-noise - -o - --format csv
+      chgval detect-noise photos/ --fail-over 0.05        # exit code 3: too noisy
+      chgval detect-noise values.parquet --cleaned clean/ --relabel 0.9
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.runs.detect_noise import run_detect_noise
+
+    suspects = run_detect_noise(config)
+    console.suspects(suspects, config)
+    rate = suspects.rate
+    if config.fail_over is not None and rate.is_unknown:
+        console.fail("--fail-over: nothing can be said about these labels, so it cannot be checked")
+        raise typer.Exit(EXIT_FAILED)
+    if config.fail_over is not None and rate.rate > config.fail_over:
+        console.fail(
+            f"{rate.rate:.1%} of the labels are estimated to be wrong, over --fail-over {config.fail_over:g}"
+        )
+        raise typer.Exit(EXIT_TOO_NOISY)
+
+
+@command("select", SelectConfig)
+def select(console: "Console", config: SelectConfig) -> None:
+    """Keep the part of a dataset that is worth most, and write down which it is.
+
+    The manifest has one row per input row: whether it is kept, its rank and its weight. Other tools take the
+    kept paths or indices, or the pruned dataset itself.
+
+    \b
+    Examples:
+      chgval select values.parquet --fraction 0.3
+      chgval select values.parquet --fraction 0.5 --drop suspects.parquet
+      chgval select values.parquet --count 5000 --with-random random.parquet
+      chgval select photos/ --fraction 0.3 --materialize pruned/ --link hard
+      chgval select v.parquet --fraction 0.3 --format paths -0 -o - | xargs -0 du
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.runs.select import run_select
+
+    console.selection(run_select(config), config)
+
+
+@command("train", TrainingConfig)
+def train(console: "Console", config: TrainingConfig) -> None:
+    """Train a model, on everything or on what is worth it, and keep it.
+
+    With --fraction it trains on a part that is chosen anew every few epochs. The folder then holds
+    model.safetensors, training.json (all settings and results), metrics.parquet (a row per epoch), and in
+    subsets/ what was chosen.
+
+    \b
+    Examples:
+      chgval train photos/ --test more-photos/
+      chgval train photos/ --subset subset.parquet --holdout 0.1
+      chgval train photos/ --fraction 0.3 --holdout 0.1
+      chgval train photos/ --strategy chg --fraction 0.1 --select-every 10
+      chgval train photos/ --test more-photos/ --target-accuracy 0.9
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.runs.train import run_train
+
+    console.trained(run_train(config), config)
+
+
+def main() -> None:
+    """Run the command line."""
+    end_at_signals()
+    for descriptor in range(3):  # a file that got the number of a closed stream would be written to as that
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end the run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

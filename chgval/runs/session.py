@@ -1,0 +1,294 @@
+"""A run: its data, model and loader made ready, trained to the end, and described in metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+import chgval
+from chgval import progress
+from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
+from chgval.data.dataset import Dataset, Embeddings, LargeImages
+from chgval.data.loader import Loader, make_loader
+from chgval.data.open import open_dataset
+from chgval.errors import SettingsError
+from chgval.interruption import at_once
+from chgval.reports.tables import InputRows
+from chgval.training.loop import Subset, Trainer, WeightAverage, observe
+from chgval.training.models import InputShape, SplitModel, build_model, check_names
+from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
+from chgval.training.records import EpochRecord, Record
+from chgval.valuation.accumulator import ValueAccumulator
+
+SHOWN_PROBLEMS = 5
+# Share of a GPU's free memory that the accumulator's buffers may take; beyond it they stay on the host.
+ACCUMULATOR_MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a training consists of, ready to start."""
+
+    dataset: Dataset
+    arch: str
+    model: SplitModel
+    loader: Loader
+    recipe: Recipe
+    device: torch.device
+    generator: torch.Generator
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the samples are embeddings, not images."""
+        return isinstance(self.dataset.content, Embeddings)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run on all samples."""
+        return self.recipe.epochs * self.loader.num_batches(self.loader.rows)
+
+
+@contextmanager
+def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator[Run]:
+    """Prepare a run, and put torch's global generators back after it."""
+    device = pick_device(train.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield prepare(data, train, dataset)
+
+
+def read_dataset(data: DataConfig, train: TrainConfig) -> Dataset:
+    """Read the data, once all that can be checked without them is checked."""
+    check_names(train.arch, train.weights)
+    device = pick_device(train.device)
+    progress.detail(f"reading {data.source}")
+    dataset = open_dataset(data, largest_image_size(train.arch, device.type))
+    for note in dataset.notes:
+        progress.say(f"note: {note}")
+    return dataset
+
+
+def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
+    """Build the model and resolve all that the user left open.
+
+    Seeds torch's global generators, which dropout layers draw from; the caller puts them back.
+    """
+    torch.manual_seed(train.seed)
+    generator = torch.Generator().manual_seed(train.seed)
+    device = pick_device(train.device)
+    is_embedding = isinstance(dataset.content, Embeddings)
+    arch = train.arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
+    shape = InputShape(dataset.input_size, is_embedding)
+    model = build_model(arch, dataset.num_classes, shape, generator, train.weights)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = choose_recipe(
+        train,
+        len(dataset.usable_rows()),
+        has_batch_norm=any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
+        num_features=dataset.input_size if is_embedding else None,
+        flips=dataset.flips,
+    )
+    loader = make_loader(
+        dataset,
+        batch_size=recipe.batch_size,
+        augment=recipe.augment,
+        device=device,
+        mean=data.mean,
+        std=data.std,
+        workers=data.workers,
+        fail_on_error=data.on_error == "fail",
+    )
+    if train.compile_model:
+        model.backbone.compile()
+    return Run(dataset, arch, model, loader, recipe, device, generator)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; auto takes the fastest there is.
+
+    Raises:
+        SettingsError: this machine, or this build of PyTorch, does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError("--device mps: not available on this machine.")
+    return device
+
+
+def make_accumulator(run: Run, config: ValueConfig) -> ValueAccumulator:
+    """Return what values the samples of a run, on its device if there is room."""
+    dataset, model, device = run.dataset, run.model, run.device
+    needed = ValueAccumulator.memory_bytes(len(dataset), dataset.num_classes, model.head.in_features)
+    if device.type == "cuda" and needed > ACCUMULATOR_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    return ValueAccumulator(
+        torch.from_numpy(dataset.labels_N).to(device),
+        dataset.num_classes,
+        model.head.in_features,
+        has_bias=model.head.bias is not None,
+        utility=config.utility,
+        per_class=config.per_class,
+        averaged_from=run.recipe.epochs // 2 + 1,
+    )
+
+
+def make_trainer(
+    run: Run,
+    accumulator: ValueAccumulator | None = None,
+    average: WeightAverage | None = None,
+    *,
+    exact: bool = False,
+    choose: Callable[[int], Subset | None] | None = None,
+) -> Trainer:
+    """Return what trains a prepared run.
+
+    Args:
+        run: the run.
+        accumulator: values it, if given.
+        average: follows its weights, if given.
+        exact: whether the accumulator sees a pass of its own before each epoch (Algorithm 1 to the letter: no
+            augmentation, evaluation mode), or the training steps themselves.
+        choose: says what an epoch trains on, asked before it and again where it is resumed; None is all.
+    """
+
+    def before_epoch(epoch: int, is_resumed: bool) -> Subset | None:
+        with at_once():
+            if accumulator is not None and exact and not is_resumed:
+                observe(run.model, run.loader, accumulator.update)
+            return None if choose is None else choose(epoch)
+
+    return Trainer(
+        run.model,
+        run.loader,
+        run.recipe,
+        device=run.device,
+        generator=run.generator,
+        average=average,
+        observer=accumulator,
+        sees_steps=not exact,
+        before_epoch=before_epoch,
+    )
+
+
+def make_valuing(run: Run, config: ValueConfig) -> tuple[ValueAccumulator, WeightAverage, Trainer]:
+    """Return what values the samples of a run, the average of its weights, and its trainer."""
+    accumulator, average = make_accumulator(run, config), WeightAverage(run.model, run.total_steps)
+    return accumulator, average, make_trainer(run, accumulator, average, exact=config.mode == "exact")
+
+
+def train_to_end(
+    run: Run, records: Generator[Record], after_epoch: Callable[[EpochRecord], bool | None] | None = None
+) -> None:
+    """Train to the end, telling each record as it comes.
+
+    Args:
+        run: the run.
+        records: of its trainer.
+        after_epoch: is given each epoch's record; it ends the training by returning True.
+    """
+    with closing(records), progress.following(run.total_steps) as tell:
+        for record in records:
+            tell(record)
+            if isinstance(record, EpochRecord) and after_epoch is not None and after_epoch(record):
+                break
+
+
+def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
+    """Return what a person wants to know of a run before it starts, as names and values."""
+    dataset, recipe = run.dataset, run.recipe
+    kind = "numbers" if run.is_embedding else "px"
+    decoded = ", decoded at each use" if isinstance(dataset.content, LargeImages) else ""
+    usable = len(dataset.usable_rows())
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    stem = ", small-image stem" if run.model.small_stem else ""
+    return [
+        (
+            "data",
+            f"{dataset.source}: {len(dataset):,} rows, {usable:,} usable, {dataset.num_classes:,} classes, "
+            f"{dataset.input_size} {kind}{decoded}",
+        ),
+        ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}"),
+        (
+            "training",
+            f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
+            f"{recipe.augment}, seed {train.seed}",
+        ),
+    ]
+
+
+def tell_problems(dataset: Dataset, consequence: str) -> None:
+    """Name the first samples that could not be read, and what follows of it."""
+    if not dataset.problems:
+        return
+    rows = sorted(dataset.problems)
+    progress.warn(f"{len(rows):,} of {len(dataset):,} samples could not be read; {consequence}:")
+    for row in rows[:SHOWN_PROBLEMS]:
+        progress.warn(f"  {dataset.ids[row]}: {dataset.problems[row]}")
+    if len(rows) > SHOWN_PROBLEMS:
+        progress.warn(f"  ... and {len(rows) - SHOWN_PROBLEMS:,} more")
+
+
+def input_rows(dataset: Dataset) -> InputRows:
+    """Return what a report says of the rows of a dataset."""
+    return InputRows(
+        ids=dataset.ids,
+        labels_N=dataset.labels_N,
+        class_names=dataset.class_names,
+        statuses=dataset.statuses(),
+        reasons=[dataset.problems.get(row) for row in range(len(dataset))],
+        annotations=dataset.annotations,
+    )
+
+
+def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any]:
+    """Return what is kept of a run beside its results: all settings as they were resolved, and versions."""
+    statistics = run.loader.statistics
+    settings = dataclasses.asdict(config)
+    settings["train"].update(dataclasses.asdict(run.recipe), arch=run.arch, device=str(run.device))
+    settings["data"].update(
+        image_size=None if run.is_embedding else run.dataset.input_size,
+        mean=statistics.mean.flatten().tolist(),
+        std=statistics.std.flatten().tolist(),
+    )
+    return {
+        "version": chgval.__version__,
+        "command": progress.command(),
+        "settings": as_json(settings),
+        "class_names": list(run.dataset.class_names),
+        "fingerprint": run.dataset.fingerprint,
+        "root": run.dataset.root,
+        "seed": config.train.seed,
+        "device": str(run.device),
+        "libraries": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),
+            "pyarrow": str(pa.__version__),
+            "numpy": str(np.__version__),
+        },
+    }
+
+
+def as_json(value: object) -> Any:
+    """Return settings with paths as text."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,128 @@
+"""What detection and selection start from: a values report, or a dataset that is valued now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chgval.config import DataConfig, DetectConfig, Link, SelectConfig
+from chgval.errors import SettingsError
+from chgval.files import check_apart, locked
+from chgval.reports.files import check_output, in_input_order, is_report, read_table
+from chgval.reports.report import Report
+
+if TYPE_CHECKING:  # these import torch, which reports do without
+    from chgval.data.dataset import Dataset
+    from chgval.runs.unfinished import Unfinished
+    from chgval.runs.value import Valued
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Values of a dataset, wherever they came from.
+
+    Attributes:
+        report: its columns that were asked for.
+        data: the dataset that it is about.
+        valued: the run behind it, and its unfinished state, if it was valued now.
+    """
+
+    report: Report
+    data: DataConfig
+    valued: tuple[Valued, Unfinished] | None = None
+
+
+@contextmanager
+def values_of(
+    command: str,
+    config: DetectConfig | SelectConfig,
+    columns: Sequence[str],
+    *,
+    in_order: bool,
+    link: Link = "copy",
+    on_dataset: Callable[[Dataset], None] = lambda _: None,
+) -> Iterator[Input]:
+    """Read the report that the user named, or value the dataset; what is written meanwhile is locked.
+
+    All that can be wrong with outputs is told before anything is read.
+
+    Args:
+        command: its name.
+        config: its settings.
+        columns: of the report.
+        in_order: whether rows must be all there, and are then in the order of the input.
+        link: how files of a folder would get into a new one.
+        on_dataset: is given the dataset before it is valued, to check it.
+    Raises:
+        ChgvalError: the input is neither, or an output is in the way.
+    """
+    with locked(*config.outputs, config.state_file):
+        if config.target is not None:
+            check_apart(config.target, config.files)
+        if is_report(config.source):
+            yield _read(config, columns, in_order=in_order)
+        else:
+            with _value(command, config, columns, link, on_dataset) as given:
+                yield given
+
+
+def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_order: bool) -> Input:
+    for output in config.tables:
+        check_output(output, config.source, config.also_read)
+    table, metadata = read_table(config.source, columns)
+    data = config.data
+    if in_order or config.target is not None:
+        table = in_input_order(table, config.source)
+    if config.target is not None:
+        from chgval.runs.rewriting import dataset_behind  # imports torch
+
+        data = dataset_behind(
+            config.source,
+            table,
+            metadata,
+            config.target,
+            dataset=config.dataset,
+            overwrite=config.overwrites,
+        )
+    return Input(Report(table, metadata), data)
+
+
+@contextmanager
+def _value(
+    command: str,
+    config: DetectConfig | SelectConfig,
+    columns: Sequence[str],
+    link: Link,
+    on_dataset: Callable[[Dataset], None],
+) -> Iterator[Input]:
+    # These import torch, which reports do without.
+    from chgval.data.open import check_not_read
+    from chgval.data.rewrite import check_rewritable
+    from chgval.runs.session import read_dataset
+    from chgval.runs.unfinished import find_unfinished
+    from chgval.runs.value import check_outputs, value_dataset
+
+    if config.dataset is not None:
+        raise SettingsError(f"--dataset: is for a report; {config.source} is a dataset itself.")
+    value = config.value
+    with find_unfinished(command, config, overwrite=config.overwrites).resumable() as unfinished:
+        if config.target is not None:
+            check_rewritable(
+                value.data,
+                config.target,
+                overwrite=unfinished.overwrites,
+                link=link,
+                may_be_there=unfinished.may_have_written(config.target),
+            )
+        for table in config.tables:
+            check_output(unfinished.replaceable(table), config.source, config.also_read)
+            check_not_read(value.data, table)
+        kept = None if value.output is None else unfinished.replaceable(value.output)
+        check_outputs(value, kept, unfinished)
+        dataset = read_dataset(value.data, value.train)
+        on_dataset(dataset)
+        valued = value_dataset(value, dataset, kept, unfinished)
+        report = Report(valued.report.table.select(columns), valued.report.metadata)
+        yield Input(report, value.data, (valued, unfinished))

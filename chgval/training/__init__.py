@@ -1,0 +1,1 @@
+"""Training: models, the one loop, tests, and what to train on next."""
