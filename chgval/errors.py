@@ -21,6 +21,10 @@ class ModelError(ChgvalError):
     """The model cannot be built, does not fit the images, or its weights cannot be loaded."""
 
 
+class TrackerError(ChgvalError):
+    """What a Tracker is given does not fit its labels, its model or what came before."""
+
+
 class FactorError(ChgvalError):
     """The factors given to the closed form do not fit each other."""
 

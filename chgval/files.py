@@ -26,7 +26,7 @@ TRAINING_FILE, TRAINING_STATE_FILE = "training.json", f"training{STATE_ENDING}"
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file or folder is in the way, or would have no folder to lie in."""
-    with could_not_write(path):
+    with output_errors(path):
         if not path.name:
             raise OutputError(f"'{path}': is no name of its own; name a file or folder.")
         if (path.exists() or path.is_symlink()) and not overwrite:
@@ -37,7 +37,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 def check_file(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file cannot be written, or something is in the way; leave all as it is."""
-    with could_not_write(path):
+    with output_errors(path):
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; pass the name of a file.")
         if path.exists() and not path.is_file():
@@ -49,7 +49,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 def check_new_folder(path: Path) -> None:
     """Raise OutputError where a folder cannot be made, or holds something already: none is ever replaced."""
     check_free(path, overwrite=True)
-    with could_not_write(path):
+    with output_errors(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise OutputError(f"{path}: exists already, and folders are never replaced; pass another name.")
         check_writable(path)
@@ -57,7 +57,7 @@ def check_new_folder(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise OutputError where no file can be made beside the path."""
-    with could_not_write(path), tempfile.TemporaryFile(dir=path.parent):
+    with output_errors(path), tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
@@ -90,7 +90,7 @@ def locked(*outputs: Path | None) -> Iterator[None]:
             if not (path.name and path.parent.is_dir()):
                 continue  # nothing can be written there, as will be told
             lock = lock_of(path)
-            with could_not_write(path):
+            with output_errors(path):
                 try:
                     held.enter_context(FileLock(lock, timeout=0))
                 except Timeout as error:
@@ -163,7 +163,7 @@ def _hold_the_same(folders: filecmp.dircmp[str]) -> bool:
 
 
 @contextmanager
-def could_not_write(path: Path) -> Iterator[None]:
+def output_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's errors into OutputError; a reader that has gone is none."""
     try:
         yield

@@ -1,16 +1,14 @@
-"""Signals that ask a command to end: raised as Interrupted, or held back until a run has kept its state."""
+"""Signals that ask a command to end: raised as Interrupted, or deferred until a run has kept its state."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
@@ -43,12 +41,12 @@ class Interruption:
         self.signum: int | None = None
 
     def has_come(self) -> bool:
-        """Say whether a signal has come that was held back."""
+        """Say whether a signal has come that was deferred."""
         return self.signum is not None
 
 
-# Signals are the process's: what holds them back now, if anything does.
-_held: list[Interruption] = []
+# Signals are the process's: what defers them now, if anything does.
+_deferring: list[Interruption] = []
 
 
 def end_at_signals() -> None:
@@ -69,7 +67,7 @@ def raising_interruptions() -> Iterator[None]:
 
 
 @contextmanager
-def holding_back() -> Iterator[Interruption]:
+def deferred_signals() -> Iterator[Interruption]:
     """Note the first signal and raise it when the block has ended by itself; raise a second one at once."""
     interruption = Interruption()
 
@@ -78,52 +76,26 @@ def holding_back() -> Iterator[Interruption]:
             raise Interrupted(signum)
         interruption.signum = signum
 
-    _held.append(interruption)
+    _deferring.append(interruption)
     try:
         with _handling(note):
             yield interruption
     finally:
-        _held.remove(interruption)
+        _deferring.remove(interruption)
     if interruption.signum is not None:
         raise Interrupted(interruption.signum)
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Raise Interrupted in the block even where signals are held back: what it does can be done again."""
-    if not _held:
+def interruptible() -> Iterator[None]:
+    """Raise Interrupted in the block even where signals are deferred: what it does can be done again."""
+    if not _deferring:
         yield
         return
     with _handling(_stop):
-        if _held[-1].signum is not None:
-            raise Interrupted(_held[-1].signum)
+        if _deferring[-1].signum is not None:
+            raise Interrupted(_deferring[-1].signum)
         yield
-
-
-@contextmanager
-def telling_how_to_go_on(state_file: Path | None, command: str, *, resumes: bool) -> Iterator[None]:
-    """Say in the message of an interruption what is kept, and how to go on."""
-    # What is there before anything was kept is of an earlier run, unless that is gone on with.
-    before = None if resumes else _changed_at(state_file)
-    try:
-        yield
-    except Interrupted as interruption:
-        if state_file is None or _changed_at(state_file) in (None, before):
-            raise
-        words = shlex.split(command)
-        if "--resume" not in words:
-            words.insert(2, "--resume")  # after the command's name: what follows may end in -- and arguments
-        command = shlex.join(words)
-        message = f"interrupted; what was done so far is kept in {state_file}; go on with: {command}"
-        raise Interrupted(interruption.signum, message) from interruption
-
-
-def _changed_at(path: Path | None) -> int | None:
-    """Return when a file was written, in nanoseconds; None where there is none."""
-    try:
-        return None if path is None else path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 @contextmanager
@@ -150,14 +122,14 @@ def starting_workers() -> Iterator[None]:
             signal.raise_signal(signum)
 
 
-def obey_parent(_: int) -> None:
+def end_with_parent(_: int) -> None:
     """Leave it to the parent what a signal to all means, and end with the parent (as `worker_init_fn`)."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_watch_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _watch_parent() -> None:
     """End this process once its parent is gone, even while it sends what no one takes any more."""
     from multiprocessing import parent_process  # only in workers: it would slow the start of every command
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.loader import Batch
 from chgval.runs.session import make_valuing, prepare, read_dataset
-from chgval.training.loop import compute_gradients, observe
+from chgval.training.loop import compute_gradients, forward_all
 from chgval.training.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.training.optimizers import NesterovSGD
 from chgval.training.recipe import Recipe
@@ -79,10 +79,10 @@ def test_the_valuation_pass_runs_on_cuda_tensors_and_a_mix_up_raises():
             network.fc = torch.nn.Identity()
             labels_N = torch.zeros(128, dtype=torch.int64)
         accumulator = ValueAccumulator(labels_N, 10, 64)
-        observe(model, FakeLoader("cuda"), accumulator.update)
+        forward_all(model, FakeLoader("cuda"), accumulator.update)
         assert accumulator._close_epoch()[0]["loss"].device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
-            observe(model, FakeLoader("cpu"), accumulator.update)
+            forward_all(model, FakeLoader("cpu"), accumulator.update)
 
 
 def recipe_of_step():

@@ -44,7 +44,7 @@ SHOWN_ANNOTATORS = 10
 
 
 class _Unfailing:
-    """A stream that takes what is written even when its terminal, or its reader, has gone: runs go on."""
+    """A stream that takes what is written even when its terminal, or its reader, has gone: runs continue."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

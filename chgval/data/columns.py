@@ -146,7 +146,7 @@ def check_column(
 ) -> None:
     """Raise DataError where the column that an option names is missing or of another type."""
     if name not in schema.names:
-        raise DataError(f"{source}: column '{name}' not found; {_columns_are(schema)}. Mend {option}.")
+        raise DataError(f"{source}: column '{name}' not found; {_columns_are(schema)}. Fix {option}.")
     kind = schema.field(name).type
     if not fits(kind):
         raise DataError(f"{source}: column '{name}' holds {kind}; {option} needs {expected}.")

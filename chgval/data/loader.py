@@ -27,7 +27,7 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, decode_random_crop, usable_cores
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, OutputError, first_line
-from chgval.interruption import obey_parent, starting_workers
+from chgval.interruption import end_with_parent, starting_workers
 
 # How many processes there are is the user's choice.
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -294,7 +294,7 @@ class DecodingLoader:
             collate_fn=_Collate(shares=self._workers > 0 and _can_share(self._bytes_under_way(batches))),
             prefetch_factor=BATCHES_AHEAD if self._workers else None,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=obey_parent,
+            worker_init_fn=end_with_parent,
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),
         )
@@ -315,7 +315,7 @@ class DecodingLoader:
                     if self._fail_on_error:
                         raise DataError(
                             f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
-                            "mend it, or leave out --on-error fail."
+                            "fix it, or leave out --on-error fail."
                         )
                 yield torch.as_tensor(batch.indices_B), torch.as_tensor(batch.pixels_B)
         except (DataError, OutputError) as error:

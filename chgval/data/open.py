@@ -12,7 +12,7 @@ from chgval.data.digits import read_digits
 from chgval.data.image_folder import EXTENSIONS, holds_images, list_image_folder, read_image_folder
 from chgval.data.parquet import has_images, local_files, parquet_files, read_parquet
 from chgval.errors import DataError, OutputError, SettingsError
-from chgval.files import could_not_write
+from chgval.files import output_errors
 
 Kind = Literal["digits", "parquet", "folder"]
 
@@ -34,7 +34,7 @@ def open_dataset(config: DataConfig, largest_size: int, *, least_classes: int = 
         row, reason = next(iter(dataset.problems.items()))
         raise DataError(
             f"{config.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
-            f"(the first, {dataset.ids[row]}: {reason}); mend them, or leave out --on-error fail."
+            f"(the first, {dataset.ids[row]}: {reason}); fix them, or leave out --on-error fail."
         )
     return dataset
 
@@ -70,7 +70,7 @@ def kind_of(config: DataConfig) -> Kind:
 def check_not_read(config: DataConfig, output: OutputConfig) -> None:
     """Raise OutputError where an output would replace a file of the dataset."""
     path = Path(output.path)
-    with could_not_write(path):
+    with output_errors(path):
         if output.to_stdout or not path.is_file():
             return
         match kind_of(config):

@@ -49,8 +49,8 @@ from chgval.errors import DataError, OutputError, SettingsError, first_line
 from chgval.files import (
     check_file,
     check_new_folder,
-    could_not_write,
     new_folder,
+    output_errors,
     replacing,
     sync,
 )
@@ -67,7 +67,7 @@ ADVICE = "it changed since, or was another dataset. Value it anew"
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownRows:
     """What is known of a dataset from when it was read, to see whether it is still the same.
 
     Attributes:
@@ -81,7 +81,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class RowChanges:
     """What shall become of every row of a dataset.
 
     Attributes:
@@ -132,7 +132,7 @@ def check_rewritable(
         raise SettingsError(f"{data.source}: is built in; only folders and Parquet files are written anew.")
     if kind == "folder" and _is_one_file(target):
         raise SettingsError(f"{target}: the images of {data.source} are copied to a folder; name a folder.")
-    with could_not_write(target):
+    with output_errors(target):
         if kind == "folder":
             rows = list_image_folder(Path(data.source))
             places = [Path(data.source), *{Path(path).parent for path in rows.paths}]
@@ -150,7 +150,7 @@ def check_rewritable(
         check_new_folder(target)
 
 
-def check_same(data: DataConfig, known: Known) -> None:
+def check_same(data: DataConfig, known: KnownRows) -> None:
     """Raise DataError where the rows, their ids or their labels are not those that are known of."""
     if kind_of(data) == "folder":
         rows = list_image_folder(Path(data.source))
@@ -159,7 +159,9 @@ def check_same(data: DataConfig, known: Known) -> None:
         _open_same(data, known)
 
 
-def rewrite(data: DataConfig, known: Known, changes: Changes, target: Path, link: Link = "copy") -> Rewritten:
+def rewrite(
+    data: DataConfig, known: KnownRows, changes: RowChanges, target: Path, link: Link = "copy"
+) -> Rewritten:
     """Write a dataset anew. It appears under its name only when it is complete.
 
     Of a folder of images, files are copied or linked; a relabelled image goes to the folder of its new class,
@@ -181,7 +183,9 @@ def rewrite(data: DataConfig, known: Known, changes: Changes, target: Path, link
     return _rewrite_parquet(data, known, changes, target)
 
 
-def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Path, link: Link) -> Rewritten:
+def _rewrite_folder(
+    data: DataConfig, known: KnownRows, changes: RowChanges, target: Path, link: Link
+) -> Rewritten:
     rows = list_image_folder(Path(data.source))
     _check_rows(data.source, known, rows.ids, rows.labels_N)
     _check_fingerprint(data.source, known, folder_fingerprint(rows))
@@ -189,7 +193,7 @@ def _rewrite_folder(data: DataConfig, known: Known, changes: Changes, target: Pa
     readable_N = np.array([_is_readable(Path(path)) for path in rows.paths])
     is_moved_N = changes.new_labels_N >= 0
     relabelled = []
-    with could_not_write(target), new_folder(target) as folder:
+    with output_errors(target), new_folder(target) as folder:
         # Files that keep their place go first, so that no relabelled one takes it.
         for moved in (False, True):
             for row in np.flatnonzero(changes.kept_N & readable_N & (is_moved_N == moved)).tolist():
@@ -269,14 +273,14 @@ def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], p
     sync(path)
 
 
-def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: Path) -> Rewritten:
+def _rewrite_parquet(data: DataConfig, known: KnownRows, changes: RowChanges, target: Path) -> Rewritten:
     rows, labelled = _open_same(data, known)
     class_names = labelled.class_names
     _check_classes(data.source, changes, class_names)
     schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
     seen = SeenImages()
     groups = _row_groups(_changed(data, rows, changes, schema, labelled, seen))
-    with could_not_write(target):
+    with output_errors(target):
         if _is_one_file(target):
             with replacing(target) as file:
                 _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
@@ -288,7 +292,7 @@ def _rewrite_parquet(data: DataConfig, known: Known, changes: Changes, target: P
     return _rewritten(known, changes, changes.kept_N, class_names, rows.notes, [])
 
 
-def _open_same(data: DataConfig, known: Known) -> tuple[ParquetRows, Labelled]:
+def _open_same(data: DataConfig, known: KnownRows) -> tuple[ParquetRows, Labelled]:
     """Return the rows and their classes, if the rows are those that are known of."""
     rows = open_parquet(data.source, data)
     labelled = rows.labelled(rows.ids or rows.row_numbers())
@@ -343,7 +347,7 @@ def _stored_labels(kind: pa.DataType, rows: ParquetRows, labelled: Labelled) -> 
 def _changed(
     data: DataConfig,
     rows: ParquetRows,
-    changes: Changes,
+    changes: RowChanges,
     schema: pa.Schema,
     labelled: Labelled,
     seen: SeenImages,
@@ -463,7 +467,7 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     return {"compression": compression, "use_dictionary": others, "write_page_index": True}
 
 
-def _check_rows(source: str, known: Known, ids: Sequence[str] | None, labels_N: IntArray) -> None:
+def _check_rows(source: str, known: KnownRows, ids: Sequence[str] | None, labels_N: IntArray) -> None:
     """Raise DataError where rows are not those that are known of; ids are None if rows have none."""
     if len(labels_N) != len(known.labels_N):
         raise DataError(
@@ -481,7 +485,7 @@ def _check_rows(source: str, known: Known, ids: Sequence[str] | None, labels_N: 
 
 
 def _check_seen(
-    data: DataConfig, known: Known, rows: ParquetRows, labelled: Labelled, seen: SeenImages
+    data: DataConfig, known: KnownRows, rows: ParquetRows, labelled: Labelled, seen: SeenImages
 ) -> None:
     """Raise DataError where contents were not those of the report, although their labels were."""
     if data.features_column is None:
@@ -494,12 +498,12 @@ def _check_seen(
     _check_fingerprint(data.source, known, found)
 
 
-def _check_fingerprint(source: str, known: Known, found: str) -> None:
+def _check_fingerprint(source: str, known: KnownRows, found: str) -> None:
     if known.fingerprint is not None and found != known.fingerprint:
         raise DataError(f"{source}: its contents or class names are not those of the report; {ADVICE}.")
 
 
-def _check_classes(source: str, changes: Changes, class_names: Sequence[str]) -> None:
+def _check_classes(source: str, changes: RowChanges, class_names: Sequence[str]) -> None:
     """Raise DataError where rows shall get a class that the dataset does not have."""
     largest = int(changes.new_labels_N.max(initial=-1))
     if largest >= len(class_names):
@@ -510,8 +514,8 @@ def _check_classes(source: str, changes: Changes, class_names: Sequence[str]) ->
 
 
 def _rewritten(
-    known: Known,
-    changes: Changes,
+    known: KnownRows,
+    changes: RowChanges,
     written_N: NDArray[np.bool_],
     class_names: Sequence[str],
     notes: Sequence[str],

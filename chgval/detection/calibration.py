@@ -54,13 +54,13 @@ def estimate_rate(score_N: FloatArray, std_N: FloatArray) -> NoiseRate:
 
 
 def calibrated_by(order_N: FloatArray, score_N: FloatArray) -> FloatArray:
-    """Return scores in the order of another figure: the mean score of samples that are alike in it.
+    """Return scores in the order of another score: the mean score of samples that are alike in it.
 
     Isotonic regression, which keeps the sum of the scores. Its steps are tilted about their middles, by at
     most half the way to their neighbours, so that the order within them stays.
 
     Args:
-        order_N: the figure; the lower, the more suspicious.
+        order_N: the other score; the lower, the more suspicious.
         score_N: calibrated scores.
     """
     from scipy.optimize import isotonic_regression

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from chgval.detection.calibration import calibrated_by, confident_labels
-from chgval.detection.evidence import LeftOutGaussians, best_scale, judged_rows, rows_of_every_class
+from chgval.detection.evidence import (
+    LOWEST_LOG,
+    LeftOutGaussians,
+    best_scale,
+    judged_rows,
+    rows_of_every_class,
+)
 from chgval.detection.noise_model import Floats, Given, NoiseModel, fit_noise_model, num_odds
 from chgval.detection.settings import SETTINGS
 from chgval.detection.signals import Annotations, Consensus, NoiseSignals
@@ -29,7 +35,7 @@ SMALLEST_PROBABILITY = 1e-12
 def score_labels(
     labels_N: IntArray,
     averaged_NC: Floats,
-    unseen_ND: Tensor,
+    unseen_ND: Tensor | None,
     seen_ND: Tensor | None = None,
     annotations: Annotations | None = None,
     *,
@@ -45,7 +51,8 @@ def score_labels(
     Args:
         labels_N: given classes, shape (N,); -1 where unknown.
         averaged_NC: averaged probabilities of the run, shape (N, C); NaN where a sample was not seen.
-        unseen_ND: last-layer inputs of a view that was not trained on, or embeddings, shape (N, D).
+        unseen_ND: last-layer inputs of a view that was not trained on, or embeddings, shape (N, D); None if
+            the probabilities themselves are by models that were not trained on their samples.
         seen_ND: last-layer inputs of a view that was trained on, shape (N, E); None where there are none.
         annotations: what several annotators said, if they did; the given classes are then their majority.
         quick: whether to fit the Gaussians once, and fewer noise models: four times as fast, for a run that
@@ -54,10 +61,11 @@ def score_labels(
     from scipy.special import entr
 
     signals = NoiseSignals.unknown(len(labels_N))
-    finite_N = unseen_ND.isfinite().all(1)
-    if seen_ND is not None:
-        finite_N &= seen_ND.isfinite().all(1)
-    known = np.flatnonzero((labels_N >= 0) & np.isfinite(averaged_NC[:, 0]) & finite_N.numpy())
+    known_N = (labels_N >= 0) & np.isfinite(averaged_NC[:, 0])
+    for features_ND in (unseen_ND, seen_ND):
+        if features_ND is not None:
+            known_N &= features_ND.isfinite().all(1).numpy()
+    known = np.flatnonzero(known_N)
     if not len(known):
         return signals
     labels_K, averaged_KC = labels_N[known], averaged_NC[known]
@@ -74,20 +82,24 @@ def score_labels(
         return signals
 
     rows, labels = torch.from_numpy(known), torch.from_numpy(labels_K)
-    unseen = LeftOutGaussians(unseen_ND[rows], labels, num_classes)
-    unseen_CK = unseen.log_probabilities().T.copy()
+    unseen = None if unseen_ND is None else LeftOutGaussians(unseen_ND[rows], labels, num_classes)
+    scaled_CK = _scaled(averaged_KC, labels_K)
+    unseen_CK = scaled_CK.clip(min=LOWEST_LOG)
+    if unseen is not None:
+        unseen_CK = unseen.log_probabilities().T.copy()
     signals.explained = max(0.0, 1 - _mean_loss(unseen_CK, labels_K) / entropy)
     if signals.explained < SETTINGS.least_explained:
         return signals
     weights_K: Tensor | None = None
-    for _ in range(0 if quick else SETTINGS.rounds - 1):
+    for _ in range(0 if quick or unseen is None else SETTINGS.rounds - 1):
         mixture = _Mixture.fit(unseen_CK, labels_K, given, quick=True)
         doubt_K = _doubt(mixture.posterior(unseen_CK, given), labels_K)
         weights_K = torch.from_numpy(np.maximum(1 - doubt_K, SETTINGS.least_weight))
-        unseen_CK = unseen.log_probabilities(weights_K).T.copy()
+        if unseen is not None:
+            unseen_CK = unseen.log_probabilities(weights_K).T.copy()
     mixture = _Mixture.fit(unseen_CK, labels_K, given, quick=quick)
 
-    evidence = [unseen_CK, _scaled(averaged_KC, labels_K)]
+    evidence = [unseen_CK] if unseen is None else [unseen_CK, scaled_CK]
     if seen_ND is not None:
         seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
         evidence.append(seen.log_probabilities(weights_K).T.copy())

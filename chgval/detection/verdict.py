@@ -1,4 +1,4 @@
-"""How far a run's verdict on labels can be trusted, in figures for its report and in sentences for people."""
+"""How far a run's verdict on labels can be trusted, in numbers for its report and in sentences for people."""
 
 from __future__ import annotations
 

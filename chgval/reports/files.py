@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from chgval.config import STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
-from chgval.files import METADATA_KEY, check_file, check_free, could_not_write, replacing
+from chgval.files import METADATA_KEY, check_file, check_free, output_errors, replacing
 from chgval.reports.tables import VALUES, TableKind, epoch_table
 from chgval.spreadsheets import with_marks, without_marks
 from chgval.valuation.signals import EpochSignals
@@ -56,7 +56,7 @@ class ReportWriter:
         self._config = config
         self.epochs_folder = config.epochs_folder
         if self.epochs_folder is not None:
-            with could_not_write(self.epochs_folder):
+            with output_errors(self.epochs_folder):
                 for part in [] if resumes else self.epochs_folder.glob("epoch=*"):
                     shutil.rmtree(part)
 
@@ -76,7 +76,7 @@ class ReportWriter:
             return
         folder = self.epochs_folder / f"epoch={epoch}"
         path = folder / "values.parquet"
-        with could_not_write(path):
+        with output_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 _write(with_metadata(epoch_table(signals), metadata), file, "parquet")
@@ -103,7 +103,7 @@ def check_output(config: OutputConfig, *sources: str) -> None:
                 "redirect it, or pass --format csv."
             )
     else:
-        with could_not_write(path):
+        with output_errors(path):
             for source in filter(None, sources):
                 if path.exists() and Path(source).exists() and path.samefile(source):
                     raise OutputError(f"{path}: is the input itself; pass another --output.")
@@ -117,7 +117,7 @@ def write_table(config: OutputConfig, table: pa.Table) -> None:
             _write(table, file, config.resolved_format)
         return
     path = Path(config.path)
-    with could_not_write(path), replacing(path) as file:
+    with output_errors(path), replacing(path) as file:
         _write(table, file, config.resolved_format)
 
 
@@ -129,14 +129,14 @@ def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
             file.write(encoded)
         return
     path = Path(config.path)
-    with could_not_write(path), replacing(path) as file:
+    with output_errors(path), replacing(path) as file:
         file.write(encoded)
 
 
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
     try:
-        with could_not_write(Path("standard output")):
+        with output_errors(Path("standard output")):
             stream = sys.stdout.buffer
             yield cast(BinaryIO, _Printable(stream)) if sys.stdout.isatty() else stream
             stream.flush()
@@ -166,7 +166,7 @@ class _Printable:
 
 def write_array(path: Path, array: NDArray[np.float32]) -> None:
     """Write a NumPy file. It appears under its name only when it is complete."""
-    with could_not_write(path), replacing(path) as file:
+    with output_errors(path), replacing(path) as file:
         np.save(file, array)
 
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from chgval import progress
 from chgval.config import TrainingConfig, ValueConfig, free_settings
 from chgval.errors import DataError, NonFiniteError, OutputError, first_line
-from chgval.files import could_not_write
-from chgval.interruption import holding_back
+from chgval.files import output_errors
+from chgval.interruption import deferred_signals
 from chgval.runs.state_file import read_header, read_state, reading, write_state
 from chgval.runs.unfinished import Unfinished
 from chgval.training.loop import Trainer
@@ -104,7 +104,7 @@ class Checkpoint:
         if self._path is None:
             yield from self._trainer.records()
             return
-        with holding_back() as interruption, self._of_use(self._path):
+        with deferred_signals() as interruption, self._of_use(self._path):
             kept_at = self._trainer.position
             for record in self._trainer.records(interruption.has_come):
                 yield record
@@ -120,7 +120,7 @@ class Checkpoint:
         try:
             yield
         except NonFiniteError:
-            with could_not_write(path):
+            with output_errors(path):
                 path.unlink(missing_ok=True)
             raise
 
@@ -134,7 +134,7 @@ class Checkpoint:
             "seconds": self.seconds,
         }
         try:
-            with could_not_write(path):
+            with output_errors(path):
                 write_state(path, header, {name: part.state_dict() for name, part in self._parts.items()})
             self._unfinished.is_kept = True
         except (OutputError, SafetensorError) as error:

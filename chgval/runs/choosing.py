@@ -14,7 +14,7 @@ from chgval.runs.session import Run
 from chgval.training.evaluation import predict
 from chgval.training.loop import Subset, WeightAverage, schedule_factor
 from chgval.training.models import SplitModel
-from chgval.training.strategies import REGISTRY, Pass, Question, Strategy
+from chgval.training.strategies import REGISTRY, Predictions, Question, Strategy
 from chgval.types import IntArray, State
 
 # Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
@@ -108,18 +108,18 @@ class Chooser:
         if len(readable) < len(self._rows):
             self._rows, self._memory = readable, {}
 
-        def sample_pass(model: SplitModel) -> Pass:
-            return pass_over(model, run.loader, labels_N, self._rows)
+        def sample_pass(model: SplitModel) -> Predictions:
+            return predict_rows(model, run.loader, labels_N, self._rows)
 
-        def averaged_pass() -> Pass:
+        def averaged_pass() -> Predictions:
             if self.average is None:
                 raise ValueError("no moving average of the weights is kept")
             return sample_pass(self.average.model)
 
-        def held_pass() -> Pass:
+        def held_pass() -> Predictions:
             if held is None:
                 raise ValueError("there are no held-out samples")
-            return pass_over(run.model, held.loader, held.labels_N)
+            return predict_rows(run.model, held.loader, held.labels_N)
 
         choice = strategy.choose(
             Question(
@@ -131,9 +131,9 @@ class Chooser:
                 batch_size=recipe.batch_size,
                 lr=recipe.lr * schedule_factor(recipe.schedule, (epoch - 0.5) / recipe.epochs),
                 generator=run.generator,
-                run_pass=lambda: sample_pass(run.model),
-                run_averaged_pass=averaged_pass,
-                run_held_pass=held_pass,
+                predict_samples=lambda: sample_pass(run.model),
+                predict_averaged=averaged_pass,
+                predict_held=held_pass,
                 memory=self._memory,
             )
         )
@@ -152,7 +152,9 @@ def select_every(config: TrainingConfig, num_epochs: int) -> int:
     return config.select_every or max(1, round(num_epochs / NUM_CHOICES))
 
 
-def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntArray | None = None) -> Pass:
+def predict_rows(
+    model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntArray | None = None
+) -> Predictions:
     """Show samples to a model as it is, without training.
 
     Args:
@@ -172,4 +174,6 @@ def pass_over(model: SplitModel, loader: Loader, labels_N: IntArray, rows: IntAr
         logits_NC = logits_NC[found_N].where(found_N[:, None] >= 0, 0)
         features_ND = features_ND[found_N].where(found_N[:, None] >= 0, 0)
         seen_N = torch.from_numpy(rows)
-    return Pass(logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None)
+    return Predictions(
+        logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None
+    )

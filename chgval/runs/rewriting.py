@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chgval import progress
 from chgval.config import DataConfig, Link
-from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
+from chgval.data.rewrite import KnownRows, RowChanges, check_rewritable, check_same, rewrite
 from chgval.errors import DataError
 from chgval.reports.files import dataset_of, report_name
 from chgval.types import IntArray
@@ -60,8 +60,8 @@ def dataset_behind(
     return data
 
 
-def _known(report: pa.Table, metadata: dict[str, Any]) -> Known:
-    return Known(report["id"].to_pylist(), report["label"].to_numpy(), metadata.get("fingerprint"))
+def _known(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:
+    return KnownRows(report["id"].to_pylist(), report["label"].to_numpy(), metadata.get("fingerprint"))
 
 
 def rewrite_rows(
@@ -87,7 +87,7 @@ def rewrite_rows(
     Raises:
         ChgvalError: the dataset is not that of the report any more, or cannot be written.
     """
-    changes = Changes(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
+    changes = RowChanges(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
     written = rewrite(data, _known(report, metadata), changes, target, link)
     for note in written.notes:
         progress.say(f"note: {note}")

@@ -167,7 +167,7 @@ def _scores(report: Report, config: SelectConfig, rng: np.random.Generator) -> F
 
 
 def _groups(report: Report) -> IntArray:
-    """Return the class of every row, numbered from 0; rows without one have no figure and join the first."""
+    """Return the class of every row, numbered from 0; rows without one have no score and join the first."""
     # A report can claim labels of any size; there are no more classes than rows.
     groups: IntArray = np.unique(np.maximum(report.integers("label"), 0), return_inverse=True)[1]
     return groups

@@ -23,9 +23,9 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import SettingsError
-from chgval.interruption import at_once
+from chgval.interruption import interruptible
 from chgval.reports.tables import InputRows
-from chgval.training.loop import Subset, Trainer, WeightAverage, observe
+from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
 from chgval.training.models import InputShape, SplitModel, build_model, check_names
 from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.training.records import EpochRecord, Record
@@ -170,9 +170,9 @@ def make_trainer(
     """
 
     def before_epoch(epoch: int, is_resumed: bool) -> Subset | None:
-        with at_once():
+        with interruptible():
             if accumulator is not None and exact and not is_resumed:
-                observe(run.model, run.loader, accumulator.update)
+                forward_all(run.model, run.loader, accumulator.update)
             return None if choose is None else choose(epoch)
 
     return Trainer(

@@ -19,8 +19,8 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
-from chgval.files import could_not_write, locked
-from chgval.interruption import at_once
+from chgval.files import locked, output_errors
+from chgval.interruption import interruptible
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
@@ -260,7 +260,7 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
         parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": so_far}
         if tested is not None:
             parts["tested"] = tested
-        with could_not_write(config.folder):
+        with output_errors(config.folder):
             config.folder.mkdir(exist_ok=True)
         checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config, digests=digests)
         resumes = trainer.position != (0, 0)
@@ -303,7 +303,7 @@ def train(
     def after_epoch(record: EpochRecord) -> bool:
         evaluation = None
         if test is not None and (record.epoch % config.test_every == 0 or record.epoch == record.num_epochs):
-            with at_once():
+            with interruptible():
                 evaluation = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes)
             progress.say(progress.evaluation_line(evaluation))
         so_far.add(record, evaluation, config.target_accuracy)

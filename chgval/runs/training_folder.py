@@ -22,8 +22,8 @@ from chgval.files import (
     TRAINING_FILE,
     check_new_folder,
     check_writable,
-    could_not_write,
     lock_of,
+    output_errors,
     part_of,
     replacing,
 )
@@ -118,7 +118,7 @@ class TrainingFolder:
         self._metadata = metadata
         self._dataset = dataset
         self._chooser = chooser
-        with could_not_write(folder):
+        with output_errors(folder):
             for name in () if resumes else (MODEL_FILE, METRICS_FILE):
                 (folder / name).unlink(missing_ok=True)
             if not resumes and (folder / SUBSETS_FOLDER).exists():
@@ -131,7 +131,7 @@ class TrainingFolder:
         chosen = self._chooser.chosen_in(epoch)
         if chosen is not None:
             part = self._folder / SUBSETS_FOLDER / f"epoch={epoch}" / "subset.parquet"
-            with could_not_write(part):
+            with output_errors(part):
                 part.parent.mkdir(parents=True, exist_ok=True)
             _write_table(part, subset_table(self._dataset, chosen), self._metadata)
         _write_table(
@@ -141,7 +141,7 @@ class TrainingFolder:
     def finish(self, model: SplitModel, training: TrainingProgress) -> None:
         """Write the model, and everything that is known of its training."""
         path = self._folder / MODEL_FILE
-        with could_not_write(path), replacing(path) as file:
+        with output_errors(path), replacing(path) as file:
             file.write(save(model.network_state(), {"format": "pt"}))
         evaluation = training.evaluation
         results = {
@@ -156,7 +156,7 @@ class TrainingFolder:
         """Write the settings, from the start: an interrupted training can be told from other folders."""
         path = self._folder / TRAINING_FILE
         text = json.dumps({**self._metadata, **results}, indent=2, ensure_ascii=False)
-        with could_not_write(path), replacing(path) as file:
+        with output_errors(path), replacing(path) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
 
@@ -166,7 +166,7 @@ def check_training_folder(config: TrainingConfig) -> None:
     if config.overwrite and ((folder / TRAINING_FILE).is_file() or config.state_file.is_file()):
         return
     state_file = config.state_file
-    with could_not_write(folder):
+    with output_errors(folder):
         # The lock of this run, and what is left of one that was killed while it wrote its first state.
         own = {lock_of(state_file), part_of(state_file)}
         is_there = folder.is_dir() and not folder.is_symlink()

@@ -20,7 +20,7 @@ from chgval.config import (
     option_of,
 )
 from chgval.errors import OutputError, SettingsError
-from chgval.files import could_not_write
+from chgval.files import output_errors
 from chgval.interruption import Interrupted
 from chgval.runs.state_file import read_header, reading
 
@@ -103,7 +103,7 @@ class Unfinished:
         for name in names:
             path = self.file(name)
             if path is not None:
-                with could_not_write(path):
+                with output_errors(path):
                     path.unlink(missing_ok=True)
 
 
@@ -127,7 +127,7 @@ def find_unfinished(command: str, config: CommandConfig, *, overwrite: bool) -> 
             )
         return Unfinished()
     settings = _own_settings(config)
-    with could_not_write(path):
+    with output_errors(path):
         is_there = path.exists()
     if is_there and not resumes and not overwrite:
         raise OutputError(

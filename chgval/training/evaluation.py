@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from chgval.data.loader import Loader
 from chgval.errors import DataError, NonFiniteError
-from chgval.training.loop import observe
+from chgval.training.loop import forward_all
 from chgval.training.records import Evaluation
 from chgval.types import FloatArray, IntArray
 
@@ -85,7 +85,7 @@ def predict(
         parts.append((rows, logits, features))
         waiting.clear()
 
-    observe(model, loader, take, view=view)
+    forward_all(model, loader, take, view=view)
     if waiting:
         copy()
     if not parts:

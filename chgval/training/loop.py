@@ -322,7 +322,7 @@ def compute_gradients(
     return loss, losses_B, logits_BC, features_BD
 
 
-def observe(
+def forward_all(
     model: nn.Module,
     loader: Loader,
     take: Callable[[Tensor, Tensor, Tensor], None],

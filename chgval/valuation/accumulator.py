@@ -84,6 +84,7 @@ class ValueAccumulator:
         self._features_ND = torch.zeros(num_samples, num_features, device=device)
         self._seen_N = torch.zeros(num_samples, dtype=torch.bool, device=device)
         self._closed: tuple[dict[str, Tensor], Factors] | None = None
+        self._seen_last_N = self._seen_N
         # The run's sums.
         double_N = torch.zeros(num_samples, dtype=torch.float64, device=device)
         self._count_N = torch.zeros(num_samples, dtype=torch.int64, device=device)
@@ -177,8 +178,16 @@ class ValueAccumulator:
             predicted_label_N=_integers(signals["predicted_label"].where(seen_N, -1)),
         )
         self._closed = None
+        self._seen_last_N = seen_N
         self._seen_N = torch.zeros_like(seen_N)
         return epoch
+
+    def last_features(self) -> Tensor:
+        """Return the last-layer inputs of the last epoch, on the host, shape (N, D); NaN where none was seen.
+
+        Call it between two epochs.
+        """
+        return self._features_ND.where(self._seen_last_N[:, None], torch.nan).cpu()
 
     def run_signals(self) -> RunSignals:
         """Return what all finished epochs say together, shape (N,) each."""
@@ -201,7 +210,7 @@ class ValueAccumulator:
         )
 
     def state_dict(self) -> State:
-        """Return all that another accumulator of the same run needs to go on; call it between two batches.
+        """Return all that another accumulator of the same run needs to resume; call it between two batches.
 
         The epoch's buffers are part of it only while an epoch is under way.
         """
@@ -217,7 +226,7 @@ class ValueAccumulator:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of another accumulator of the same run.
+        """Resume from the state of another accumulator of the same run.
 
         Raises:
             ValueError: it is no state of such a run.

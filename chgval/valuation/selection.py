@@ -27,26 +27,26 @@ def class_quotas(sizes_C: IntArray, count: int) -> IntArray:
     return quotas_C
 
 
-def ranks_within(figure_N: FloatArray, group_N: IntArray) -> IntArray:
-    """Rank samples within their group, 1 for the highest figure; 0 where it is NaN, ties by index."""
-    known = np.flatnonzero(~np.isnan(figure_N))
-    order = known[np.lexsort((-figure_N[known], group_N[known]))]
+def ranks_within(score_N: FloatArray, group_N: IntArray) -> IntArray:
+    """Rank samples within their group, 1 for the highest score; 0 where it is NaN, ties by index."""
+    known = np.flatnonzero(~np.isnan(score_N))
+    order = known[np.lexsort((-score_N[known], group_N[known]))]
     sizes = np.bincount(group_N[order])
     starts = np.repeat(sizes.cumsum() - sizes, sizes)
-    rank_N = np.zeros(len(figure_N), dtype=np.int64)
+    rank_N = np.zeros(len(score_N), dtype=np.int64)
     rank_N[order] = np.arange(1, len(order) + 1) - starts
     return rank_N
 
 
-def keep_highest(figure_N: FloatArray, group_N: IntArray, count: int) -> NDArray[np.bool_]:
-    """Keep the samples with the highest figures of each group, in proportion to the groups' sizes.
+def keep_highest(score_N: FloatArray, group_N: IntArray, count: int) -> NDArray[np.bool_]:
+    """Keep the samples with the highest scores of each group, in proportion to the groups' sizes.
 
     Args:
-        figure_N: what samples are ranked by, shape (N,); those with NaN are never kept, nor counted.
+        score_N: what samples are ranked by, shape (N,); those with NaN are never kept, nor counted.
         group_N: the group of each, from 0, shape (N,); one group ranks all against each other.
-        count: how many to keep; at most as many as have a figure.
+        count: how many to keep; at most as many as have a score.
     """
-    rank_N = ranks_within(figure_N, group_N)
+    rank_N = ranks_within(score_N, group_N)
     quotas_G = class_quotas(
         np.bincount(group_N[rank_N > 0], minlength=int(group_N.max(initial=0)) + 1), count
     )

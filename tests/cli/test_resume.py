@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from chgval import interruption, reports
 from chgval.cli import app
 from chgval.config import strategies
-from chgval.interruption import SIGNALS, Interrupted, Interruption, holding_back
-from chgval.runs import checkpoint, value
+from chgval.interruption import SIGNALS, Interrupted, Interruption, deferred_signals
+from chgval.runs import unfinished, value
 from tests.conftest import write_folder
 
 SMALL = ["--arch", "resnet8", "--epochs", "3", "--batch-size", "8", "-q"]
@@ -60,7 +60,7 @@ def run_in_parts(steps, monkeypatch, *args):
             result = invoke(*args, *(["--resume"] if number else []))
         if result.exit_code == 0:
             return number
-        assert result.exit_code == 143 and "go on with: chgval" in result.stderr, result.stderr
+        assert result.exit_code == 143 and "resume with: chgval" in result.stderr, result.stderr
     raise AssertionError("it never ends")
 
 
@@ -164,7 +164,7 @@ def test_what_is_unfinished_is_neither_replaced_nor_mixed_with_another_run(
         stopped = invoke(*args)
     assert stopped.exit_code == 143 and "v.checkpoint" in stopped.stderr
     refused = invoke(*args)
-    assert refused.exit_code == 1 and "pass --resume to go on with it, or --overwrite" in refused.stderr
+    assert refused.exit_code == 1 and "pass --resume to resume it, or --overwrite" in refused.stderr
     for change, difference in (
         (["--lr", 0.1], "has lr 0.3, not 0.1"),
         (["--seed", 1], "has seed 0, not 1"),
@@ -278,7 +278,7 @@ def test_a_damaged_state_is_an_error_of_one_line(damage, image_folder, tmp_path,
         case "wrong kind":
             header["state"]["trainer"]["finished_epochs"] = {"tensor": "nowhere"}
         case "counts below 0":
-            tensors["/trainer/accumulator/sums/count"] -= 5
+            tensors["/accumulator/sums/count"] -= 5
         case _:
             part, name, wrong = WRONG_PARTS[damage]
             header["state"][part][name] = wrong
@@ -286,7 +286,7 @@ def test_a_damaged_state_is_an_error_of_one_line(damage, image_folder, tmp_path,
         save_file(tensors, state, {"chgval": json.dumps(header)})
     result = invoke(*args, "--resume")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "v.checkpoint: cannot be taken up" in result.stderr
+    assert "v.checkpoint: cannot be resumed" in result.stderr
     assert invoke(*args, "--overwrite").exit_code == 0
 
 
@@ -311,7 +311,7 @@ def test_where_there_is_nothing_to_go_on_with(image_folder, tmp_path):
     assert result.exit_code == 2 and "keeps no state" in result.stderr
     (tmp_path / "w.checkpoint").write_bytes(b"not a checkpoint")
     result = invoke("value", image_folder, *SMALL, "--resume", "-o", tmp_path / "w.parquet")
-    assert result.exit_code == 1 and "w.checkpoint: cannot be taken up" in result.stderr
+    assert result.exit_code == 1 and "w.checkpoint: cannot be resumed" in result.stderr
 
 
 def start(*args):
@@ -326,21 +326,21 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
-def assert_told_how_to_go_on(process, signum):
+def assert_told_how_to_resume(process, signum):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, stderr
-    assert stderr.count("\n") == 1 and "v.checkpoint; go on with: chgval value" in stderr, stderr
+    assert stderr.count("\n") == 1 and "v.checkpoint; resume with: chgval value" in stderr, stderr
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_keep_the_state_and_say_how_to_go_on(name, tmp_path):
+def test_signals_keep_the_state_and_say_how_to_resume(name, tmp_path):
     """Sent to all processes of the command, workers too, as a terminal and most schedulers do."""
     root, out = write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet"
     args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL[:2], "--epochs", 200, "-q", "-o", out]
     process = start(*args)
     wait_for(tmp_path / "v.checkpoint", process)
     os.killpg(process.pid, getattr(signal, name))
-    assert_told_how_to_go_on(process, getattr(signal, name))
+    assert_told_how_to_resume(process, getattr(signal, name))
     assert not out.exists()
 
 
@@ -384,7 +384,7 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
     (tmp_path / "starting").unlink(missing_ok=True)
     wait_for(tmp_path / "starting", process)
     os.killpg(process.pid, getattr(signal, name))
-    assert_told_how_to_go_on(process, getattr(signal, name))
+    assert_told_how_to_resume(process, getattr(signal, name))
 
 
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
@@ -397,7 +397,7 @@ def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143 and "v.checkpoint; go on with: " in stderr
+    assert process.returncode == 143 and "v.checkpoint; resume with: " in stderr
     assert invoke("value", image_folder, *SMALL, "--resume", "-o", "v.parquet").exit_code == 0
 
 
@@ -433,7 +433,7 @@ def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folde
     process.send_signal(signal.SIGTERM)
     wait_for(tmp_path / "ending", process)
     process.send_signal(signal.SIGINT)
-    assert_told_how_to_go_on(process, signal.SIGINT)
+    assert_told_how_to_resume(process, signal.SIGINT)
 
 
 def test_a_signal_while_python_starts_is_no_traceback(tmp_path, monkeypatch):
@@ -491,7 +491,7 @@ def test_a_signal_is_neither_lost_nor_told_twice(when, tmp_path, monkeypatch):
 
 
 def test_a_signal_that_was_held_back_is_raised_at_the_end():
-    with pytest.raises(Interrupted, match="interrupted"), holding_back() as held:
+    with pytest.raises(Interrupted, match="interrupted"), deferred_signals() as held:
         signal.raise_signal(signal.SIGTERM)
         assert held.has_come()
 
@@ -534,7 +534,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
     target = {
         "choosing": "import chgval.runs.choosing as module; module.predict = slow",
         "testing": "import chgval.runs.train as module; module.evaluate = slow",
-        "passing": "import chgval.training.loop as module; module.observe = slow",
+        "passing": "import chgval.runs.session as module; module.forward_all = slow",
         "writing": "import chgval.runs.value as module; module.score_labels = slow",
     }[where]
     args = [
@@ -564,7 +564,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
     wait_for(tmp_path / "slow", process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143 and ".checkpoint; go on with: " in stderr
+    assert process.returncode == 143 and ".checkpoint; resume with: " in stderr
     assert invoke(*args, "--resume").exit_code == 0
 
 
@@ -607,7 +607,7 @@ ReportWriter.write_epoch = slow
 def test_nothing_is_said_to_be_kept_that_is_not(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = SLOW_STEPS.replace("300", "1") + (
-        "import chgval.runs.checkpoint as module\n"
+        "import chgval.runs.state_file as module\n"
         "def full(*_): raise OSError(28, 'No space left on device')\n"
         "module.save_file = full\n"
     )
@@ -643,11 +643,11 @@ def test_a_command_that_failed_after_its_first_outputs_goes_on(image_folder, tmp
     args = ["select", image_folder, *SMALL, "--fraction", 0.5, "--with-random", "r.parquet",
             "--materialize", "pruned", "-o", "s.parquet"]  # fmt: skip
 
-    def full(self):
+    def full(self, *_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Unfinished, "remove", full)
+        patch.setattr(unfinished.Unfinished, "_remove", full)
         with pytest.raises(OSError, match="No space left"):
             CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
     assert {path.name for path in tmp_path.iterdir()} >= {"r.parquet", "s.parquet", "pruned", "s.checkpoint"}
@@ -773,7 +773,7 @@ def test_the_command_that_goes_on_is_one_that_works(image_folder, tmp_path, monk
     time.sleep(1)  # two of a kind that wait together are one
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
-    command = shlex.split(stderr.partition("go on with: chgval ")[2])
+    command = shlex.split(stderr.partition("resume with: chgval ")[2])
     assert process.returncode == 143 and invoke(*command).exit_code == 0, stderr
 
 

@@ -293,8 +293,8 @@ def test_the_order_of_samples_and_unknown_ones_make_no_difference():
     )
     np.testing.assert_allclose(mixed.noise_score_N[3:-2], alone.noise_score_N[order], atol=0.01)
     for rows in (slice(0, 3), slice(-2, None)):
-        for figure_N in (mixed.noise_score_N, mixed.noise_score_std_N, mixed.suggested_probability_N):
-            assert np.isnan(figure_N[rows]).all()
+        for score_N in (mixed.noise_score_N, mixed.noise_score_std_N, mixed.suggested_probability_N):
+            assert np.isnan(score_N[rows]).all()
         assert (mixed.suggested_label_N[rows] == -1).all() and (mixed.confident_label_N[rows] == -1).all()
 
 

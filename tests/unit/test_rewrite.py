@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from chgval.config import DataConfig
 from chgval.data import rewrite as module
 from chgval.data.open import open_dataset
-from chgval.data.rewrite import Changes, Known, check_rewritable, check_same, rewrite
+from chgval.data.rewrite import KnownRows, RowChanges, check_rewritable, check_same, rewrite
 from chgval.errors import DataError, OutputError, SettingsError
 from tests.conftest import make_image, write_folder
 
@@ -30,8 +30,8 @@ def changes_of(data, dropped=(), relabelled=None):
     new_labels_N = np.full(len(dataset), -1)
     for row, label in (relabelled or {}).items():
         new_labels_N[row] = label
-    known = Known(dataset.ids, dataset.labels_N, dataset.fingerprint)
-    return known, Changes(kept_N, new_labels_N)
+    known = KnownRows(dataset.ids, dataset.labels_N, dataset.fingerprint)
+    return known, RowChanges(kept_N, new_labels_N)
 
 
 def png(label, seed):

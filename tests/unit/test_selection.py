@@ -27,27 +27,27 @@ def test_remainders_go_to_the_largest_and_ties_to_the_first():
 
 
 @given(figures, st.data())
-def test_ranks_are_those_of_sorting_each_group(figure_N, data):
-    num = len(figure_N)
+def test_ranks_are_those_of_sorting_each_group(score_N, data):
+    num = len(score_N)
     group_N = np.array(data.draw(st.lists(st.integers(0, 3), min_size=num, max_size=num)))
-    rank_N = ranks_within(np.array(figure_N), group_N)
+    rank_N = ranks_within(np.array(score_N), group_N)
     for group in range(4):
-        known = [i for i in range(num) if group_N[i] == group and not np.isnan(figure_N[i])]
-        expected = sorted(known, key=lambda i: (-figure_N[i], i))
+        known = [i for i in range(num) if group_N[i] == group and not np.isnan(score_N[i])]
+        expected = sorted(known, key=lambda i: (-score_N[i], i))
         assert [rank_N[i] for i in expected] == list(range(1, len(expected) + 1))
-    assert all(rank_N[i] == 0 for i in range(num) if np.isnan(figure_N[i]))
+    assert all(rank_N[i] == 0 for i in range(num) if np.isnan(score_N[i]))
 
 
 @given(figures, st.data())
-def test_what_is_kept_is_the_highest_of_each_group(figure_N, data):
-    num = len(figure_N)
-    figure_N = np.array(figure_N)
+def test_what_is_kept_is_the_highest_of_each_group(score_N, data):
+    num = len(score_N)
+    score_N = np.array(score_N)
     group_N = np.array(data.draw(st.lists(st.integers(0, 3), min_size=num, max_size=num)))
-    count = data.draw(st.integers(0, int((~np.isnan(figure_N)).sum())))
-    kept_N = keep_highest(figure_N, group_N, count)
-    assert kept_N.sum() == count and not np.isnan(figure_N[kept_N]).any()
+    count = data.draw(st.integers(0, int((~np.isnan(score_N)).sum())))
+    kept_N = keep_highest(score_N, group_N, count)
+    assert kept_N.sum() == count and not np.isnan(score_N[kept_N]).any()
     for group in range(4):
-        inside, outside = (figure_N[(group_N == group) & chosen] for chosen in (kept_N, ~kept_N))
+        inside, outside = (score_N[(group_N == group) & chosen] for chosen in (kept_N, ~kept_N))
         if len(inside) and not np.isnan(outside).all():
             assert inside.min() >= np.nanmax(outside)
 

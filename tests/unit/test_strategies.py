@@ -15,7 +15,7 @@ from sklearn.linear_model import orthogonal_mp
 from torch.nn import functional
 
 from chgval.detection.scores import score_labels
-from chgval.training.strategies import REGISTRY, Pass, Question
+from chgval.training.strategies import REGISTRY, Predictions, Question
 from chgval.training.strategies.gradmatch import REGULARISATION, matching_pursuit
 from tests.oracles import chg_utility, hardness_utility, last_layer_gradients, shapley_by_subsets
 
@@ -31,7 +31,7 @@ def make_pass(n, num_classes=3, width=4, seed=0, *, has_bias=True):
     if has_bias:
         torch.nn.init.normal_(head.bias, generator=g)
     with torch.no_grad():
-        return Pass(head(features_ND), features_ND, labels_N, has_bias), head
+        return Predictions(head(features_ND), features_ND, labels_N, has_bias), head
 
 
 def ask(name, samples, count, held=None, memory=None, **changed):
@@ -44,9 +44,9 @@ def ask(name, samples, count, held=None, memory=None, **changed):
         "batch_size": 8,
         "lr": 0.5,
         "generator": torch.Generator().manual_seed(1),
-        "run_pass": lambda: samples,
-        "run_averaged_pass": lambda: samples,
-        "run_held_pass": lambda: held,
+        "predict_samples": lambda: samples,
+        "predict_averaged": lambda: samples,
+        "predict_held": lambda: held,
         "memory": {} if memory is None else memory,
     }
     return REGISTRY[name].choose(Question(**{**settings, **changed}))
@@ -175,7 +175,8 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
     features_ND = clear_NC + torch.randn(80, 3, generator=g)
     labels_N[::5] = (labels_N[::5] + 1) % 3
     first, second = (
-        Pass(clear_NC + torch.randn(80, 3, generator=g), features_ND.clone(), labels_N) for _ in range(2)
+        Predictions(clear_NC + torch.randn(80, 3, generator=g), features_ND.clone(), labels_N)
+        for _ in range(2)
     )
     # These are suspicious in the first pass, and open in the second.
     first.logits_NC[6:9] = 3 * first.logits_NC[6:9].roll(1, dims=1)
@@ -199,7 +200,7 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
         at_first = ask("auto", first, 12, memory=memory, epoch=1, generator=generator)
         assert not memory and at_first.weights_K is None
         # Only the pass of the averaged weights is made.
-        later = {"memory": memory, "generator": generator, "run_pass": None}
+        later = {"memory": memory, "generator": generator, "predict_samples": None}
         ask("auto", first, 12, epoch=5, **later)
         drawn.append((at_first, ask("auto", second, 12, epoch=8, **later)))
     assert {int(p) for first_choice, _ in drawn for p in first_choice.positions_K} == set(range(80))
@@ -211,7 +212,7 @@ def test_glister_makes_the_steps_that_autograd_makes(has_bias):
     samples, head = make_pass(45, seed=2, has_bias=has_bias)
     held, _ = make_pass(25, seed=3, has_bias=has_bias)
     with torch.no_grad():
-        held = Pass(head(held.features_ND), held.features_ND, held.labels_N, has_bias)
+        held = Predictions(head(held.features_ND), held.features_ND, held.labels_N, has_bias)
 
     def gradient(features, labels, reduction):
         loss = functional.cross_entropy(head(features), labels, reduction=reduction)

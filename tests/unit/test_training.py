@@ -8,7 +8,7 @@ from chgval.config import DataConfig, TrainConfig
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DeviceMemoryError, NonFiniteError
-from chgval.training.loop import Subset, Trainer, observe, schedule_factor
+from chgval.training.loop import Subset, Trainer, forward_all, schedule_factor
 from chgval.training.models import InputShape, build_model
 from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.training.records import EpochRecord, SplitRecord, StepRecord
@@ -41,7 +41,7 @@ def accumulator_for(dataset, model):
 def run(model, loader, accumulator=None, separate_pass=False, **settings):
     def before_epoch(epoch, is_resumed):
         if separate_pass:
-            observe(model, loader, accumulator.update)
+            forward_all(model, loader, accumulator.update)
 
     trainer = Trainer(
         model,

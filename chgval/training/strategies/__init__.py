@@ -5,8 +5,8 @@ with one function that is registered by `@strategy()`.
 """
 
 from chgval.registry import load_all
-from chgval.training.strategies.base import REGISTRY, Choice, Pass, Question, Strategy
+from chgval.training.strategies.base import REGISTRY, Choice, Predictions, Question, Strategy
 
 load_all(__name__, __path__)
 
-__all__ = ["REGISTRY", "Choice", "Pass", "Question", "Strategy"]
+__all__ = ["REGISTRY", "Choice", "Predictions", "Question", "Strategy"]

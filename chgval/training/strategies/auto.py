@@ -30,7 +30,7 @@ def choose(question: Question) -> Choice:
     progress = (question.epoch - 1) / question.num_epochs
     if progress < WARM_UP:
         return Choice(question.highest_of_each_class(torch.from_numpy(draw_N)))
-    samples = question.run_averaged_pass()
+    samples = question.predict_averaged()
     memory = question.memory
     memory["sum"] = REMEMBERED * memory.get("sum", torch.zeros(())) + samples.logits_NC.softmax(1)
     memory["weight"] = REMEMBERED * memory.get("weight", torch.zeros(())) + 1

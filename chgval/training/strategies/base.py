@@ -22,8 +22,8 @@ from chgval.valuation.selection import keep_highest
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One pass of a model, the present or the averaged one, over samples, without training.
+class Predictions:
+    """What a model, the present or the averaged one, says of samples, without training.
 
     Attributes:
         logits_NC: shape (N, C).
@@ -75,9 +75,9 @@ class Question:
         batch_size: of the training.
         lr: present learning rate.
         generator: all randomness comes from it.
-        run_pass: makes a pass over the training samples.
-        run_averaged_pass: makes one with the moving average of the weights, where that is kept.
-        run_held_pass: makes a pass over held-out samples, where there are some.
+        predict_samples: runs the model over the training samples.
+        predict_averaged: does so with the moving average of the weights, where that is kept.
+        predict_held: runs the model over held-out samples, where there are some.
         memory: what the strategy keeps from one question to the next; empty again once samples have turned
             out to be unreadable, as positions are others then.
     """
@@ -90,21 +90,23 @@ class Question:
     batch_size: int
     lr: float
     generator: torch.Generator
-    run_pass: Callable[[], Pass]
-    run_averaged_pass: Callable[[], Pass]
-    run_held_pass: Callable[[], Pass]
+    predict_samples: Callable[[], Predictions]
+    predict_averaged: Callable[[], Predictions]
+    predict_held: Callable[[], Predictions]
     memory: dict[str, Tensor] = field(default_factory=dict)
+    _predictions: Predictions | None = None
 
-    @cached_property
-    def samples(self) -> Pass:
-        """The pass over the training samples; made when it is first asked for."""
-        return self.run_pass()
+    def predictions(self) -> Predictions:
+        """Run the model over the training samples; asked again, return the same."""
+        if self._predictions is None:
+            self._predictions = self.predict_samples()
+        return self._predictions
 
-    def highest_of_each_class(self, figure_N: Tensor) -> Tensor:
-        """Return the positions of the `count` samples with the highest figures within their class."""
-        figures: FloatArray = figure_N.double().numpy()
+    def highest_of_each_class(self, score_N: Tensor) -> Tensor:
+        """Return the positions of the `count` samples with the highest scores within their class."""
+        scores: FloatArray = score_N.double().numpy()
         labels: IntArray = self.labels_N.numpy()
-        return torch.from_numpy(np.flatnonzero(keep_highest(figures, labels, self.count)))
+        return torch.from_numpy(np.flatnonzero(keep_highest(scores, labels, self.count)))
 
     def at_random(self) -> Tensor:
         """Return the positions of `count` samples, drawn within each class."""

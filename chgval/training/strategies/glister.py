@@ -19,7 +19,7 @@ def choose(question: Question) -> Choice:
     approximation). Before each part, held-out gradients are those after one step of the last layer, of the
     present learning rate, along the summed gradients of all samples so far.
     """
-    factors, held = question.samples.factors(times_loss=False), question.run_held_pass()
+    factors, held = question.predictions().factors(times_loss=False), question.predict_held()
     chosen_K = torch.zeros(0, dtype=torch.int64)
     for part in torch.arange(question.count).tensor_split(min(NUM_PARTS, question.count)):
         held_gradient_CF = coalition_sums(held.factors(times_loss=False)).mean_CF

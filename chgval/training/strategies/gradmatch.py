@@ -21,7 +21,7 @@ def choose(question: Question) -> Choice:
     num_samples = len(question.labels_N)
     order_N = torch.randperm(num_samples, generator=question.generator)
     batches = torch.split(order_N, min(question.batch_size, question.count))
-    factors = question.samples.factors(times_loss=False)
+    factors = question.predictions().factors(times_loss=False)
     atoms_BK = torch.stack([coalition_sums(factors.at(batch)).mean_CF.flatten() for batch in batches])
     target_K = coalition_sums(factors).mean_CF.flatten()
     size = len(batches[0])

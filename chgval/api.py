@@ -1,0 +1,108 @@
+"""The functions behind the commands: the same settings, results instead of files and text.
+
+Every option of a command is a keyword of its function: `--batch-size 64` is `batch_size=64`; what files it
+would write by default it only writes where it is told to. Messages go to the logger "chgval".
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.errors import SettingsError
+from chgval.settings import SettingPath, build, settings_in
+
+if TYPE_CHECKING:
+    from chgval.reports.report import Report
+    from chgval.runs.detect_noise import Suspects
+    from chgval.runs.select import Selection
+    from chgval.runs.train import Trained
+
+ConfigT = TypeVar("ConfigT")
+
+
+def value(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Report:
+    """Train once on a dataset and return what every sample is worth.
+
+    Args:
+        data: folder of class folders; Parquet file, glob, folder or URI; or builtin:digits.
+        output: file of the report; None writes none, and an interrupted run cannot be resumed.
+        settings: options of `chgval value`, such as epochs=20.
+    Raises:
+        ChgvalError: a setting, the data or the output are not as they should be.
+    """
+    from chgval.runs.value import run_value
+
+    return run_value(_config(ValueConfig, data, output, settings))
+
+
+def detect_noise(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Suspects:
+    """Return the samples whose label is probably wrong, worst first.
+
+    Args:
+        data: a values report, or a dataset, which is valued first.
+        output: file of the suspects; None writes none.
+        settings: options of `chgval detect-noise`, such as threshold=0.9.
+    Raises:
+        ChgvalError: a setting, the data or an output are not as they should be.
+    """
+    from chgval.runs.detect_noise import run_detect_noise
+
+    return run_detect_noise(_config(DetectConfig, data, output, settings))
+
+
+def select(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Selection:
+    """Return the part of a dataset that is worth most.
+
+    Args:
+        data: a values report, or a dataset, which is valued first.
+        output: file of the manifest; None writes none.
+        settings: options of `chgval select`, such as fraction=0.3.
+    Raises:
+        ChgvalError: a setting, the data or an output are not as they should be.
+    """
+    from chgval.runs.select import run_select
+
+    return run_select(_config(SelectConfig, data, output, settings))
+
+
+def train(data: str | Path, *, output: str | Path, **settings: Any) -> Trained:
+    """Train a model, on everything or on what is worth it, and keep it in a folder.
+
+    Args:
+        data: as for `value`.
+        output: folder for the model, its settings and metrics.
+        settings: options of `chgval train`, such as fraction=0.3, holdout=0.1.
+    Raises:
+        ChgvalError: a setting, the data or the folder are not as they should be.
+    """
+    from chgval.runs.train import run_train
+
+    return run_train(_config(TrainingConfig, data, output, settings))
+
+
+def _config(
+    config_class: type[ConfigT], data: str | Path, output: str | Path | None, given: dict[str, Any]
+) -> ConfigT:
+    """Make settings from keywords, which are called as the options are."""
+    paths = {_keyword(path, setting.name): path for path, setting in settings_in(config_class)}
+    unknown = [name for name in given if name not in paths]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], paths, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted(paths))}."
+        raise SettingsError(f"{unknown[0]}: no such setting; {advice}")
+    given = {**given, "data": str(data)}
+    if output is not None:
+        given["output"] = str(output)
+    values = {paths[name]: value for name, value in given.items()}
+    return build(config_class, values, without=() if output is not None else ("output",))
+
+
+def _keyword(path: SettingPath, name: str) -> str:
+    """Return what a setting is called in Python: as its option, if that can be a name."""
+    if path[-1] == "source":
+        return "data"
+    keyword = name.removeprefix("--").replace("-", "_")
+    return keyword if keyword.isidentifier() else path[-1]

@@ -1,0 +1,1 @@
+"""Trackers for the training loops of other libraries: pip install chgval[lightning], chgval[huggingface]."""
