@@ -176,6 +176,8 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Have what a file, or a folder as a list of names, holds lie on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Ctrl-C, what a scheduler sends before it kills, and a terminal that closes.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+from chgval.system import END_SIGNALS, blocked_signals, ignore_warnings, kept_child_handler, send_again
+
 # Seconds until a signal is sent again that was raised where Python drops exceptions.
 SENT_AGAIN_AFTER = 0.01
 # Seconds between the looks of a worker whether its parent is still there.
@@ -54,7 +54,7 @@ def end_at_signals() -> None:
 
     Such as while Python starts or ends. The exit code is that of an interrupted command.
     """
-    for signum in SIGNALS:
+    for signum in END_SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _end)
 
@@ -107,16 +107,9 @@ def starting_workers() -> Iterator[None]:
     """
     came: list[int] = []
     try:
-        with _handling(lambda signum, _: came.append(signum)):
-            # Children inherit what is blocked. Other threads of this process still take signals.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            handled = signal.getsignal(signal.SIGCHLD)
-            try:
-                yield
-            finally:
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGCHLD, handled)
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # Children inherit what is blocked. Other threads of this process still take signals.
+        with _handling(lambda signum, _: came.append(signum)), blocked_signals(), kept_child_handler():
+            yield
     finally:
         for signum in came:
             signal.raise_signal(signum)
@@ -124,8 +117,9 @@ def starting_workers() -> Iterator[None]:
 
 def end_with_parent(_: int) -> None:
     """Leave it to the parent what a signal to all means, and end with the parent (as `worker_init_fn`)."""
-    for signum in SIGNALS:
+    for signum in END_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    ignore_warnings()  # a process that was started anew does not inherit what is ignored
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 
@@ -155,8 +149,7 @@ def _sending_dropped_signals_again() -> Iterator[None]:
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         error = unraisable.exc_value
         if isinstance(error, Interrupted):
-            main_thread = threading.main_thread().ident
-            threading.Timer(SENT_AGAIN_AFTER, signal.pthread_kill, [main_thread, error.signum]).start()
+            threading.Timer(SENT_AGAIN_AFTER, send_again, [error.signum]).start()
         else:
             previous(unraisable)
 
@@ -175,7 +168,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
         return
     previous = {
         signum: signal.signal(signum, handler)
-        for signum in SIGNALS
+        for signum in END_SIGNALS
         if signal.getsignal(signum) is not signal.SIG_IGN
     }
     try:

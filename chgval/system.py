@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Ctrl-C, what a scheduler sends before it kills, and a terminal that closes (which Windows does not tell).
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Positions in files are the process's: threads that read take turns.
+_file_lock = threading.Lock()
+
+
+def start_method() -> str:
+    """Return how worker processes are started: copied where that is safe, else anew."""
+    return "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory() -> int | None:
+    """Return the memory of this machine, in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_memory() -> int | None:
@@ -13,3 +43,86 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Let no signal reach this thread, nor a process that is started in the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def kept_child_handler() -> Iterator[None]:
+    """Put back what is done when a child process ends, which torch replaces when it starts workers."""
+    if not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handled = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handled)
+
+
+def send_again(signum: int) -> None:
+    """Send a signal to the main thread of this process."""
+    ident = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and ident is not None:
+        signal.pthread_kill(ident, signum)
+    else:
+        signal.raise_signal(signum)
+
+
+def write_at(descriptor: int, data: memoryview, position: int) -> None:
+    """Write bytes at a position of a file.
+
+    Raises:
+        OSError: it cannot be written, or there is no room for all of it.
+    """
+    if hasattr(os, "pwrite"):
+        written = os.pwrite(descriptor, data, position)
+    else:
+        with _file_lock:
+            os.lseek(descriptor, position, os.SEEK_SET)
+            written = os.write(descriptor, data)
+    if written != data.nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_at(descriptor: int, buffer: memoryview, position: int) -> None:
+    """Fill a buffer with the bytes at a position of a file.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    if hasattr(os, "preadv"):
+        read = os.preadv(descriptor, [buffer], position)
+    else:
+        with _file_lock:
+            os.lseek(descriptor, position, os.SEEK_SET)
+            data = os.read(descriptor, buffer.nbytes)
+        read = len(data)
+        buffer.cast("B")[:read] = data
+    if read != buffer.nbytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def ignore_warnings() -> None:
+    """Ignore what other libraries warn of and chgval tells itself, for the whole process.
+
+    For processes that are chgval's own: the command line, and the workers that decode images.
+    """
+    # What is odd about an image, such as its EXIF data, does not matter as long as it can be decoded; by its
+    # number of pixels it is refused by --max-pixels.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    # How many workers there are is the user's choice.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)

@@ -10,8 +10,8 @@ PACKAGE = Path(chgval.__file__).parent
 # A module may import from lower layers only; modules of one layer do not import each other, except within
 # the package data/, which is one room.
 LAYERS = [
-    {"errors", "types", "system"},
-    {"files", "registry", "spreadsheets", "interruption"},
+    {"errors", "types", "system", "registry"},
+    {"files", "spreadsheets", "interruption"},
     {"config"},
     {"settings"},
     {"valuation"},

@@ -10,6 +10,7 @@ import typer
 
 from chgval.errors import ChgvalError, SettingsError, first_line
 from chgval.interruption import Interrupted, raising_interruptions
+from chgval.system import ignore_warnings
 
 if TYPE_CHECKING:
     from chgval.cli.console import Console
@@ -29,6 +30,7 @@ def reporting(*, quiet: bool, verbose: bool, debug: bool) -> "Iterator[Console]"
     from chgval.cli.console import Console  # imported here so that --help stays fast
     from chgval.progress import listening
 
+    ignore_warnings()
     console = Console(shlex.join(["chgval", *sys.argv[1:]]), quiet=quiet, verbose=verbose)
     try:
         with raising_interruptions(), listening(console):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +21,9 @@ from chgval.errors import first_line
 
 Pixels = NDArray[np.uint8]
 
-# Such images are refused by their number of pixels; a filter that is set around each call would not hold for
-# other threads.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# What is odd about an image, such as its EXIF data, does not matter as long as it can be decoded.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
 # What Pillow decodes without other programs (as EPS needs), in the formats that datasets come in. Not ICO:
 # Pillow decodes it before it tells how large it is.
 _KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-Image.init()
-FORMATS = [name for name in _KNOWN if name in Image.OPEN]
 
 # Pixels that the threads of a process decode at a time, unless one image alone has more. A pixel takes up to
 # 20 bytes meanwhile, with some formats.
@@ -69,9 +60,11 @@ class UnreadableImageError(Exception):
     """An image cannot be decoded; the reader of the dataset turns it into a status of that row."""
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@cache
+def formats() -> list[str]:
+    """Return the names of the formats that are read, of those that this Pillow can."""
+    Image.init()
+    return [name for name in _KNOWN if name in Image.OPEN]
 
 
 def shorter_side(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int:
@@ -116,7 +109,7 @@ def decode_random_crop(
 
 def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=formats())
     except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
         raise UnreadableImageError(_reason(encoded, error)) from error
     pixels = image.width * image.height

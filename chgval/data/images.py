@@ -17,9 +17,10 @@ from typing import BinaryIO
 import numpy as np
 
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
-from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side, usable_cores
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
 from chgval.data.pixel_file import PixelFile, spooling
 from chgval.errors import DataError
+from chgval.system import total_memory, usable_cores
 from chgval.types import IntArray
 
 # Squares up to this side are decoded once and kept as uint8.
@@ -194,7 +195,8 @@ def _grouped(stream: Iterable[Encoded]) -> Iterator[list[Encoded]]:
 
 
 def _allocate(num_rows: int, size: int) -> Pixels | PixelFile:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if num_rows * 3 * size**2 <= min(MEMORY_SHARE * memory, MEMORY_BYTES):
+    memory = total_memory()
+    most = MEMORY_BYTES if memory is None else min(MEMORY_SHARE * memory, MEMORY_BYTES)
+    if num_rows * 3 * size**2 <= most:
         return np.zeros((num_rows, 3, size, size), dtype=np.uint8)
     return PixelFile(num_rows, size)

@@ -9,7 +9,6 @@ import math
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +23,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages
-from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, decode_random_crop, usable_cores
+from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, decode_random_crop
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError, OutputError, first_line
 from chgval.interruption import end_with_parent, starting_workers
-
-# How many processes there are is the user's choice.
-warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+from chgval.system import start_method, usable_cores
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -294,6 +291,7 @@ class DecodingLoader:
             collate_fn=_Collate(shares=self._workers > 0 and _can_share(self._bytes_under_way(batches))),
             prefetch_factor=BATCHES_AHEAD if self._workers else None,
             pin_memory=self._device.type == "cuda",
+            multiprocessing_context=start_method() if self._workers else None,
             worker_init_fn=end_with_parent,
             # Of its own, as it would otherwise draw from the global one, which dropout draws from too.
             generator=torch.Generator(),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ import numpy as np
 
 from chgval.data.decode import Pixels
 from chgval.errors import OutputError
+from chgval.system import read_at, write_at
 from chgval.types import IntArray
 
 
@@ -43,18 +42,13 @@ class PixelFile:
 
     def __setitem__(self, row: int, pixels_3SS: Pixels) -> None:
         with spooling():
-            data = np.ascontiguousarray(pixels_3SS).data
-            written = os.pwrite(self._file.fileno(), data, row * self._row_bytes)
-            if written != self._row_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_at(self._file.fileno(), np.ascontiguousarray(pixels_3SS).data, row * self._row_bytes)
 
     def __getitem__(self, rows_B: IntArray) -> Pixels:
         pixels_B3SS = np.empty((len(rows_B), *self.shape[1:]), dtype=np.uint8)
         with spooling():
             for pixels_3SS, row in zip(pixels_B3SS, rows_B.tolist(), strict=True):
-                read = os.preadv(self._file.fileno(), [pixels_3SS.data], row * self._row_bytes)
-                if read != self._row_bytes:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                read_at(self._file.fileno(), pixels_3SS.data, row * self._row_bytes)
         return pixels_B3SS
 
 

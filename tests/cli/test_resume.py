@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from chgval import interruption, reports
 from chgval.cli import app
 from chgval.config import strategies
-from chgval.interruption import SIGNALS, Interrupted, Interruption, deferred_signals
+from chgval.interruption import END_SIGNALS, Interrupted, Interruption, deferred_signals
 from chgval.runs import unfinished, value
 from tests.conftest import write_folder
 
@@ -821,7 +821,7 @@ def test_changed_test_data_are_other_test_data(image_folder, tmp_path, monkeypat
 
 def test_signals_are_handled_as_before_once_a_run_has_failed(image_folder, tmp_path, monkeypatch):
     """Whatever keeps the failed run's frames alive, as a traceback does."""
-    before = [signal.getsignal(signum) for signum in SIGNALS]
+    before = [signal.getsignal(signum) for signum in END_SIGNALS]
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -830,10 +830,10 @@ def test_signals_are_handled_as_before_once_a_run_has_failed(image_folder, tmp_p
         patch.setattr(reports.ReportWriter, "write_epoch", full)
         result = invoke("value", image_folder, *SMALL, "-o", tmp_path / "v.parquet")
     assert isinstance(result.exception, OSError) and result.exc_info[2] is not None
-    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in END_SIGNALS] == before
     del result
     gc.collect()
-    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in END_SIGNALS] == before
 
 
 def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):

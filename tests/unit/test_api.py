@@ -102,7 +102,11 @@ def test_mistakes_are_told_as_on_the_command_line(settings, message):
 def test_settings_may_be_what_python_has(image_folder, tmp_path):
     """Paths, numbers as thresholds, one name for a list of names, tuples of numbers."""
     report = chgval.value(
-        Path(image_folder), mean=(0.5, 0.5, 0.5), std=[0.2, 0.2, 0.2], pred_probs=str(tmp_path / "p.npy"), **FAST
+        Path(image_folder),
+        mean=(0.5, 0.5, 0.5),
+        std=[0.2, 0.2, 0.2],
+        pred_probs=str(tmp_path / "p.npy"),
+        **FAST,
     )
     assert np.load(tmp_path / "p.npy").shape == (len(report), 2)
     report.save(tmp_path / "v.parquet")
@@ -124,7 +128,9 @@ def cross_validated():
 def test_label_issues_of_given_probabilities_beside_cleanlab(cross_validated):
     labels_N, probabilities_NC, pixels_ND, wrong_N = cross_validated
     issues = chgval.find_label_issues(labels_N, probabilities_NC)
-    theirs = [cleanlabs(labels_N, probabilities_NC, filter_by=f) for f in ("prune_by_noise_rate", "prune_by_class")]
+    theirs = [
+        cleanlabs(labels_N, probabilities_NC, filter_by=f) for f in ("prune_by_noise_rate", "prune_by_class")
+    ]
     assert f1_score(wrong_N, issues) >= max(f1_score(wrong_N, mask) for mask in theirs)
     assert issues.rate.low <= wrong_N.mean() <= issues.rate.high
     assert abs(issues.noise_scores.mean() - wrong_N.mean()) < 0.03

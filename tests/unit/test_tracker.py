@@ -279,14 +279,14 @@ def test_the_hugging_face_trainer_values_every_sample(digits, tmp_path):
         output_dir=str(tmp_path), num_train_epochs=6, per_device_train_batch_size=32, learning_rate=0.01,
         remove_unused_columns=False, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, callbacks=[TrackerCallback(tracker)]
-    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[TrackerCallback(tracker)])
     trainer.train()
     report = tracker.result()
     assert (report["num_epochs"] == 6).all()
     assert roc_auc_score(wrong_N, -report.values) > 0.9
-    losses = [torch.nn.functional.cross_entropy(logits, labels, reduction="none") for labels, logits, _ in seen]
+    losses = [
+        torch.nn.functional.cross_entropy(logits, labels, reduction="none") for labels, logits, _ in seen
+    ]
     assert report["loss_mean"].mean() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert not model._forward_hooks and not model._forward_pre_hooks
     with pytest.raises(TrackerError, match="no column 'index'"):
