@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.dataset import Embeddings, PixelImages
-from chgval.data.digits import read_digits
+from chgval.data.formats.digits import read_digits
 from chgval.data.loader import make_loader
 from chgval.detection.calibration import estimate_rate
 from chgval.detection.rules.auto import automatic_cut

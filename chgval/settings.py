@@ -42,7 +42,8 @@ class Setting:
     @property
     def kinds(self) -> list[Any]:
         """The types that it may have, besides None."""
-        parts = typing.get_args(self.kind) if isinstance(self.kind, types.UnionType) else (self.kind,)
+        is_union = typing.get_origin(self.kind) in (typing.Union, types.UnionType)
+        parts = typing.get_args(self.kind) if is_union else (self.kind,)
         return [part for part in parts if part is not types.NoneType]
 
 

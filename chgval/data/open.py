@@ -1,100 +1,67 @@
-"""The one entry to all kinds of datasets."""
+"""The one entry to datasets of all formats: reading them, and writing them anew."""
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
-from typing import Literal
 
-from chgval.config import DataConfig, OutputConfig
+from chgval.config import DataConfig, Link, OutputConfig
 from chgval.data.dataset import Dataset
-from chgval.data.digits import read_digits
-from chgval.data.image_folder import EXTENSIONS, holds_images, list_image_folder, read_image_folder
-from chgval.data.parquet import has_images, local_files, parquet_files, read_parquet
-from chgval.errors import DataError, OutputError, SettingsError
-from chgval.files import output_errors
-
-Kind = Literal["digits", "parquet", "folder"]
+from chgval.data.formats import Format, format_of
+from chgval.errors import DataError, OutputError
+from chgval.files import check_file, check_new_folder, output_errors
 
 
-def open_dataset(config: DataConfig, largest_size: int, *, least_classes: int = 2) -> Dataset:
-    """Read what the user named, whatever kind of dataset it is.
+def open_dataset(data: DataConfig | Format, largest_size: int, *, least_classes: int = 2) -> Dataset:
+    """Read what the user named, whatever its format.
 
     Args:
-        config: the source and how to read it.
+        data: the source and how to read it, or what `format_of` made of that.
         largest_size: the largest image size to choose where the user gave none.
         least_classes: that must have samples.
     Raises:
-        DataError: it does not exist, is of no known kind, or holds nothing to learn from; with
+        DataError: it does not exist, is in no known format, or holds nothing to learn from; with
             on_error "fail" also if any row cannot be read.
     """
-    dataset = _read(config, largest_size)
+    source = format_of(data) if isinstance(data, DataConfig) else data
+    dataset = source.read(largest_size)
     dataset.check(least_classes)
-    if dataset.problems and config.on_error == "fail":
+    if dataset.problems and source.config.on_error == "fail":
         row, reason = next(iter(dataset.problems.items()))
         raise DataError(
-            f"{config.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
+            f"{source.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
             f"(the first, {dataset.ids[row]}: {reason}); fix them, or leave out --on-error fail."
         )
     return dataset
 
 
-def kind_of(config: DataConfig) -> Kind:
-    """Say what kind of dataset the user named.
-
-    Raises:
-        DataError: it does not exist.
-        SettingsError: it has no columns, and the user named some.
-    """
-    source = config.source
-    if source.startswith("builtin:"):
-        if source != "builtin:digits":
-            raise DataError(f"{source}: no such built-in dataset; there is builtin:digits.")
-        if config.names_columns or config.image_size is not None:
-            raise SettingsError("builtin:digits has no columns, and one image size; leave those options out.")
-        return "digits"
-    path = Path(source)
-    try:
-        exists, is_folder = path.exists(), path.is_dir()
-    except OSError as error:
-        raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
-    if not source or not (exists or "://" in source or glob.has_magic(source)):
-        raise DataError(f"{source}: no such file or folder.")
-    if not is_folder or _is_parquet_folder(path, config):
-        return "parquet"
-    if config.names_columns:
-        raise SettingsError(f"{source} is a folder of images; only Parquet files have columns to name.")
-    return "folder"
-
-
-def check_not_read(config: DataConfig, output: OutputConfig) -> None:
+def check_not_read(source: Format, output: OutputConfig) -> None:
     """Raise OutputError where an output would replace a file of the dataset."""
     path = Path(output.path)
     with output_errors(path):
-        if output.to_stdout or not path.is_file():
-            return
-        match kind_of(config):
-            case "parquet":
-                files = local_files(config.source)
-            case "folder" if path.suffix.lower() in EXTENSIONS:
-                files = {Path(file).resolve() for file in list_image_folder(Path(config.source)).paths}
-            case _:
-                files = set()
-        if path.resolve() in files:
-            raise OutputError(f"{path}: is a file of the dataset {config.source}; pass another --output.")
+        if not output.to_stdout and path.is_file() and path.resolve() in source.local_files():
+            raise OutputError(f"{path}: is a file of the dataset {source.source}; pass another --output.")
 
 
-def _read(config: DataConfig, largest_size: int) -> Dataset:
-    match kind_of(config):
-        case "digits":
-            return read_digits()
-        case "parquet":
-            return read_parquet(config.source, config, largest_size)
-        case "folder":
-            return read_image_folder(Path(config.source), config, largest_size)
+def check_rewritable(
+    source: Format, target: Path, *, overwrite: bool, link: Link = "copy", may_be_there: bool = False
+) -> None:
+    """Raise an error where the dataset could not be written anew there; leave all as it is.
 
-
-def _is_parquet_folder(folder: Path, config: DataConfig) -> bool:
-    """Say whether Parquet files are the dataset, or lie among images as a table about them."""
-    files = parquet_files(folder)
-    return bool(files) and (config.names_columns or has_images(files[0]) or not holds_images(folder))
+    Args:
+        source: the dataset.
+        target: a folder; or, for Parquet, one file that ends in .parquet.
+        overwrite: whether a file may be replaced.
+        link: how the files of a folder get there.
+        may_be_there: whether it may have been written there already; whether it was is seen when it has been
+            written again.
+    Raises:
+        DataError: the dataset does not exist, or has links that lead out of it.
+        SettingsError: it is built in, or a folder of images shall become a file.
+        OutputError: something is in the way, or the new dataset would be part of the old one.
+    """
+    with output_errors(target):
+        source.check_target(target, link)
+    if target.suffix == ".parquet":
+        check_file(target, overwrite=overwrite or may_be_there)
+    elif not (may_be_there and target.is_dir()):
+        check_new_folder(target)

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from chgval.config import ValueConfig
+from chgval.data.formats import format_of
 from chgval.detection.scores import memory_bytes
 from chgval.runs.session import Run, make_valuing, prepared, read_dataset
 from chgval.runs.unfinished import Unfinished
@@ -27,8 +28,9 @@ def run_plan(config: ValueConfig) -> list[tuple[str, str]]:
     Raises:
         ChgvalError: see the modules that this calls.
     """
-    check_outputs(config, config.output, Unfinished())
-    dataset = read_dataset(config.data, config.train)
+    source = format_of(config.data)
+    check_outputs(config, source, config.output, Unfinished())
+    dataset = read_dataset(source, config.train)
     with prepared(config.data, config.train, dataset) as run:
         return [*value_settings_shown(run, config), *_costs(run, config)]
 

@@ -11,8 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DataConfig, Link
-from chgval.data.rewrite import KnownRows, RowChanges, check_rewritable, check_same, rewrite
+from chgval.config import Link
+from chgval.data.formats import Format, format_of
+from chgval.data.formats.base import KnownRows, RowChanges
+from chgval.data.open import check_rewritable
 from chgval.errors import DataError
 from chgval.reports.files import dataset_of, report_name
 from chgval.types import IntArray
@@ -26,7 +28,7 @@ def dataset_behind(
     *,
     dataset: str | None,
     overwrite: bool,
-) -> DataConfig:
+) -> Format:
     """Return the dataset that a report is about, if it can be written anew at the target.
 
     Args:
@@ -50,14 +52,15 @@ def dataset_behind(
             "report says so. If you trust that place, pass it as --dataset."
         )
     try:
-        check_rewritable(data, target, overwrite=overwrite)
-        check_same(data, _known(report, metadata))
+        source_of_rows = format_of(data)
+        check_rewritable(source_of_rows, target, overwrite=overwrite)
+        source_of_rows.check_same(_known(report, metadata))
     except DataError as error:
         if dataset is not None:
             raise
         message = f"{error} {report_name(source)} was made from it; pass --dataset if it has moved."
         raise DataError(message) from error
-    return data
+    return source_of_rows
 
 
 def _known(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:
@@ -65,7 +68,7 @@ def _known(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:
 
 
 def rewrite_rows(
-    data: DataConfig,
+    source: Format | None,
     report: pa.Table,
     metadata: dict[str, Any],
     kept_N: NDArray[np.bool_],
@@ -77,7 +80,7 @@ def rewrite_rows(
     """Write the kept rows of a dataset anew, say what a person should know, and return how many there are.
 
     Args:
-        data: the dataset.
+        source: the dataset.
         report: `id` and `label` of every row.
         metadata: of the report.
         kept_N: which rows to write.
@@ -87,8 +90,10 @@ def rewrite_rows(
     Raises:
         ChgvalError: the dataset is not that of the report any more, or cannot be written.
     """
+    if source is None:
+        raise ValueError("no dataset was asked for that could be written anew")
     changes = RowChanges(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
-    written = rewrite(data, _known(report, metadata), changes, target, link)
+    written = source.write(_known(report, metadata), changes, target, link)
     for note in written.notes:
         progress.say(f"note: {note}")
     for name in written.vanished:

@@ -97,7 +97,7 @@ def run_select(config: SelectConfig) -> Selection:
             from chgval.runs.rewriting import rewrite_rows  # imports torch
 
             written = rewrite_rows(
-                given.data, report.table, report.metadata, kept_N, config.materialize, link=link
+                given.source, report.table, report.metadata, kept_N, config.materialize, link=link
             )
             materialized = f"{written:,} rows -> {config.materialize}"
         classes = summarise_selection(report.table, kept_N, dropped_N)

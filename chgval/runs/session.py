@@ -20,6 +20,7 @@ import chgval
 from chgval import progress
 from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
+from chgval.data.formats import Format
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import SettingsError
@@ -67,7 +68,7 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
         yield prepare(data, train, dataset)
 
 
-def read_dataset(data: DataConfig, train: TrainConfig) -> Dataset:
+def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:
     """Read the data, once all that can be checked without them is checked."""
     check_names(train.arch, train.weights)
     device = pick_device(train.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from chgval import progress
 from chgval.config import OutputConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings
+from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read
 from chgval.detection.scores import score_labels
 from chgval.detection.verdict import verdict_of
@@ -59,8 +60,9 @@ def run_value(config: ValueConfig) -> Report:
         find_unfinished("value", config, overwrite=overwrite).resumable() as unfinished,
     ):
         output = None if config.output is None else unfinished.replaceable(config.output)
-        check_outputs(config, output, unfinished)
-        dataset = read_dataset(config.data, config.train)
+        source = format_of(config.data)
+        check_outputs(config, source, output, unfinished)
+        dataset = read_dataset(source, config.train)
         return value_dataset(config, dataset, output, unfinished).report
 
 
@@ -107,11 +109,13 @@ def value_dataset(
     return Valued(run, average, Report(table, metadata))
 
 
-def check_outputs(config: ValueConfig, output: OutputConfig | None, unfinished: Unfinished) -> None:
+def check_outputs(
+    config: ValueConfig, source: Format, output: OutputConfig | None, unfinished: Unfinished
+) -> None:
     """Raise OutputError, before anything is read, where something cannot be written."""
     if output is not None:
         ReportWriter.check(output, config.data.source, resumes=unfinished.resumes)
-        check_not_read(config.data, output)
+        check_not_read(source, output)
     if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
         check_file(config.pred_probs, overwrite=bool(config.output and config.output.overwrite))
 

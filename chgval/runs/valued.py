@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chgval.config import DataConfig, DetectConfig, Link, SelectConfig
+from chgval.config import DetectConfig, Link, SelectConfig
 from chgval.errors import SettingsError
 from chgval.files import check_apart, locked
 from chgval.reports.files import check_output, in_input_order, is_report, read_table
@@ -15,6 +15,7 @@ from chgval.reports.report import Report
 
 if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.data.dataset import Dataset
+    from chgval.data.formats import Format
     from chgval.runs.unfinished import Unfinished
     from chgval.runs.value import Valued
 
@@ -25,12 +26,12 @@ class Input:
 
     Attributes:
         report: its columns that were asked for.
-        data: the dataset that it is about.
+        source: the dataset that it is about; None unless it will be written anew.
         valued: the run behind it, and its unfinished state, if it was valued now.
     """
 
     report: Report
-    data: DataConfig
+    source: Format | None
     valued: tuple[Valued, Unfinished] | None = None
 
 
@@ -72,13 +73,13 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
     for output in config.tables:
         check_output(output, config.source, config.also_read)
     table, metadata = read_table(config.source, columns)
-    data = config.data
+    source = None
     if in_order or config.target is not None:
         table = in_input_order(table, config.source)
     if config.target is not None:
         from chgval.runs.rewriting import dataset_behind  # imports torch
 
-        data = dataset_behind(
+        source = dataset_behind(
             config.source,
             table,
             metadata,
@@ -86,7 +87,7 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
             dataset=config.dataset,
             overwrite=config.overwrites,
         )
-    return Input(Report(table, metadata), data)
+    return Input(Report(table, metadata), source)
 
 
 @contextmanager
@@ -98,8 +99,8 @@ def _value(
     on_dataset: Callable[[Dataset], None],
 ) -> Iterator[Input]:
     # These import torch, which reports do without.
-    from chgval.data.open import check_not_read
-    from chgval.data.rewrite import check_rewritable
+    from chgval.data.formats import format_of
+    from chgval.data.open import check_not_read, check_rewritable
     from chgval.runs.session import read_dataset
     from chgval.runs.unfinished import find_unfinished
     from chgval.runs.value import check_outputs, value_dataset
@@ -108,9 +109,10 @@ def _value(
         raise SettingsError(f"--dataset: is for a report; {config.source} is a dataset itself.")
     value = config.value
     with find_unfinished(command, config, overwrite=config.overwrites).resumable() as unfinished:
+        source = format_of(value.data)
         if config.target is not None:
             check_rewritable(
-                value.data,
+                source,
                 config.target,
                 overwrite=unfinished.overwrites,
                 link=link,
@@ -118,11 +120,11 @@ def _value(
             )
         for table in config.tables:
             check_output(unfinished.replaceable(table), config.source, config.also_read)
-            check_not_read(value.data, table)
+            check_not_read(source, table)
         kept = None if value.output is None else unfinished.replaceable(value.output)
-        check_outputs(value, kept, unfinished)
-        dataset = read_dataset(value.data, value.train)
+        check_outputs(value, source, kept, unfinished)
+        dataset = read_dataset(source, value.train)
         on_dataset(dataset)
         valued = value_dataset(value, dataset, kept, unfinished)
         report = Report(valued.report.table.select(columns), valued.report.metadata)
-        yield Input(report, value.data, (valued, unfinished))
+        yield Input(report, source, (valued, unfinished))

@@ -514,11 +514,11 @@ def test_all_images_unreadable_is_an_error(tmp_path):
 def test_missing_columns_name_those_that_exist(tmp_path):
     path = write_rows(tmp_path / "d.parquet", [0, 1], emb=[[1.0], [2.0]])
     columns = "columns are image, label, emb"
-    with pytest.raises(DataError, match=f"column 'y' not found; {columns}. Mend --label-column"):
+    with pytest.raises(DataError, match=f"column 'y' not found; {columns}. Fix --label-column"):
         read(path, label_columns=("y",))
-    with pytest.raises(DataError, match=f"column 'photo' not found; {columns}. Mend --image-column"):
+    with pytest.raises(DataError, match=f"column 'photo' not found; {columns}. Fix --image-column"):
         read(path, image_column="photo")
-    with pytest.raises(DataError, match=f"column 'vec' not found; {columns}. Mend --features-column"):
+    with pytest.raises(DataError, match=f"column 'vec' not found; {columns}. Fix --features-column"):
         read(path, features_column="vec")
     with pytest.raises(DataError, match=r"column 'emb' holds list<.*--label-column needs integers, strings"):
         read(path, label_columns=("emb",))

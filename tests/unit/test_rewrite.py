@@ -14,13 +14,22 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from chgval.config import DataConfig
-from chgval.data import rewrite as module
-from chgval.data.open import open_dataset
-from chgval.data.rewrite import KnownRows, RowChanges, check_rewritable, check_same, rewrite
+from chgval.data.formats import format_of
+from chgval.data.formats.base import KnownRows, RowChanges
+from chgval.data.formats.parquet import write as module
+from chgval.data.open import check_rewritable, open_dataset
 from chgval.errors import DataError, OutputError, SettingsError
 from tests.conftest import make_image, write_folder
 
 SIZE = 12
+
+
+def rewrite(data, known, changes, target, link="copy"):
+    return format_of(data).write(known, changes, target, link)
+
+
+def check_rewritable_of(data, target, **options):
+    check_rewritable(format_of(data), target, **options)
 
 
 def changes_of(data, dropped=(), relabelled=None):
@@ -232,7 +241,7 @@ def test_images_in_another_order_are_noticed_although_the_labels_agree(hugging_f
     known, changes = changes_of(data, [0])
     table = pq.read_table(hugging_face / "train-0.parquet")
     pq.write_table(table.take([2, 1, 0, 3]), hugging_face / "train-0.parquet")
-    check_same(data, known)  # labels and row numbers say nothing
+    format_of(data).check_same(known)  # labels and row numbers say nothing
     for target in ("new", "new.parquet"):
         with pytest.raises(DataError, match="its contents or class names are not those of the report"):
             rewrite(data, known, changes, tmp_path / target)
@@ -326,19 +335,19 @@ def test_where_nothing_may_be_written_is_told_before(folder, hugging_face, tmp_p
         (shards, "spark.parquet", OutputError, "is a folder"),
     ]:
         with pytest.raises(error, match=message):
-            check_rewritable(data, tmp_path / target, overwrite=False)
+            check_rewritable_of(data, tmp_path / target, overwrite=False)
     with pytest.raises(OutputError, match="is a folder"):
-        check_rewritable(shards, tmp_path / "spark.parquet", overwrite=True)
+        check_rewritable_of(shards, tmp_path / "spark.parquet", overwrite=True)
     with pytest.raises(OutputError, match="is no name of its own"):
-        check_rewritable(images, Path(), overwrite=False)
+        check_rewritable_of(images, Path(), overwrite=False)
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "cat").symlink_to(folder / "cat")
     with pytest.raises(OutputError, match="is part of"):
-        check_rewritable(DataConfig(source=str(linked)), folder / "cat" / "new", overwrite=False)
+        check_rewritable_of(DataConfig(source=str(linked)), folder / "cat" / "new", overwrite=False)
     before = sorted(tmp_path.rglob("*"))
-    check_rewritable(images, tmp_path / "empty", overwrite=False)
-    check_rewritable(shards, tmp_path / "old.parquet", overwrite=True)
+    check_rewritable_of(images, tmp_path / "empty", overwrite=False)
+    check_rewritable_of(shards, tmp_path / "old.parquet", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
     rewrite(images, *changes_of(images), tmp_path / "empty")
     assert len(ImageFolder(tmp_path / "empty")) == 8

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chgval.data.digits import read_digits
+from chgval.data.formats.digits import read_digits
 from chgval.errors import DataError
 from chgval.runs.threshold_samples import below_threshold, check_enough, threshold_flags, threshold_sets
 

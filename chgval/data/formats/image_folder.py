@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
 
-from chgval.config import DataConfig
+from chgval.config import DataConfig, Link
 from chgval.data.dataset import Dataset, digest, fingerprint
 from chgval.data.decode import UnreadableImageError
+from chgval.data.formats.base import (
+    Format,
+    KnownRows,
+    Rewritten,
+    RowChanges,
+    check_classes,
+    check_fingerprint,
+    check_rows,
+    dataset_format,
+    rewritten,
+)
+from chgval.data.formats.parquet.read import has_images, parquet_files
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
     PROBED_IMAGES,
@@ -21,13 +37,26 @@ from chgval.data.images import (
     choose_size,
     decode_once,
     keep_encoded,
+    leads_into,
     open_image_file,
     read_image_file,
 )
-from chgval.errors import DataError
-from chgval.files import EPOCHS_ENDING, TRAINING_FILE, TRAINING_STATE_FILE, part_of
+from chgval.errors import DataError, OutputError, SettingsError
+from chgval.files import (
+    EPOCHS_ENDING,
+    TRAINING_FILE,
+    TRAINING_STATE_FILE,
+    new_folder,
+    output_errors,
+    part_of,
+    sync,
+)
+from chgval.spreadsheets import with_marks
 from chgval.types import IntArray
 
+RELABELLED_FILE = "relabelled.csv"
+# Bytes of a name that become part of another one.
+LONGEST_STEM = 50
 # Of each end of a file.
 DIGESTED_BYTES = 4096
 DIGESTS_AT_A_TIME = 64
@@ -133,17 +162,14 @@ def list_image_folder(root: Path) -> FolderRows:
     )
 
 
-def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Dataset:
+def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -> Dataset:
     """Read what `list_image_folder` lists.
 
     Args:
-        root: the folder.
+        rows: what it has listed.
         config: the image size, where the user gave it, and how many pixels an image may have.
         largest_size: the largest side to choose.
-    Raises:
-        DataError: there are no class folders, or no images in them.
     """
-    rows = list_image_folder(root)
     images, size, max_pixels = ImageFiles(rows.paths), config.image_size, config.max_pixels
     if size is None:
         probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
@@ -153,7 +179,7 @@ def read_image_folder(root: Path, config: DataConfig, largest_size: int) -> Data
     else:
         loaded = keep_encoded(images, size, {}, max_pixels)
     return Dataset(
-        source=str(root),
+        source=config.source,
         ids=rows.ids,
         labels_N=rows.labels_N,
         class_names=rows.class_names,
@@ -237,3 +263,157 @@ def _file_digest(path: str) -> int:
             return digest(size.to_bytes(8, "little"), first, file.read(DIGESTED_BYTES))
     except (OSError, UnreadableImageError):
         return 0
+
+
+@dataset_format
+class ImageFolder(Format):
+    """ROOT/CLASS/**/IMAGE. Written anew, files are copied or linked.
+
+    A relabelled image goes to the folder of its new class, under a name that says which class it was, and
+    relabelled.csv lists them.
+    """
+
+    @classmethod
+    def matches(cls, config: DataConfig) -> bool:
+        """Say whether it is a folder; Parquet files in it may be tables about its images."""
+        path = Path(config.source)
+        if not config.source or not os.path.isdir(config.source):  # noqa: PTH112 (Path raises for odd names)
+            return False
+        files = parquet_files(path)
+        if files and (config.names_columns or has_images(files[0]) or not holds_images(path)):
+            return False
+        if config.names_columns:
+            raise SettingsError(
+                f"{config.source} is a folder of images; only Parquet files have columns to name."
+            )
+        return True
+
+    @cached_property
+    def rows(self) -> FolderRows:
+        """All images, as they were when they were first listed."""
+        return list_image_folder(Path(self.source))
+
+    def read(self, largest_size: int) -> Dataset:
+        """Read all images."""
+        return read_image_folder(self.rows, self.config, largest_size)
+
+    def local_files(self) -> set[Path]:
+        """Return all images."""
+        return {Path(file).resolve() for file in self.rows.paths}
+
+    def pictures(self, rows: Sequence[int]) -> Iterator[bytes | None]:
+        """Yield the files."""
+        images = ImageFiles(self.rows.paths)
+        for row in rows:
+            encoded = images.read_or_error(row)
+            yield encoded if isinstance(encoded, bytes) else None
+
+    def check_target(self, target: Path, link: Link) -> None:
+        """See `Format`."""
+        if target.suffix == ".parquet":
+            raise SettingsError(
+                f"{target}: the images of {self.source} are copied to a folder; name a folder."
+            )
+        places = [Path(self.source), *{Path(path).parent for path in self.rows.paths}]
+        if any(target.resolve().is_relative_to(place.resolve()) for place in places):
+            raise OutputError(f"{target}: is part of the dataset {self.source}; pass another place.")
+        if link != "sym":
+            for path in self.rows.paths:
+                _check_inside(Path(path), self.rows.root)
+
+    def check_same(self, known: KnownRows) -> None:
+        """See `Format`."""
+        check_rows(self.source, known, self.rows.ids, self.rows.labels_N)
+
+    def write(self, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> Rewritten:
+        """See `Format`."""
+        return _write_folder(self.source, self.rows, known, changes, target, link)
+
+
+def _write_folder(
+    source: str, rows: FolderRows, known: KnownRows, changes: RowChanges, target: Path, link: Link
+) -> Rewritten:
+    check_rows(source, known, rows.ids, rows.labels_N)
+    check_fingerprint(source, known, folder_fingerprint(rows))
+    check_classes(source, changes, rows.class_names)
+    readable_N = np.array([_is_readable(Path(path)) for path in rows.paths])
+    is_moved_N = changes.new_labels_N >= 0
+    relabelled = []
+    with output_errors(target), new_folder(target) as folder:
+        # Files that keep their place go first, so that no relabelled one takes it.
+        for moved in (False, True):
+            for row in np.flatnonzero(changes.kept_N & readable_N & (is_moved_N == moved)).tolist():
+                path = Path(rows.paths[row])
+                if link != "sym":
+                    _check_inside(path, rows.root)
+                place = path.relative_to(rows.root)
+                if moved:
+                    place = _new_place(folder, place, rows.folders[changes.new_labels_N[row]])
+                    relabelled.append((row, place))
+                _place(path, folder / place, link)
+        if relabelled:
+            _list_relabelled(rows, relabelled, folder / RELABELLED_FILE)
+    unreadable = [rows.ids[row] for row in np.flatnonzero(changes.kept_N & ~readable_N).tolist()]
+    return rewritten(known, changes, changes.kept_N & readable_N, rows.class_names, rows.notes, unreadable)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        open_image_file(path).close()
+    except UnreadableImageError:
+        return False
+    return True
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    """Raise DataError where a link leads out of the dataset: that file is nothing that it may hand on."""
+    if not leads_into(path, root):
+        raise DataError(
+            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; put the file there, or use "
+            "chgval select --link sym, which only makes the same links."
+        )
+
+
+def _place(path: Path, place: Path, link: Link) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        match link:
+            case "copy":
+                shutil.copy2(path, place)
+            case "hard":
+                place.hardlink_to(path.resolve())
+            case "sym":
+                place.symlink_to(path.resolve())
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "pass --link copy" if link == "hard" else "make room, or leave that file out"
+        raise OutputError(f"{path}: cannot be put into a new folder ({reason}); {advice}.") from error
+
+
+def _new_place(folder: Path, place: Path, class_folder: str) -> Path:
+    """Return where a relabelled image goes: below its new class, its old one in its name."""
+    new_place = Path(class_folder, *place.parts[1:])
+    # Names may have 255 bytes; what they end in tells the class.
+    stem = f"{_cut(place.stem)}.was-{_cut(place.parts[0])}"
+    while (folder / new_place.with_name(stem + place.suffix)).exists():
+        stem += "-too"
+    return new_place.with_name(stem + place.suffix)
+
+
+def _cut(name: str) -> str:
+    """Return as much of a name as fits into LONGEST_STEM bytes, in whole characters."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST_STEM else encoded[:LONGEST_STEM].decode("utf-8", "ignore")
+
+
+def _list_relabelled(rows: FolderRows, relabelled: Sequence[tuple[int, Path]], path: Path) -> None:
+    table = pa.table(
+        {
+            "file_name": [as_text(place.as_posix()) for _, place in relabelled],
+            "label_name": [as_text(place.parts[0]) for _, place in relabelled],
+            "original_file_name": [rows.ids[row] for row, _ in relabelled],
+            "original_label_name": [rows.class_names[rows.labels_N[row]] for row, _ in relabelled],
+        }
+    )
+    pacsv.write_csv(with_marks(table), path)
+    sync(path)

@@ -21,16 +21,6 @@ from numpy.typing import NDArray
 
 from chgval.config import DataConfig
 from chgval.data.annotations import majority
-from chgval.data.columns import (
-    check_column,
-    class_names,
-    find_id_column,
-    find_image_column,
-    find_label_columns,
-    is_image,
-    is_list,
-    is_vector,
-)
 from chgval.data.dataset import (
     Dataset,
     Embeddings,
@@ -41,6 +31,16 @@ from chgval.data.dataset import (
     fingerprint,
 )
 from chgval.data.decode import UnreadableImageError
+from chgval.data.formats.parquet.columns import (
+    check_column,
+    class_names,
+    find_id_column,
+    find_image_column,
+    find_label_columns,
+    is_image,
+    is_list,
+    is_vector,
+)
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
     PROBED_IMAGES,
@@ -216,6 +216,21 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         notes=rows.notes,
         annotations=labelled.annotations,
     )
+
+
+def pictures_of(source: str, config: DataConfig, rows: Sequence[int]) -> Iterator[bytes | None]:
+    """Yield the encoded images of rows, in their order; None where there is none to read.
+
+    Reads as far as the last of the rows, a few at a time.
+    """
+    shards, _ = _open_shards(source)
+    column = find_image_column(source, shards.schema, config.image_column)
+    wanted = set(rows)
+    stream = _encoded(shards, column, SeenImages(), limit=max(wanted, default=-1) + 1)
+    found = {row: encoded for row, encoded in enumerate(stream) if row in wanted}
+    for row in rows:
+        encoded = found.get(row)
+        yield encoded if isinstance(encoded, bytes) else None
 
 
 def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
