@@ -143,7 +143,8 @@ class Tracker:
         if self._accumulator is None:
             raise TrackerError("end_epoch: the epoch saw no sample; call update after each step.")
         self._num_epochs += 1
-        return self._accumulator.finish_epoch()
+        with torch.autocast(self._labels_N.device.type, enabled=False):
+            return self._accumulator.finish_epoch()
 
     def observe(
         self,

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from chgval.reports.tables import EPOCH_SCHEMA, MANIFEST_SCHEMA, SUSPECTS_SCHEMA, VALUES_SCHEMA
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,3 +27,20 @@ def test_links_inside_the_documentation_lead_somewhere():
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_examples_of_the_python_page_run(tmp_path, monkeypatch):
+    """Block by block, in one folder; those of other libraries are tested in tests/unit/test_tracker.py."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), {})  # noqa: S102 (our own)
+    assert {path.name for path in tmp_path.iterdir()} == {"values.parquet", "tracked.parquet"}
+
+
+def test_the_columns_of_reports_are_all_described():
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("reports.md", "selection.md"))
+    for name in (*VALUES_SCHEMA.names, *EPOCH_SCHEMA.names, *SUSPECTS_SCHEMA.names, *MANIFEST_SCHEMA.names):
+        assert f"`{name}`" in page, name

@@ -1,6 +1,7 @@
 """Imports inside chgval point one way: to lower layers only."""
 
 import ast
+import re
 from pathlib import Path
 
 import chgval
@@ -56,3 +57,21 @@ def test_the_program_never_names_ground_truth_columns():
     """Clean labels are for measuring; nothing in the package may read them."""
     for path in PACKAGE.rglob("*.py"):
         assert "clean_label" not in path.read_text(), path
+
+
+def test_the_map_for_contributors_is_that_of_the_layers():
+    """Every room is in the table, in the order of the layers; every module that it names is there."""
+    page = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", page, re.MULTILINE)
+    rooms = [
+        [name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`([\w./]+)`", row)]
+        for row, _ in rows
+    ]
+    ranks = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    told = [name for row in rooms for name in row]
+    assert sorted(told) == sorted(set(ranks) - {"__main__"})
+    assert [ranks[name] for name in told] == sorted(ranks[name] for name in told)
+    for (row, text), names in zip(rows, rooms, strict=True):
+        for module in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+            places = [PACKAGE / name / module for name in names] + [PACKAGE / module]
+            assert any(place.exists() for place in places), f"{row}: {module}"

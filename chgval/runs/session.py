@@ -62,10 +62,20 @@ class Run:
 
 @contextmanager
 def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator[Run]:
-    """Prepare a run, and put torch's global generators back after it."""
+    """Prepare a run, and put torch's global generators and number of threads back after it.
+
+    Steps of models on embeddings are so small that threads would only wait for each other, and on a busy
+    machine for long: such a run takes one thread.
+    """
     device = pick_device(train.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield prepare(data, train, dataset)
+    num_threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if isinstance(dataset.content, Embeddings):
+                torch.set_num_threads(1)
+            yield prepare(data, train, dataset)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:

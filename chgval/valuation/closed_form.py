@@ -72,8 +72,11 @@ class Factors:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Type of the matrix products: float64 if either factor is, else float32 (half types are raised)."""
-        if torch.float64 in (self.residuals_NC.dtype, self.features_ND.dtype):
+        """Type of the matrix products: float64 if either factor is, else float32 (half types are raised).
+
+        Where this process lets products of float32 be less precise (TF32), they are taken in float64.
+        """
+        if torch.float64 in (self.residuals_NC.dtype, self.features_ND.dtype) or not _is_float32_exact():
             return torch.float64
         return torch.float32
 
@@ -295,6 +298,14 @@ def harmonic_numbers(n: int) -> tuple[float, float]:
     digamma = math.log(x) - 0.5 / x - first / x**2
     trigamma = 1 / x + 0.5 / x**2 + second / x**3
     return digamma + EULER_GAMMA, math.pi**2 / 6 - trigamma
+
+
+def _is_float32_exact() -> bool:
+    """Say whether matrix products of float32 are as precise as it: a program may want faster ones."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # was set for single backends, which this function cannot say
+        return False
 
 
 def _row_squares(matrix_BK: Tensor, buffer: Tensor) -> Tensor:

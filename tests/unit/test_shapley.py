@@ -1,4 +1,7 @@
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -183,3 +186,35 @@ def test_utility_of_the_whole_is_the_one_of_the_definition():
     assert chg_utility(sums, target_CF).item() == pytest.approx(
         oracles.chg_utility(x_ND, target_D), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("way", ["legacy", "by backend"])
+def test_a_program_that_wants_fast_products_gets_the_same_values(way):
+    """As TF32, which keeps three digits: the values are those of float64."""
+    generator = torch.Generator().manual_seed(0)
+    residuals_NC, features_ND = (
+        torch.randn(200, 4, generator=generator),
+        torch.rand(200, 9, generator=generator),
+    )
+    exact = chg_values(Factors(residuals_NC.double(), features_ND.double()))
+    rough = chg_values(Factors(residuals_NC, features_ND))
+    script = f"""
+import torch
+from chgval.valuation.closed_form import Factors, chg_values
+generator = torch.Generator().manual_seed(0)
+factors = Factors(torch.randn(200, 4, generator=generator), torch.rand(200, 9, generator=generator))
+{SETTINGS_OF_PRODUCTS[way]}
+print(chg_values(factors).tolist())
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    np.testing.assert_allclose(json.loads(printed), exact, rtol=1e-12)
+    assert not np.allclose(rough, exact, rtol=1e-12, atol=0)  # else this would show nothing
+
+
+# The options change the process for good, so each is set in one of its own.
+SETTINGS_OF_PRODUCTS = {
+    "legacy": "torch.set_float32_matmul_precision('high')",
+    "by backend": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+}

@@ -294,3 +294,18 @@ def test_the_hugging_face_trainer_values_every_sample(digits, tmp_path):
         transformers.Trainer(
             model, arguments, train_dataset=without, callbacks=[TrackerCallback(tracker)]
         ).train()
+
+
+def test_a_loop_in_mixed_precision_has_the_closed_form_in_full(digits):
+    """end_epoch may be called where autocast is on: its products are not rounded to bfloat16."""
+    _, labels_N, _ = digits
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(NUM_DIGITS, NUM_CLASSES, generator=generator)
+    features = torch.rand(NUM_DIGITS, 32, generator=generator)
+    values = []
+    for is_mixed in (False, True):
+        tracker = chgval.Tracker(labels_N, num_classes=NUM_CLASSES)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            tracker.update(np.arange(NUM_DIGITS), logits, features)
+            values.append(tracker.end_epoch().value_N)
+    np.testing.assert_array_equal(*values)
