@@ -70,10 +70,10 @@ class Option:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         holds = {
-            "{:,g} or more": self.least is None or value >= self.least,
-            "above {:,g}": self.above is None or value > self.above,
-            "at most {:,g}": self.most is None or value <= self.most,
-            "below {:,g}": self.below is None or value < self.below,
+            "{:,} or more": self.least is None or value >= self.least,
+            "above {:,}": self.above is None or value > self.above,
+            "at most {:,}": self.most is None or value <= self.most,
+            "below {:,}": self.below is None or value < self.below,
         }
         if not all(holds.values()):  # NaN is out of all bounds
             bounds = zip(holds, (self.least, self.above, self.most, self.below), strict=True)

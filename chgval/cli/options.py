@@ -99,7 +99,7 @@ def _parameter(path: SettingPath, setting: Setting) -> inspect.Parameter:
     if option.plugins:
         kind = Literal[names_in(option.plugins)]
     elif int in setting.kinds:
-        more["min"], more["max"] = option.least, option.most
+        more["min"] = option.least
     for part in setting.kinds:
         if typing.get_origin(part) is tuple:  # of names: the option again and again; of numbers: one text
             is_open = typing.get_args(part)[1:] == (Ellipsis,)

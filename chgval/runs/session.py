@@ -102,6 +102,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     shape = InputShape(dataset.input_size, is_embedding)
     model = build_model(arch, dataset.num_classes, shape, generator, train.weights)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.backbone_dtype = torch.bfloat16 if device.type == "cuda" else None
     recipe = choose_recipe(
         train,
         len(dataset.usable_rows()),

@@ -130,7 +130,7 @@ def summarise_values(report: Report) -> RunSummary:
             SampleLine(
                 id=row["id"],
                 label_name=row["label_name"],
-                predicted_name=row["predicted_name"],
+                predicted_name=row["predicted_name"] or "",
                 value=row["value"],
             )
             for row in report.table.take(rows).to_pylist()

@@ -19,7 +19,7 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
-from chgval.files import locked, output_errors
+from chgval.files import output_errors
 from chgval.interruption import interruptible
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
@@ -36,7 +36,7 @@ from chgval.runs.session import (
     train_to_end,
 )
 from chgval.runs.training_folder import TrainingFolder, TrainingProgress, check_training_folder
-from chgval.runs.unfinished import Unfinished, find_unfinished
+from chgval.runs.unfinished import Unfinished, unfinished_run
 from chgval.training.evaluation import evaluate
 from chgval.training.loop import Subset
 from chgval.training.records import EpochRecord, Evaluation, Record
@@ -223,10 +223,7 @@ def run_train(config: TrainingConfig) -> Trained:
         raise SettingsError(
             f"--strategy {config.strategy}: compares with held-out samples; pass --holdout 0.1."
         )
-    with (
-        locked(*config.outputs, config.state_file),
-        find_unfinished("train", config, overwrite=config.overwrite).resumable() as unfinished,
-    ):
+    with unfinished_run("train", config, overwrite=config.overwrite) as unfinished:
         return _train(config, unfinished)
 
 

@@ -20,7 +20,7 @@ from chgval.config import (
     option_of,
 )
 from chgval.errors import OutputError, SettingsError
-from chgval.files import output_errors
+from chgval.files import locked, output_errors
 from chgval.interruption import Interrupted
 from chgval.runs.state_file import read_header, reading
 
@@ -83,16 +83,8 @@ class Unfinished:
         own = not output.to_stdout and self.is_own(Path(output.path))
         return dataclasses.replace(output, overwrite=output.overwrite or own)
 
-    @contextmanager
-    def resumable(self) -> Iterator[Unfinished]:
-        """Delete the state once the block has ended; say how to resume where it is interrupted."""
-        try:
-            yield self
-        except Interrupted as interruption:
-            if self._path is None or not self.is_kept:
-                raise
-            message = f"interrupted; what was done so far is kept in {self._path}; {_how_to_resume()}"
-            raise Interrupted(interruption.signum, message) from interruption
+    def remove(self) -> None:
+        """Delete the states, once there is nothing to resume."""
         self._remove("", *LATER_RUNS)
 
     def remove_later(self) -> None:
@@ -105,6 +97,28 @@ class Unfinished:
             if path is not None:
                 with output_errors(path):
                     path.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished_run(command: str, config: CommandConfig, *, overwrite: bool) -> Iterator[Unfinished]:
+    """Look for a run to resume (`find_unfinished`), and delete its state once the block has ended.
+
+    What the command writes is locked meanwhile. Where it is interrupted, the message says how to resume.
+
+    Raises:
+        OutputError: another run holds one of the outputs, or two are the same.
+    """
+    found: list[Unfinished] = []
+    try:
+        with locked(*config.outputs, config.state_file):
+            found.append(find_unfinished(command, config, overwrite=overwrite))
+            yield found[0]
+            found[0].remove()
+    except Interrupted as interruption:  # outermost: a second signal may come while outputs are let go of
+        if not found or not found[0].is_kept:
+            raise
+        message = f"interrupted; what was done so far is kept in {config.state_file}; {_how_to_resume()}"
+        raise Interrupted(interruption.signum, message) from interruption
 
 
 def find_unfinished(command: str, config: CommandConfig, *, overwrite: bool) -> Unfinished:

@@ -14,7 +14,7 @@ from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read
 from chgval.detection.scores import score_labels
 from chgval.detection.verdict import verdict_of
-from chgval.files import check_file, locked
+from chgval.files import check_file
 from chgval.reports.files import ReportWriter, write_array
 from chgval.reports.report import Report
 from chgval.reports.tables import values_table
@@ -30,7 +30,7 @@ from chgval.runs.session import (
     tell_problems,
     train_to_end,
 )
-from chgval.runs.unfinished import Unfinished, find_unfinished
+from chgval.runs.unfinished import Unfinished, unfinished_run
 from chgval.training.evaluation import predict
 from chgval.training.loop import WeightAverage
 from chgval.training.records import EpochRecord
@@ -55,10 +55,7 @@ def run_value(config: ValueConfig) -> Report:
         Interrupted: a signal came.
     """
     overwrite = config.output is not None and config.output.overwrite
-    with (
-        locked(*config.outputs, config.state_file),
-        find_unfinished("value", config, overwrite=overwrite).resumable() as unfinished,
-    ):
+    with unfinished_run("value", config, overwrite=overwrite) as unfinished:
         output = None if config.output is None else unfinished.replaceable(config.output)
         source = format_of(config.data)
         check_outputs(config, source, output, unfinished)

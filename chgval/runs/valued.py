@@ -59,17 +59,17 @@ def values_of(
     Raises:
         ChgvalError: the input is neither, or an output is in the way.
     """
-    with locked(*config.outputs, config.state_file):
-        if config.target is not None:
-            check_apart(config.target, config.files)
-        if is_report(config.source):
+    if is_report(config.source):
+        with locked(*config.outputs, config.state_file):
             yield _read(config, columns, in_order=in_order)
-        else:
-            with _value(command, config, columns, link, on_dataset) as given:
-                yield given
+    else:
+        with _value(command, config, columns, link, on_dataset) as given:
+            yield given
 
 
 def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_order: bool) -> Input:
+    if config.target is not None:
+        check_apart(config.target, config.files)
     for output in config.tables:
         check_output(output, config.source, config.also_read)
     table, metadata = read_table(config.source, columns)
@@ -102,15 +102,16 @@ def _value(
     from chgval.data.formats import format_of
     from chgval.data.open import check_not_read, check_rewritable
     from chgval.runs.session import read_dataset
-    from chgval.runs.unfinished import find_unfinished
+    from chgval.runs.unfinished import unfinished_run
     from chgval.runs.value import check_outputs, value_dataset
 
     if config.dataset is not None:
         raise SettingsError(f"--dataset: is for a report; {config.source} is a dataset itself.")
     value = config.value
-    with find_unfinished(command, config, overwrite=config.overwrites).resumable() as unfinished:
+    with unfinished_run(command, config, overwrite=config.overwrites) as unfinished:
         source = format_of(value.data)
         if config.target is not None:
+            check_apart(config.target, config.files)
             check_rewritable(
                 source,
                 config.target,

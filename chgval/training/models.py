@@ -46,6 +46,7 @@ class SplitModel(nn.Module):
         head: last-layer inputs -> logits, shape (B, C).
         head_name: of the layer in the network that was split.
         small_stem: whether the first layers were exchanged for those for small images.
+        backbone_dtype: type that the backbone computes in; None is that of its weights.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SplitModel(nn.Module):
         self.head = head
         self.head_name = head_name
         self.small_stem = small_stem
+        self.backbone_dtype: torch.dtype | None = None
 
     def network_state(self) -> dict[str, Tensor]:
         """Return the weights of the network that was split, in its own names, on the host."""
@@ -65,10 +67,11 @@ class SplitModel(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (logits of shape (B, C), last-layer inputs of shape (B, D)), both in the head's type.
 
-        On CUDA the backbone runs in bfloat16, the head does not: three digits are too few for logits whose
+        The backbone may run in bfloat16, the head does not: three digits are too few for logits whose
         differences the values are made of.
         """
-        with torch.autocast("cuda", torch.bfloat16) if inputs.is_cuda else nullcontext():
+        dtype = self.backbone_dtype
+        with nullcontext() if dtype is None else torch.autocast(inputs.device.type, dtype):
             features_BD = self.backbone(inputs)
         features_BD = features_BD.to(self.head.weight.dtype)
         return self.head(features_BD), features_BD

@@ -115,10 +115,10 @@ def test_an_output_folder_that_vanishes_is_made_anew(image_folder, tmp_path, mon
     folder.mkdir()
     original = ReportWriter.write_epoch
 
-    def write_epoch(self, record, metadata):
-        if record.epoch == 2:
+    def write_epoch(self, epoch, signals, metadata):
+        if epoch == 2:
             folder.rename(tmp_path / "elsewhere")
-        original(self, record, metadata)
+        original(self, epoch, signals, metadata)
 
     monkeypatch.setattr(ReportWriter, "write_epoch", write_epoch)
     assert invoke("value", image_folder, *FAST, "-q", "-o", folder / "v.parquet").exit_code == 0

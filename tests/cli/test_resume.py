@@ -21,10 +21,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from chgval import interruption, reports
+from chgval import interruption
 from chgval.cli import app
 from chgval.config import strategies
 from chgval.interruption import END_SIGNALS, Interrupted, Interruption, deferred_signals
+from chgval.reports import files
 from chgval.runs import unfinished, value
 from tests.conftest import write_folder
 
@@ -647,7 +648,7 @@ def test_a_command_that_failed_after_its_first_outputs_goes_on(image_folder, tmp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.Unfinished, "_remove", full)
+        patch.setattr(unfinished.Unfinished, "remove", full)
         with pytest.raises(OSError, match="No space left"):
             CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
     assert {path.name for path in tmp_path.iterdir()} >= {"r.parquet", "s.parquet", "pruned", "s.checkpoint"}
@@ -708,7 +709,7 @@ def test_a_new_dataset_is_there_and_whole_whatever_was_there_before(
     ("command", "place", "changed", "said"),
     [
         (["select", "--fraction", 0.5], "select.choose", ["--fraction", 0.2], "fraction 0.5, not 0.2"),
-        (["detect-noise"], "detect_noise.assess", ["--threshold", "gmm"], "rule auto, not gmm"),
+        (["detect-noise"], "detect_noise.assess", ["--threshold", "gmm"], "threshold auto, not gmm"),
         (["detect-noise"], "detect_noise.assess", ["--all"], "all-rows False, not True"),
     ],
 )
@@ -749,7 +750,7 @@ def test_trainings_of_an_earlier_run_are_not_gone_on_with(image_folder, tmp_path
 def test_a_training_killed_in_its_first_state_can_be_gone_on_with(image_folder, tmp_path, monkeypatch):
     code = """
 import os, signal
-import chgval.runs.checkpoint as module
+import chgval.runs.state_file as module
 def die(tensors, path, header):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -827,7 +828,7 @@ def test_signals_are_handled_as_before_once_a_run_has_failed(image_folder, tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reports.ReportWriter, "write_epoch", full)
+        patch.setattr(files.ReportWriter, "write_epoch", full)
         result = invoke("value", image_folder, *SMALL, "-o", tmp_path / "v.parquet")
     assert isinstance(result.exception, OSError) and result.exc_info[2] is not None
     assert [signal.getsignal(signum) for signum in END_SIGNALS] == before

@@ -343,15 +343,15 @@ def test_a_model_that_diverges_is_told_before_it_chooses(photos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--strategy", "best"), 2, "--strategy best: expected one of full, random"),
+        (("--strategy", "best"), 2, "--strategy best: expected one of full, adaptive-random"),
         (("--strategy", "chg"), 2, "--strategy chg: pass the --fraction"),
         (("--strategy", "full", "--fraction", 0.3), 2, "full training has none"),
-        (("--fraction", 1.5), 2, "--fraction 1.5: is the share"),
+        (("--fraction", 1.5), 2, "--fraction 1.5: must be above 0 and at most 1 (Share of the"),
         (("--strategy", "glister", "--fraction", 0.3), 2, "pass --holdout 0.1"),
-        (("--holdout", 1), 2, "--holdout 1: is a share between 0 and 1"),
+        (("--holdout", 1), 2, "--holdout 1: must be above 0 and below 1 (Share"),
         (("--holdout", 0.001), 2, "leaves nothing on one side"),
         (("--target-accuracy", 0.9), 2, "pass --test or --holdout"),
-        (("--target-accuracy", 90, "--test", "x"), 2, "is a share, such as 0.9"),
+        (("--target-accuracy", 90, "--test", "x"), 2, "must be above 0 and at most 1 (Stop when"),
         (("--subset", "nowhere.parquet"), 1, "nowhere.parquet: no such file"),
         (
             ("--subset", "x.parquet", "--strategy", "chg", "--fraction", 0.3),

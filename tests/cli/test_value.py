@@ -271,7 +271,7 @@ def test_file_names_that_are_no_text_come_out_in_every_format(tmp_path, form):
         (["builtin:digits", "--features-column", "x", "--image-size", "8"], 2, "embeddings take no"),
         (["builtin:digits", "--label-column", "y"], 2, "has no columns"),
         (["builtin:digits", "--image-size", "32"], 2, "one image size"),
-        (["builtin:digits", "--seed", "9" * 20], 2, "must be 0 or more and below 9.2"),
+        (["builtin:digits", "--seed", "9" * 20], 2, "must be 0 or more and below 9,223"),
         (["builtin:digits", "--device", "cuda:00"], 2, "expected auto, cpu"),
         (["x" * 300], 1, "cannot be opened (File name too long)"),
         ([""], 1, "no such file or folder"),

@@ -115,7 +115,7 @@ def test_a_bomb_costs_a_row_and_no_memory(tmp_path):
     statuses = pq.read_table(out)["status"].to_pylist()
     assert statuses.count("unreadable") == 1 and len(statuses) == 13
     refused = invoke("value", root, *FAST, "--max-pixels", 10**9, "-o", out)
-    assert refused.exit_code == 2 and "must be from 1 to 178,956,970" in refused.stderr
+    assert refused.exit_code == 2 and "must be 1 or more and at most 178,956,970" in refused.stderr
 
 
 def test_16_bit_images_take_their_memory_once(tmp_path):
