@@ -17,6 +17,9 @@ from PIL import Image
 # Libraries that could reach for a network must not, and output must not depend on who runs the tests.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", NO_COLOR="1", COLUMNS="80", TERM="dumb")
 os.environ.pop("FORCE_COLOR", None)
+# Models of tests are so small that threads only wait for each other, and as many tests run at a time as there
+# are cores. Set before torch is loaded, and inherited by what tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # What tests start would ignore what is ignored here, as under nohup; handlers it does not inherit.
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(signum) is signal.SIG_IGN:
