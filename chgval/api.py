@@ -26,6 +26,10 @@ ConfigT = TypeVar("ConfigT")
 def value(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Report:
     """Train once on a dataset and return what every sample is worth.
 
+        >>> report = value("builtin:digits", epochs=1)
+        >>> len(report), report["status"][0]
+        (1797, 'valued')
+
     Args:
         data: folder of class folders; Parquet file, glob, folder or URI; or builtin:digits.
         output: file of the report; None writes none, and an interrupted run cannot be resumed.

@@ -32,14 +32,21 @@ class Tracker:
     A step only pays for copying logits and last-layer inputs; the closed form is computed at the end of an
     epoch. The training itself is not changed.
 
-        tracker = Tracker(labels, head=model.fc)
-        for epoch in range(epochs):
-            for indices, images, targets in loader:
-                logits = model(images)
-                ...
-                tracker.update(indices, logits)
-            tracker.end_epoch()
-        report = tracker.result()
+        >>> inputs, labels = torch.rand(60, 4), torch.arange(60) % 3
+        >>> head = nn.Linear(8, 3)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), head)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> tracker = Tracker(labels, head=head)
+        >>> for epoch in range(2):
+        ...     for indices in torch.randperm(60).split(20):
+        ...         loss = nn.functional.cross_entropy(model(inputs[indices]), labels[indices])
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         tracker.update(indices)
+        ...     signals = tracker.end_epoch()
+        >>> tracker.result().values.shape
+        (60,)
 
     Noise scores are the better the more the features know of a sample without having learned its label: after
     the last epoch, show all samples once more in evaluation mode (`observe`).

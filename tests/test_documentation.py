@@ -1,7 +1,11 @@
 """What the documentation names is there."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
+
+import pytest
 
 from chgval.reports.tables import EPOCH_SCHEMA, MANIFEST_SCHEMA, SUSPECTS_SCHEMA, VALUES_SCHEMA
 
@@ -44,3 +48,9 @@ def test_the_columns_of_reports_are_all_described():
     page = "".join((ROOT / "docs" / name).read_text() for name in ("reports.md", "selection.md"))
     for name in (*VALUES_SCHEMA.names, *EPOCH_SCHEMA.names, *SUSPECTS_SCHEMA.names, *MANIFEST_SCHEMA.names):
         assert f"`{name}`" in page, name
+
+
+@pytest.mark.parametrize("module", ["api", "tracker", "reports.report", "detection.issues"])
+def test_examples_in_docstrings_run(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"chgval.{module}"))
+    assert tried and not failed

@@ -61,6 +61,12 @@ def find_label_issues(
 
     Takes what cleanlab's function of this name takes.
 
+        >>> labels = np.arange(300) % 3
+        >>> pred_probs = 0.05 + 0.85 * np.eye(3)[labels]
+        >>> labels[:5] = (labels[:5] + 1) % 3
+        >>> sorted(find_label_issues(labels, pred_probs).ranked().tolist())
+        [0, 1, 2, 3, 4]
+
     Args:
         labels: given classes, integers from 0, shape (N,); -1 where unknown.
         pred_probs: probabilities of every class, shape (N, C), of models that were not trained on the sample

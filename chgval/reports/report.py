@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 class Report:
     """One row per input row, in input order, and what is known of the run.
 
+        >>> table = pa.table({"index": [0, 1], "id": ["a", "b"], "label": [0, 1], "value": [0.5, None]})
+        >>> Report(table, {}).values
+        array([0.5, nan])
+
     Args:
         table: columns as docs/reports.md describes them; `index`, `id` and `label` at least.
         metadata: what is known of the run (settings, versions, class names, fingerprint, verdict).
