@@ -54,3 +54,15 @@ def test_the_columns_of_reports_are_all_described():
 def test_examples_in_docstrings_run(module):
     failed, tried = doctest.testmod(importlib.import_module(f"chgval.{module}"))
     assert tried and not failed
+
+
+def test_functions_that_the_method_names_are_there():
+    """As `valuation.closed_form.chg_values`, in the table of equations."""
+    page = (ROOT / "docs" / "method.md").read_text()
+    named = re.findall(r"`((?:valuation|training|detection)\.[\w.]+)`", page)
+    assert len(named) >= 5
+    for name in named:
+        parts = name.split(".")
+        found = importlib.import_module(f"chgval.{parts[0]}.{parts[1]}")
+        for part in parts[2:]:
+            found = getattr(found, part)

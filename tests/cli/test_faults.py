@@ -52,7 +52,7 @@ def limited_to(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_state_that_cannot_be_kept_is_told_and_the_run_goes_on(image_folder, tmp_path):
+def test_a_state_that_cannot_be_kept_is_told_and_the_run_continues(image_folder, tmp_path):
     """The state of this model is larger than the limit, the report is not."""
     out = tmp_path / "v.parquet"
     command = chgval("value", image_folder, *FAST, "-o", out)
@@ -64,7 +64,7 @@ def test_a_state_that_cannot_be_kept_is_told_and_the_run_goes_on(image_folder, t
     assert pq.read_table(out).num_rows == 40 and files_in(tmp_path) == ["v.epochs", "v.parquet"]
 
 
-def test_a_report_that_cannot_be_written_leaves_the_run_to_go_on_with(tmp_path):
+def test_a_report_that_cannot_be_written_leaves_the_run_to_resume(tmp_path):
     """The disk is full in the end; when there is room, --resume only writes."""
     root = write_folder(tmp_path / "images", 20)
     out, whole = tmp_path / "out" / "v.csv", tmp_path / "whole.csv"

@@ -305,7 +305,7 @@ def test_time_is_not_read_from_a_clock_that_can_be_set(image_folder, tmp_path, m
     assert 0 < metadata["wall_seconds"] < 1000
 
 
-def test_where_there_is_nothing_to_go_on_with(image_folder, tmp_path):
+def test_where_there_is_nothing_to_resume(image_folder, tmp_path):
     result = invoke("value", image_folder, *SMALL[:-1], "--resume", "-o", tmp_path / "v.parquet")
     assert result.exit_code == 0 and "no unfinished run" in result.stderr
     result = invoke("value", image_folder, *SMALL, "--resume", "-o", "-")
@@ -570,7 +570,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
 
 
 @pytest.mark.parametrize("command", ["value", "train"])
-def test_a_run_killed_in_its_first_step_can_be_gone_on_with(command, image_folder, tmp_path, monkeypatch):
+def test_a_run_killed_in_its_first_step_can_be_resumed(command, image_folder, tmp_path, monkeypatch):
     """A state is kept from the start, so that the same command with --resume always works."""
     monkeypatch.chdir(tmp_path)
     process = patched(SLOW_STEPS, command, image_folder, *SMALL, "-o", "out.parquet", "--resume")
@@ -581,7 +581,7 @@ def test_a_run_killed_in_its_first_step_can_be_gone_on_with(command, image_folde
     assert result.exit_code == 0, result.stderr
 
 
-def test_a_run_killed_between_its_first_epoch_and_the_state_goes_on(image_folder, tmp_path, monkeypatch):
+def test_a_run_killed_between_its_first_epoch_and_the_state_is_resumed(image_folder, tmp_path, monkeypatch):
     """The epoch is there, the state is that of the start; and what the run may replace, it still may."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v.parquet").write_text("of before")
@@ -638,7 +638,7 @@ def test_only_what_the_run_wrote_is_replaced(image_folder, tmp_path, monkeypatch
     assert (tmp_path / "v.csv").read_text() == (tmp_path / "mine.npy").read_text() == "precious"
 
 
-def test_a_command_that_failed_after_its_first_outputs_goes_on(image_folder, tmp_path, monkeypatch):
+def test_a_command_that_failed_after_its_first_outputs_is_resumed(image_folder, tmp_path, monkeypatch):
     """The random manifest and the pruned dataset are there when the disk gets full for good."""
     monkeypatch.chdir(tmp_path)
     args = ["select", image_folder, *SMALL, "--fraction", 0.5, "--with-random", "r.parquet",
@@ -732,7 +732,7 @@ def test_a_run_with_one_output_in_a_file_keeps_its_state_there(image_folder, tmp
     assert result.exit_code == 0 and pq.read_table(pa.BufferReader(result.stdout_bytes)).num_rows == 40
 
 
-def test_trainings_of_an_earlier_run_are_not_gone_on_with(image_folder, tmp_path, monkeypatch):
+def test_trainings_of_an_earlier_run_are_not_resumed(image_folder, tmp_path, monkeypatch):
     """The first command had come to its second training; the next one starts anew, and is stopped too."""
     args = ["detect-noise", image_folder, *SMALL, "--threshold", "aum", "-o", tmp_path / "s.parquet"]
     with stopping_after(4, monkeypatch):
@@ -747,7 +747,7 @@ def test_trainings_of_an_earlier_run_are_not_gone_on_with(image_folder, tmp_path
     assert result.exit_code == 0, result.stderr
 
 
-def test_a_training_killed_in_its_first_state_can_be_gone_on_with(image_folder, tmp_path, monkeypatch):
+def test_a_training_killed_in_its_first_state_can_be_resumed(image_folder, tmp_path, monkeypatch):
     code = """
 import os, signal
 import chgval.runs.state_file as module
@@ -893,7 +893,7 @@ def run_killed(kind, epochs, out, moments):
 
 
 @pytest.mark.parametrize("kind", ["value", "train"])
-def test_a_killed_run_goes_on(kind, tmp_path):
+def test_a_killed_run_is_resumed(kind, tmp_path):
     """Twice, each time after it has kept its state twice."""
     whole, out = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
     assert run_killed(kind, 12, whole, []) == 0

@@ -15,9 +15,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from chgval.cli import app
+from chgval.config import DataConfig, TrainConfig
+from chgval.runs.session import prepare, read_dataset
+from tests import oracles
 from tests.conftest import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
@@ -93,9 +97,21 @@ def test_values_of_all_samples_sum_to_a_utility_that_all_modes_have(image_folder
     assert result.exit_code == 0
     rows = list(csv.DictReader(out.open()))
     total, mean_loss = sum(float(r["value"]) for r in rows), np.mean([float(r["loss_mean"]) for r in rows])
-    assert total > 0  # ||mean gradient||², or the mean loss
     if utility == "hardness":
         assert total == pytest.approx(mean_loss, rel=1e-6)
+        return
+    first = pq.read_table(tmp_path / "v.epochs" / "epoch=1" / "values.parquet")["value"].to_numpy().sum()
+    if mode == "online":  # from weights on the way, which nobody kept
+        assert first > 0
+        return
+    # ||mean gradient||² at the first weights, by autograd.
+    data, train = DataConfig(source=str(image_folder)), TrainConfig(arch="resnet8", epochs=2)
+    run = prepare(data, train, read_dataset(data, train))
+    inputs = torch.cat([batch.inputs_B for batch in run.loader.plain_batches()])
+    features_ND = run.model.eval().backbone(inputs).detach()
+    labels_N = torch.from_numpy(run.dataset.labels_N)
+    x_ND = oracles.last_layer_gradients(run.model.head, features_ND, labels_N, times_loss=utility == "chg")
+    assert first == pytest.approx((x_ND.mean(0) ** 2).sum(), rel=1e-4)
 
 
 def test_exact_values_come_from_before_the_epoch_and_online_ones_from_within_it(image_folder, tmp_path):

@@ -94,7 +94,7 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
     assert metadata == {"report_version": 3, "seed": 7, "class_names": ["é"]}
 
 
-def test_epochs_can_be_read_while_the_run_goes_on(tmp_path):
+def test_epochs_can_be_read_while_the_run_continues(tmp_path):
     writer = ReportWriter(OutputConfig(path=str(tmp_path / "v.parquet")))
     for epoch in (1, 2):
         writer.write_epoch(epoch, epoch_signals(epoch), {"seed": 0})
