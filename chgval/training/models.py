@@ -24,6 +24,8 @@ SMALL_IMAGE_PIXELS = 64
 IMAGE_ARCHS_OF_CHGVAL = ("resnet8", "resnet20")
 EMBEDDING_ARCHS = ("linear", "mlp")
 MLP_WIDTH = 256
+# From here on, reading a state dict with weights_only runs no code of it.
+SAFE_TORCH = (2, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,12 @@ def _small_conv(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if path.suffix != ".safetensors" and version < SAFE_TORCH:
+        raise ModelError(
+            f"--weights {path}: torch {torch.__version__} can be made to run code by such a file (see "
+            f"SECURITY.md); save it as .safetensors, or upgrade torch to {'.'.join(map(str, SAFE_TORCH))}."
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 from chgval.errors import ModelError
 from chgval.training.models import InputShape, build_model, image_archs
@@ -136,3 +137,14 @@ def test_every_listed_name_is_a_torchvision_classifier_or_ours():
     names = image_archs()
     assert {"resnet8", "resnet20", "resnet50", "vit_b_16", "efficientnet_b0"} <= set(names)
     assert not any("rcnn" in name or "raft" in name or "deeplab" in name for name in names)
+
+
+def test_a_torch_that_weights_can_run_code_in_reads_safetensors_only(tmp_path, monkeypatch):
+    whole = torchvision.models.resnet18(num_classes=3)
+    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    shape, generator = InputShape(96), torch.Generator()
+    with pytest.raises(ModelError, match=r"can be made to run code by such a file .* upgrade torch to 2\.10"):
+        build_model("resnet18", 3, shape, generator, tmp_path / "w.pt")
+    assert build_model("resnet18", 3, shape, generator, tmp_path / "w.safetensors").head.out_features == 3
