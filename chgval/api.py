@@ -97,6 +97,9 @@ def _config(
         close = difflib.get_close_matches(unknown[0], paths, n=1)
         advice = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted(paths))}."
         raise SettingsError(f"{unknown[0]}: no such setting; {advice}")
+    about_output = [name for name, path in paths.items() if path[0] == "output" and name in given]
+    if output is None and about_output:
+        raise SettingsError(f"{about_output[0]}: is about the output; pass output= too.")
     given = {**given, "data": str(data)}
     if output is not None:
         given["output"] = str(output)
@@ -108,5 +111,5 @@ def _keyword(path: SettingPath, name: str) -> str:
     """Return what a setting is called in Python: as its option, if that can be a name."""
     if path[-1] == "source":
         return "data"
-    keyword = name.removeprefix("--").replace("-", "_")
+    keyword = name.lstrip("-").replace("-", "_")
     return keyword if keyword.isidentifier() else path[-1]

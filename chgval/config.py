@@ -78,7 +78,8 @@ class Option:
         if not all(holds.values()):  # NaN is out of all bounds
             bounds = zip(holds, (self.least, self.above, self.most, self.below), strict=True)
             wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
-            raise SettingsError(f"{name} {value:g}: must be {wanted} ({self.help.rstrip('.')}).")
+            given = value if isinstance(value, int) else f"{value:g}"
+            raise SettingsError(f"{name} {given}: must be {wanted} ({self.help.rstrip('.')}).")
 
 
 def option(default: Any, help: str, panel: str = "", *names: str, **more: Any) -> Any:
@@ -120,7 +121,7 @@ def free_settings(config: Any, prefix: str = "") -> Iterator[str]:
     """Yield the names of all settings that may change while a run is unfinished, as `data.workers`."""
     for setting in dataclasses.fields(config):
         value, found = getattr(config, setting.name), option_of(setting)
-        if found is not None and not found.affects_results:
+        if (found is not None and not found.affects_results) or (found is None and value is None):
             yield f"{prefix}{setting.name}"
         elif dataclasses.is_dataclass(value):
             yield from free_settings(value, f"{prefix}{setting.name}.")
@@ -359,6 +360,7 @@ class ValueConfig(Settings):
     per_class: bool = option(False, "Value samples within their class.", VALUES_PANEL)
 
     def __post_init__(self) -> None:
+        Settings.__post_init__(self)
         if self.pred_probs is not None and self.pred_probs.suffix != ".npy":
             raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
 
@@ -442,7 +444,8 @@ class DetectConfig(Settings):
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
         for name in ("relabel", "force", "dataset"):
-            if getattr(self, name) and self.cleaned is None:
+            value = getattr(self, name)
+            if value is not None and value is not False and self.cleaned is None:
                 raise SettingsError(f"--{name}: is about what --cleaned writes; pass that too.")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":

@@ -6,6 +6,7 @@ Nothing here may import torch, or numpy: `chgval --help` must start at once.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -112,15 +113,18 @@ def converted(setting: Setting, value: Any) -> Any:
             return str(value)
         if kind is bool and isinstance(value, bool):
             return value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and (kind is float or (kind is int and value == int(value))):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if is_number and (kind is float or (kind is int and float(value).is_integer())):
             return kind(value)
     raise SettingsError(f"{setting.name} {value}: expected {_described(setting)}.")
 
 
 def _as_tuple(setting: Setting, kind: Any, value: Any) -> tuple[Any, ...]:
     if typing.get_args(kind)[1:] == (Ellipsis,):  # any number of names
-        return (value,) if isinstance(value, str) else tuple(value)
+        names = (value,) if isinstance(value, str) else value
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise SettingsError(f"{setting.name} {value}: expected a name, or a list of names.")
+        return tuple(names)
     try:
         parts = value.split(",") if isinstance(value, str) else value
         red, green, blue = (float(part) for part in parts)

@@ -84,17 +84,19 @@ class Tracker:
         has_bias: bool = True,
         averaged_from: int = 1,
     ) -> None:
-        labels_N = torch.as_tensor(labels)
+        labels_N = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
         if labels_N.ndim != 1 or labels_N.is_floating_point() or labels_N.dtype == torch.bool:
             raise TrackerError(
                 f"labels: {labels_N.dtype} of shape {tuple(labels_N.shape)}; pass integers, one per sample."
             )
-        self._labels_N = labels_N.to(torch.int64).clone()
+        self._labels_N = labels_N.to(torch.int64).clamp(min=-1)
+        self._all_labelled = bool((self._labels_N >= 0).all())
         largest = int(self._labels_N.max()) if len(labels_N) else -1
         if num_classes is None:
             named = None if class_names is None else len(class_names)
             num_classes = head.out_features if head is not None else named or largest + 1
-        self.class_names = [str(name) for name in class_names or range(num_classes)]
+        names = range(num_classes) if class_names is None else class_names
+        self.class_names = [str(name) for name in names]
         if largest >= num_classes or len(self.class_names) != num_classes or num_classes < 2:
             raise TrackerError(
                 f"labels: up to {largest}, {num_classes} classes and {len(self.class_names)} class names do "
@@ -118,10 +120,10 @@ class Tracker:
         self._accumulator: ValueAccumulator | None = None
         self._num_epochs = 0
         self._observed_ND: Tensor | None = None
-        self._passed: tuple[Tensor, Tensor] | None = None
+        self._passed: tuple[Tensor, Tensor, int] | None = None
         self._hook: RemovableHandle | None = None
         if head is not None:
-            self._hook = head.register_forward_hook(self._take)
+            self._hook = head.register_forward_hook(self._take, with_kwargs=True)
 
     def update(
         self,
@@ -147,7 +149,7 @@ class Tracker:
         Raises:
             TrackerError: it saw no sample.
         """
-        if self._accumulator is None:
+        if self._accumulator is None or not self._accumulator.has_seen:
             raise TrackerError("end_epoch: the epoch saw no sample; call update after each step.")
         self._num_epochs += 1
         with torch.autocast(self._labels_N.device.type, enabled=False):
@@ -228,22 +230,36 @@ class Tracker:
             self._hook.remove()
             self._hook = None
 
-    def _take(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._passed = inputs[0].detach(), output.detach()
+    def __deepcopy__(self, _: dict[int, Any]) -> Tracker:
+        # A copy of the model, such as a moving average of its weights, talks to the same tracker.
+        return self
+
+    def _take(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        features_BD = inputs[0] if inputs else named["input"]
+        # Logits as they are now: the loop may change its own. The pointer tells whether those are the same.
+        self._passed = features_BD.detach(), output.detach().clone(), output.data_ptr()
 
     def _batch(
         self, indices: ArrayLike | Tensor, logits: Tensor | None, features: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows_B = torch.as_tensor(indices).to(torch.int64)
+        rows_B = indices if isinstance(indices, Tensor) else torch.from_numpy(np.array(indices))
+        if rows_B.is_floating_point() or rows_B.dtype == torch.bool:
+            raise TrackerError(f"update: indices are {rows_B.dtype}; pass the numbers of the samples.")
+        rows_B = rows_B.to(torch.int64)
         if (logits is None or features is None) and self._passed is None:
             raise TrackerError(
                 "update: nothing went through the head; pass logits and features, or head=model.fc to "
                 "Tracker before the forward pass."
             )
-        if self._passed is not None:
-            passed_BD, passed_BC = self._passed
-            logits = passed_BC if logits is None else logits
-            features = passed_BD if features is None else features
+        if self._passed is not None and features is None:
+            passed_BD, passed_BC, pointer = self._passed
+            if logits is not None and logits.data_ptr() != pointer:
+                raise TrackerError(
+                    "update: these logits are not what the head returned last; call update before the head is "
+                    "used again, or pass features too."
+                )
+            logits, features = passed_BC, passed_BD
+            self._passed = None
         if logits is None or features is None:
             raise TrackerError("update: pass logits and features.")
         num_rows, expected = len(rows_B), (len(rows_B), self._num_classes)
@@ -252,6 +268,11 @@ class Tracker:
                 f"update: {tuple(rows_B.shape)} indices, logits of shape {tuple(logits.shape)} and features "
                 f"of shape {tuple(features.shape)}; expected one row of {self._num_classes} logits, and "
                 "one of features, per index."
+            )
+        if not self._all_labelled:
+            labelled_B = self._labels_N[rows_B.to(self._labels_N.device)] >= 0
+            rows_B, logits, features = (
+                part[labelled_B.to(part.device)] for part in (rows_B, logits, features)
             )
         return rows_B, logits, features
 

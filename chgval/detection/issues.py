@@ -87,6 +87,7 @@ def find_label_issues(
             f"pred_probs: shape {probabilities_NC.shape} for {len(labels_N):,} labels; pass one row per "
             "sample, with a column for each of at least two classes."
         )
+    labels_N = labels_N.astype(np.int64)
     num_classes = probabilities_NC.shape[1]
     if labels_N.max(initial=-1) >= num_classes:
         raise DataError(
@@ -96,13 +97,16 @@ def find_label_issues(
     sums_N = probabilities_NC.sum(1)
     if (probabilities_NC < 0).any() or not np.allclose(sums_N[np.isfinite(sums_N)], 1, atol=1e-3):
         raise DataError("pred_probs: rows must be probabilities that sum to 1; pass softmax of logits.")
-    features_ND = None if features is None else torch.as_tensor(features, dtype=torch.float32)
+    features_ND = None
+    if features is not None:
+        is_tensor = isinstance(features, torch.Tensor)
+        features_ND = torch.as_tensor(features if is_tensor else np.array(features)).detach().float().cpu()
     if features_ND is not None and (features_ND.ndim != 2 or len(features_ND) != len(labels_N)):
         raise DataError(
             f"features: shape {tuple(features_ND.shape)} for {len(labels_N):,} labels; pass one row per "
             "sample."
         )
-    labels_N = np.where(labels_N < 0, -1, labels_N).astype(np.int64)
+    labels_N = np.where(labels_N < 0, -1, labels_N)
     noise = score_labels(labels_N, probabilities_NC, features_ND)
     score_N = noise.noise_score_N
     known_N = np.isfinite(score_N)

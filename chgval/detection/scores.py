@@ -61,7 +61,7 @@ def score_labels(
     from scipy.special import entr
 
     signals = NoiseSignals.unknown(len(labels_N))
-    known_N = (labels_N >= 0) & np.isfinite(averaged_NC[:, 0])
+    known_N = (labels_N >= 0) & np.isfinite(averaged_NC).all(1)
     for features_ND in (unseen_ND, seen_ND):
         if features_ND is not None:
             known_N &= features_ND.isfinite().all(1).numpy()

@@ -129,5 +129,5 @@ def read_report(source: str | Path) -> Report:
     Raises:
         DataError: it cannot be read, or is no values report.
     """
-    table, metadata = read_table(str(source), VALUES.schema.names, VALUES)
+    table, metadata = read_table(str(source), kind=VALUES)
     return Report(table, metadata)

@@ -80,8 +80,8 @@ class ValueAccumulator:
         self.averaged_from = averaged_from
         self._num_epochs = 0
         # The epoch's buffers. Rows that an epoch does not see keep what they held and are masked by _seen_N.
-        self._logits_NC = torch.zeros(num_samples, num_classes, device=device)
-        self._features_ND = torch.zeros(num_samples, num_features, device=device)
+        self._logits_NC = torch.zeros(num_samples, num_classes, dtype=torch.float32, device=device)
+        self._features_ND = torch.zeros(num_samples, num_features, dtype=torch.float32, device=device)
         self._seen_N = torch.zeros(num_samples, dtype=torch.bool, device=device)
         self._closed: tuple[dict[str, Tensor], Factors] | None = None
         self._seen_last_N = self._seen_N
@@ -93,6 +93,11 @@ class ValueAccumulator:
         self._probability_weights_N = self._logits_NC.new_zeros(num_samples)
         self._was_right_N = torch.zeros_like(self._seen_N)
         self._forgetting_events_N = torch.zeros_like(self._count_N)
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether the epoch under way has seen a sample."""
+        return bool(self._seen_N.any())
 
     @staticmethod
     def memory_bytes(num_samples: int, num_classes: int, num_features: int) -> int:

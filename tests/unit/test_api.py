@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -92,6 +93,10 @@ def test_outputs_are_written_where_they_are_named_and_runs_are_logged(image_fold
         ({"mean": (0.5, 0.5)}, "--mean (0.5, 0.5): expected three numbers"),
         ({"threshold": "often"}, "--threshold often: expected aum, auto"),
         ({"duplicates": "yes"}, "--duplicates yes: expected True or False"),
+        ({"epochs": float("nan")}, "--epochs nan: expected a whole number"),
+        ({"label_column": 3}, "--label-column 3: expected a name, or a list of names"),
+        ({"relabel": 0}, "--relabel: is about what --cleaned writes"),
+        ({"overwrite": True}, "overwrite: is about the output; pass output= too"),
     ],
 )
 def test_mistakes_are_told_as_on_the_command_line(settings, message):
@@ -110,6 +115,7 @@ def test_settings_may_be_what_python_has(image_folder, tmp_path):
     )
     assert np.load(tmp_path / "p.npy").shape == (len(report), 2)
     report.save(tmp_path / "v.parquet")
+    assert len(chgval.select(tmp_path / "v.parquet", count=np.int64(3)).indices) == 3
     suspects = chgval.detect_noise(tmp_path / "v.parquet", threshold=0.0)
     assert suspects.table.num_rows == len(report)
 
@@ -158,3 +164,26 @@ def test_label_issues_of_given_probabilities_beside_cleanlab(cross_validated):
 def test_labels_and_probabilities_that_do_not_fit_are_told(labels, probabilities, message):
     with pytest.raises(chgval.ChgvalError, match=message):
         chgval.find_label_issues(labels, probabilities)
+
+
+def test_a_row_without_whole_probabilities_is_unknown_alone(cross_validated):
+    labels_N, probabilities_NC, *_ = cross_validated
+    broken_NC = probabilities_NC.copy()
+    broken_NC[5, 3], broken_NC[6] = np.nan, np.nan
+    issues = chgval.find_label_issues(labels_N.astype(np.uint8), broken_NC)
+    assert np.isnan(issues.noise_scores[[5, 6]]).all() and not issues.is_issue[[5, 6]].any()
+    others = np.setdiff1d(np.arange(len(labels_N)), [5, 6])
+    whole = chgval.find_label_issues(labels_N, probabilities_NC)
+    assert (issues.is_issue[others] == whole.is_issue[others]).mean() > 0.99
+
+
+def test_a_report_of_annotators_is_read_whole(tmp_path):
+    digits = load_digits()
+    labels = dict.fromkeys(("ann", "bob"), digits.target[:200])
+    pq.write_table(pa.table({"e": list(digits.data[:200]), **labels}), tmp_path / "e.parquet")
+    report = chgval.value(
+        tmp_path / "e.parquet", features_column="e", label_column=["ann", "bob"], epochs=1,
+        output=tmp_path / "v.parquet",
+    )  # fmt: skip
+    again = chgval.read_report(tmp_path / "v.parquet")
+    assert again.table.equals(report.table) and "label_name_of_ann" in again.table.column_names

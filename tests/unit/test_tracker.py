@@ -171,10 +171,33 @@ def test_samples_without_label_or_never_seen_are_told(digits):
     assert np.isfinite(report.values[seen]).all() and np.isnan(report.values[[5, 7]]).all()
 
 
+def ended_twice():
+    tracker = chgval.Tracker([0, 1])
+    tracker.update([0, 1], torch.eye(2), torch.zeros(2, 4))
+    tracker.end_epoch()
+    tracker.end_epoch()
+
+
+def of_another_pass():
+    head = torch.nn.Linear(4, 2)
+    tracker = chgval.Tracker([0, 1], head=head)
+    logits = head(torch.rand(2, 4))
+    head(torch.rand(2, 4))
+    tracker.update([0, 1], logits)
+
+
+def updated_twice():
+    head = torch.nn.Linear(4, 2)
+    tracker = chgval.Tracker([0, 1], head=head)
+    head(torch.rand(2, 4))
+    tracker.update([0, 1])
+    tracker.update([0, 1])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: chgval.Tracker([0.5, 1.0]), "labels: torch.float32 of shape"),
+        (lambda: chgval.Tracker([0.5, 1.0]), "labels: torch.float64 of shape"),
         (lambda: chgval.Tracker([0, 3], num_classes=3), "labels: up to 3, 3 classes"),
         (lambda: chgval.Tracker([0, 1], ids=["a"]), "ids: 1 for 2 labels"),
         (lambda: chgval.Tracker([0, 1], utility="money"), "expected one of chg, gradient, hardness"),
@@ -184,6 +207,13 @@ def test_samples_without_label_or_never_seen_are_told(digits):
             r"update: \(2,\) indices, logits of shape \(1, 2\)",
         ),
         (lambda: chgval.Tracker([0, 1]).end_epoch(), "the epoch saw no sample"),
+        (lambda: ended_twice(), "the epoch saw no sample"),
+        (lambda: of_another_pass(), "are not what the head returned last"),
+        (lambda: updated_twice(), "nothing went through the head"),
+        (
+            lambda: chgval.Tracker([0, 1]).update([True, False], torch.zeros(2, 2), torch.zeros(2, 4)),
+            "indices are torch.bool",
+        ),
         (lambda: chgval.Tracker([0, 1]).result(), "none before the first end_epoch"),
     ],
 )
@@ -309,3 +339,30 @@ def test_a_loop_in_mixed_precision_has_the_closed_form_in_full(digits):
             tracker.update(np.arange(NUM_DIGITS), logits, features)
             values.append(tracker.end_epoch().value_N)
     np.testing.assert_array_equal(*values)
+
+
+def test_samples_without_a_label_are_no_players(digits):
+    """Whether the loop passes them or not; any number below 0 is none."""
+    pixels_ND, labels_N, _ = digits
+    labels_N = np.where(np.arange(NUM_DIGITS) % 3 == 0, -100, labels_N)
+    logits = torch.randn(NUM_DIGITS, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    values = []
+    for rows in (np.arange(NUM_DIGITS), np.flatnonzero(labels_N >= 0)):
+        tracker = chgval.Tracker(labels_N, num_classes=NUM_CLASSES)
+        tracker.update(rows, logits[rows], torch.from_numpy(pixels_ND[rows]))
+        tracker.end_epoch()
+        report = tracker.result()
+        values.append(report.values)
+    np.testing.assert_array_equal(*values)
+    assert np.isnan(report.values[labels_N < 0]).all()
+
+
+def test_a_copy_of_the_model_talks_to_the_same_tracker(digits):
+    """As a moving average of the weights is one: its logits come with its own features."""
+    tracker, model, inputs_ND = tracked(digits, 2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        average.module[0].weight.mul_(0)
+        average.module[0].bias.fill_(1)
+        tracker.observe(torch.arange(NUM_DIGITS), average(inputs_ND))
+    np.testing.assert_array_equal(tracker._observed_ND.numpy(), np.ones((NUM_DIGITS, 32)))
