@@ -255,8 +255,8 @@ class Tracker:
             passed_BD, passed_BC, pointer = self._passed
             if logits is not None and logits.data_ptr() != pointer:
                 raise TrackerError(
-                    "update: these logits are not what the head returned last; call update before the head is "
-                    "used again, or pass features too."
+                    "update: these logits are not what the head returned last; call update before the head "
+                    "is used again, or pass features too."
                 )
             logits, features = passed_BC, passed_BD
             self._passed = None
