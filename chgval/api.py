@@ -1,7 +1,7 @@
 """The functions behind the commands: the same settings, results instead of files and text.
 
-Every option of a command is a keyword of its function: `--batch-size 64` is `batch_size=64`; what files it
-would write by default it only writes where it is told to. Messages go to the logger "chgval".
+Every option of a command is a keyword of its function: `--batch-size 64` is `batch_size=64`. A file is
+written only where a path for it is given. Messages go to the logger "chgval".
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from chgval.errors import SettingsError
 from chgval.files import EPOCHS_ENDING, STATE_ENDING, TRAINING_STATE_FILE
@@ -374,6 +374,11 @@ class ValueConfig(Settings):
         """Where the run keeps its state."""
         return None if self.output is None else self.output.state_file
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether outputs may be replaced."""
+        return self.output is not None and self.output.overwrite
+
 
 REPORT_OR_DATASET = "Values report, - for one on standard input, or a dataset, which is valued first."
 KEPT_VALUES = "Keep the values report of a dataset here."
@@ -381,14 +386,64 @@ DATASET_OF_REPORT = "Where the dataset of a report is now. Default: where it was
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DetectConfig(Settings):
-    """Settings of `chgval detect-noise`. Without an output nothing is written."""
+class FromValues(Settings):
+    """Settings of commands that start from values. Without an output nothing is written."""
 
     source: str = argument("INPUT", REPORT_OR_DATASET)
-    output: SuspectsOutput | None = field(default_factory=SuspectsOutput)
+    output: OutputConfig | None = field(default_factory=OutputConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+
+    if TYPE_CHECKING:  # an option of each of them, whose place in the help is its own
+
+        @property
+        def values(self) -> Path | None:
+            """Where the values report of a dataset is kept, if it is."""
+
+    @property
+    def value(self) -> ValueConfig:
+        """How the input is valued, if it is a dataset."""
+        return ValueConfig(
+            data=dataclasses.replace(self.data, source=self.source),
+            train=self.train,
+            resume=self.resume,
+            output=self.values_output,
+        )
+
+    @property
+    def values_output(self) -> OutputConfig | None:
+        """Where the values report of a dataset is kept, if it is."""
+        return self.second_output(self.values)
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where the runs behind it keep their state, if the input is a dataset: beside the first file."""
+        files = (output.state_file for output in (self.values_output, self.output) if output is not None)
+        return next((file for file in files if file is not None), None)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether outputs may be replaced."""
+        return self.output is not None and self.output.overwrite
+
+    def second_output(self, path: Path | None) -> OutputConfig | None:
+        """Return an output beside the first one, which may be replaced as that may."""
+        return None if path is None else OutputConfig(path=str(path), overwrite=self.overwrites)
+
+    def check_needs(self, target: str, *names: str) -> None:
+        """Raise SettingsError where settings are given that are about a dataset which is not written."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value is not False and getattr(self, target) is None:
+                raise SettingsError(f"--{name}: is about what --{target} writes; pass that too.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig(FromValues):
+    """Settings of `chgval detect-noise`."""
+
+    output: SuspectsOutput | None = field(default_factory=SuspectsOutput)
     threshold: str = option(
         "auto",
         "What to flag: auto; samples from a noise score on; or another rule: confident (confident learning), "
@@ -443,10 +498,7 @@ class DetectConfig(Settings):
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
-        for name in ("relabel", "force", "dataset"):
-            value = getattr(self, name)
-            if value is not None and value is not False and self.cleaned is None:
-                raise SettingsError(f"--{name}: is about what --cleaned writes; pass that too.")
+        self.check_needs("cleaned", "relabel", "force", "dataset")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
@@ -469,24 +521,9 @@ class DetectConfig(Settings):
         return score
 
     @property
-    def value(self) -> ValueConfig:
-        """How the input is valued, if it is a dataset."""
-        return _valuing(self)
-
-    @property
-    def values_output(self) -> OutputConfig | None:
-        """Where the values report of a dataset is kept, if it is."""
-        return _values_output(self)
-
-    @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
         return _files(self.output, self.values, self.cleaned)
-
-    @property
-    def state_file(self) -> Path | None:
-        """Where the runs behind it keep their state, if the input is a dataset."""
-        return _state_file(self.values_output, self.output)
 
     @property
     def tables(self) -> list[OutputConfig]:
@@ -504,25 +541,16 @@ class DetectConfig(Settings):
         return ""
 
     @property
-    def overwrites(self) -> bool:
-        """Whether outputs may be replaced."""
-        return self.output is not None and self.output.overwrite
-
-    @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the cleaned dataset."""
         return _files(self.source, self.output, self.values, _epochs_of(self.values_output))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectConfig(Settings):
-    """Settings of `chgval select`; train.seed draws random choices. Without an output nothing is written."""
+class SelectConfig(FromValues):
+    """Settings of `chgval select`; train.seed draws random choices."""
 
-    source: str = argument("INPUT", REPORT_OR_DATASET)
     output: ManifestOutput | None = field(default_factory=ManifestOutput)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    resume: ResumeConfig = field(default_factory=ResumeConfig)
     fraction: float | None = option(None, "Share of ALL rows to keep.", SELECTION_PANEL, above=0, most=1)
     count: int | None = option(None, "Rows to keep.", SELECTION_PANEL, least=1)
     min_value: float | None = option(
@@ -584,37 +612,20 @@ class SelectConfig(Settings):
             raise SettingsError("--drop -: standard input is the values report already; name a file.")
         if self.end_with_null and (self.output is None or self.output.listing is None):
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
-        for name in ("link", "dataset"):
-            if getattr(self, name) is not None and self.materialize is None:
-                raise SettingsError(f"--{name}: is about what --materialize writes; pass that too.")
+        self.check_needs("materialize", "link", "dataset")
         _check_one_stream(
             {"--output": self.output, "--values": self.values_output, "--with-random": self.random_output}
         )
 
     @property
-    def value(self) -> ValueConfig:
-        """How the input is valued, if it is a dataset."""
-        return _valuing(self)
-
-    @property
-    def values_output(self) -> OutputConfig | None:
-        """Where the values report of a dataset is kept, if it is."""
-        return _values_output(self)
-
-    @property
     def random_output(self) -> OutputConfig | None:
         """Where the random manifest goes, if there shall be one."""
-        return _second_output(self.with_random, self.output)
+        return self.second_output(self.with_random)
 
     @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
         return _files(self.output, self.values, self.with_random, self.materialize)
-
-    @property
-    def state_file(self) -> Path | None:
-        """Where the run behind it keeps its state, if the input is a dataset."""
-        return _state_file(self.values_output, self.output)
 
     @property
     def tables(self) -> list[OutputConfig]:
@@ -630,11 +641,6 @@ class SelectConfig(Settings):
     def also_read(self) -> str:
         """What is read besides the input."""
         return self.drop or ""
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether outputs may be replaced."""
-        return self.output is not None and self.output.overwrite
 
     @property
     def files(self) -> list[Path]:
@@ -724,6 +730,11 @@ class TrainingConfig(Settings):
         """Where the run keeps its state."""
         return self.folder / TRAINING_STATE_FILE
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether an earlier training may be replaced."""
+        return self.overwrite
+
 
 # Training on everything: no strategy chooses.
 FULL = "full"
@@ -734,23 +745,6 @@ def strategies() -> tuple[str, ...]:
     return (FULL, *names_in("training.strategies"))
 
 
-def _valuing(config: DetectConfig | SelectConfig) -> ValueConfig:
-    return ValueConfig(
-        data=dataclasses.replace(config.data, source=config.source),
-        train=config.train,
-        resume=config.resume,
-        output=config.values_output,
-    )
-
-
-def _values_output(config: DetectConfig | SelectConfig) -> OutputConfig | None:
-    return _second_output(config.values, config.output)
-
-
-def _second_output(path: Path | None, first: OutputConfig | None) -> OutputConfig | None:
-    return None if path is None else OutputConfig(path=str(path), overwrite=bool(first and first.overwrite))
-
-
 def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
     names = [item.path if isinstance(item, OutputConfig) else str(item or "") for item in named]
     return [Path(name) for name in names if name and name != STANDARD_STREAM and "://" not in name]
@@ -758,12 +752,6 @@ def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
 
 def _epochs_of(output: OutputConfig | None) -> Path | None:
     return None if output is None else output.epochs_folder
-
-
-def _state_file(*outputs: OutputConfig | None) -> Path | None:
-    """Return where the state is kept: beside the first of the outputs that is a file."""
-    files = (output.state_file for output in outputs if output is not None)
-    return next((file for file in files if file is not None), None)
 
 
 def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 
+@cache
 def names_in(package: str) -> tuple[str, ...]:
     """Return the names of the plug-ins of a package, as `training.strategies`, without loading any."""
     folder = Path(__file__).parent.joinpath(*package.split("."))

@@ -196,16 +196,9 @@ class Tracker:
         accumulator = self._accumulator
         if accumulator is None or not self._num_epochs:
             raise TrackerError("result: there is none before the first end_epoch.")
-        signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
         labels_N: IntArray = self._labels_N.cpu().numpy()
-        seen_ND = accumulator.last_features()
-        unseen_ND = seen_ND if self._observed_ND is None else self._observed_ND
-        noise = score_labels(
-            labels_N, probabilities_NC, unseen_ND, seen_ND if self._observed_ND is not None else None
-        )
-        statuses = np.where(
-            labels_N < 0, "unlabelled", np.where(signals.num_epochs_N > 0, "valued", "unseen")
-        )
+        statuses = np.where(accumulator.num_epochs_N > 0, "valued", "unseen")
+        statuses = np.where(labels_N < 0, "unlabelled", statuses)
         rows = InputRows(
             ids=self.ids,
             labels_N=labels_N,
@@ -213,16 +206,17 @@ class Tracker:
             statuses=statuses.tolist(),
             reasons=[None] * len(labels_N),
         )
-        table = values_table(rows, signals, noise, per_class=self._settings["per_class"])
         metadata = {
             "version": chgval.__version__,
             "command": "chgval.Tracker",
             "settings": {"tracker": self._settings},
             "class_names": self.class_names,
             "epochs": self._num_epochs,
-            "verdict": verdict_of(noise, labels_N, signals.predicted_label_N, self.class_names),
         }
-        return Report(table, metadata)
+        trained_ND = accumulator.last_features()
+        if self._observed_ND is None:
+            return make_report(rows, accumulator, trained_ND, None, metadata)
+        return make_report(rows, accumulator, self._observed_ND, trained_ND, metadata)
 
     def close(self) -> None:
         """Stop to listen to the head; what was tracked so far stays."""
@@ -286,3 +280,26 @@ class Tracker:
                 **self._settings,
             )
         return self._accumulator
+
+
+def make_report(
+    rows: InputRows,
+    accumulator: ValueAccumulator,
+    unseen_ND: Tensor,
+    seen_ND: Tensor | None,
+    metadata: dict[str, Any],
+) -> Report:
+    """Return the report of a run that is over, with noise scores, and the verdict on these in its metadata.
+
+    Args:
+        rows: what was valued.
+        accumulator: has seen all epochs.
+        unseen_ND: what noise scores are made of, as for `score_labels`.
+        seen_ND: the same.
+        metadata: what else is known of the run.
+    """
+    signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
+    noise = score_labels(rows.labels_N, probabilities_NC, unseen_ND, seen_ND, rows.annotations)
+    verdict = verdict_of(noise, rows.labels_N, signals.predicted_label_N, rows.class_names, rows.annotations)
+    table = values_table(rows, signals, noise, per_class=accumulator.per_class)
+    return Report(table, {**metadata, "verdict": verdict})

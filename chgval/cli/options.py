@@ -122,16 +122,16 @@ def _archs() -> list[str]:
     return [*image_archs(), *EMBEDDING_ARCHS]
 
 
-def _scores() -> list[str]:
-    from chgval.reports.tables import SCORES
+def _ranked_by() -> tuple[str, ...]:
+    from chgval.reports.tables import RANKED_BY
 
-    return [*SCORES, "random"]
+    return RANKED_BY
 
 
 # What a shell offers after an option.
 COMPLETIONS = {
     "arch": _starting_with(_archs),
-    "by": _starting_with(_scores),
+    "by": _starting_with(_ranked_by),
     "strategy": _starting_with(strategies),
     "threshold": _starting_with(lambda: names_in("detection.rules")),
 }

@@ -58,7 +58,7 @@ def reporting(*, quiet: bool, verbose: bool, debug: bool) -> "Iterator[Console]"
 def _end_workers() -> None:
     """End processes that decode images and are still there, as what holds a traceback holds them.
 
-    They heed no signal that can be ignored, and Python would wait for them before it ends.
+    They obey no signal that can be ignored, and Python would wait for them before it ends.
     """
     processes = sys.modules.get("multiprocessing")
     for child in [] if processes is None else processes.active_children():

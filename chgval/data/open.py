@@ -7,6 +7,7 @@ from pathlib import Path
 from chgval.config import DataConfig, Link, OutputConfig
 from chgval.data.dataset import Dataset
 from chgval.data.formats import Format, format_of
+from chgval.data.formats.base import is_one_file
 from chgval.errors import DataError, OutputError
 from chgval.files import check_file, check_new_folder, output_errors
 
@@ -61,7 +62,7 @@ def check_rewritable(
     """
     with output_errors(target):
         source.check_target(target, link)
-    if target.suffix == ".parquet":
+    if is_one_file(target):
         check_file(target, overwrite=overwrite or may_be_there)
     elif not (may_be_there and target.is_dir()):
         check_new_folder(target)

@@ -76,6 +76,34 @@ def find_label_issues(
     Raises:
         DataError: shapes do not fit each other, or labels or probabilities are none.
     """
+    labels_N, probabilities_NC, features_ND = _checked(labels, pred_probs, features)
+    noise = score_labels(labels_N, probabilities_NC, features_ND)
+    score_N = noise.noise_score_N
+    known_N = np.isfinite(score_N)
+    if not known_N.any():
+        raise DataError("labels: none of the samples has a label and probabilities; there is nothing to say.")
+    flagged_N = np.zeros(len(score_N), dtype=bool)
+    flagged_N[known_N] = score_N[known_N] >= automatic_cut(score_N[known_N])
+    predicted_N = np.where(known_N, np.nan_to_num(probabilities_NC).argmax(1), -1)
+    names = [str(label) for label in range(probabilities_NC.shape[1])]
+    return LabelIssues(
+        is_issue=flagged_N,
+        noise_scores=score_N,
+        suggested_labels=noise.suggested_label_N,
+        suggested_probabilities=noise.suggested_probability_N,
+        rate=estimate_rate(score_N[known_N], noise.noise_score_std_N[known_N]),
+        notes=notes_on(verdict_of(noise, labels_N, predicted_N, names)),
+    )
+
+
+def _checked(
+    labels: ArrayLike, pred_probs: ArrayLike, features: ArrayLike | torch.Tensor | None
+) -> tuple[IntArray, NDArray[np.float32], torch.Tensor | None]:
+    """Return what `find_label_issues` is given as arrays that fit each other; unknown labels are -1.
+
+    Raises:
+        DataError: they do not.
+    """
     labels_N: IntArray = np.asarray(labels)
     probabilities_NC = np.asarray(pred_probs, dtype=np.float32)
     if labels_N.ndim != 1 or not np.issubdtype(labels_N.dtype, np.integer):
@@ -106,21 +134,4 @@ def find_label_issues(
             f"features: shape {tuple(features_ND.shape)} for {len(labels_N):,} labels; pass one row per "
             "sample."
         )
-    labels_N = np.where(labels_N < 0, -1, labels_N)
-    noise = score_labels(labels_N, probabilities_NC, features_ND)
-    score_N = noise.noise_score_N
-    known_N = np.isfinite(score_N)
-    if not known_N.any():
-        raise DataError("labels: none of the samples has a label and probabilities; there is nothing to say.")
-    flagged_N = np.zeros(len(score_N), dtype=bool)
-    flagged_N[known_N] = score_N[known_N] >= automatic_cut(score_N[known_N])
-    predicted_N = np.where(known_N, np.nan_to_num(probabilities_NC).argmax(1), -1)
-    names = [str(label) for label in range(num_classes)]
-    return LabelIssues(
-        is_issue=flagged_N,
-        noise_scores=score_N,
-        suggested_labels=noise.suggested_label_N,
-        suggested_probabilities=noise.suggested_probability_N,
-        rate=estimate_rate(score_N[known_N], noise.noise_score_std_N[known_N]),
-        notes=notes_on(verdict_of(noise, labels_N, predicted_N, names)),
-    )
+    return np.where(labels_N < 0, -1, labels_N), probabilities_NC, features_ND

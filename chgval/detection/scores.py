@@ -83,9 +83,9 @@ def score_labels(
 
     rows, labels = torch.from_numpy(known), torch.from_numpy(labels_K)
     unseen = None if unseen_ND is None else LeftOutGaussians(unseen_ND[rows], labels, num_classes)
-    scaled_CK = _scaled(averaged_KC, labels_K)
-    unseen_CK = scaled_CK.clip(min=LOWEST_LOG)
-    if unseen is not None:
+    if unseen is None:
+        unseen_CK = _scaled(averaged_KC, labels_K).clip(min=LOWEST_LOG)
+    else:
         unseen_CK = unseen.log_probabilities().T.copy()
     signals.explained = max(0.0, 1 - _mean_loss(unseen_CK, labels_K) / entropy)
     if signals.explained < SETTINGS.least_explained:
@@ -99,7 +99,7 @@ def score_labels(
             unseen_CK = unseen.log_probabilities(weights_K).T.copy()
     mixture = _Mixture.fit(unseen_CK, labels_K, given, quick=quick)
 
-    evidence = [unseen_CK] if unseen is None else [unseen_CK, scaled_CK]
+    evidence = [unseen_CK] if unseen is None else [unseen_CK, _scaled(averaged_KC, labels_K)]
     if seen_ND is not None:
         seen = LeftOutGaussians(seen_ND[rows], labels, num_classes)
         evidence.append(seen.log_probabilities(weights_K).T.copy())

@@ -77,8 +77,8 @@ VALUES_COLUMNS = (
     Column("reason", TEXT, "why a row is unreadable"),
 )
 VALUES_SCHEMA = pa.schema([column.field for column in VALUES_COLUMNS])
-# What `select --by` takes, besides random.
-SCORES = tuple(column.name for column in VALUES_COLUMNS if column.is_score)
+# What `select --by` takes.
+RANKED_BY = (*(column.name for column in VALUES_COLUMNS if column.is_score), "random")
 
 EPOCH_SCHEMA = pa.schema(
     [

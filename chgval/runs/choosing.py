@@ -59,7 +59,7 @@ class Chooser:
         self._rows = run.dataset.usable_rows()
         self._fraction = config.fraction or 1
         self._memory: dict[str, Tensor] = {}
-        self._strategy = REGISTRY.get(config.strategy or FULL)
+        self._strategy = strategy_of(config)
         self._every = select_every(config, run.recipe.epochs)
         self.average = None
         if self._strategy is not None and self._strategy.averages_weights:
@@ -145,6 +145,11 @@ class Chooser:
         if choice.weights_K is None:
             return Subset(rows)
         return Subset.weighted(rows, choice.weights_K, len(run.dataset), run.device)
+
+
+def strategy_of(config: TrainingConfig) -> Strategy | None:
+    """Return what chooses the samples; None where everything is trained on."""
+    return REGISTRY.get(config.strategy or FULL)
 
 
 def select_every(config: TrainingConfig, num_epochs: int) -> int:

@@ -79,15 +79,7 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
             check_enough(dataset)
 
     if is_report(config.source):
-        if trains:
-            raise SettingsError(
-                f"--threshold {config.rule}: trains twice more; pass the dataset, not its report "
-                f"{config.source}."
-            )
-        if config.duplicates:
-            raise SettingsError(
-                f"--duplicates: looks at images; pass the dataset, not its report {config.source}."
-            )
+        _check_needs_no_dataset(config, trains=trains)
     with values_of("detect-noise", config, COLUMNS, in_order=False, on_dataset=check) as given:
         if given.valued is None:
             _check_relabel(config, several=bool(given.report.verdict.get("annotators")))
@@ -120,6 +112,18 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
             ),
             num_duplicates=None if duplicates_N is None else int((duplicates_N >= 0).sum()),
             cleaned=cleaned,
+        )
+
+
+def _check_needs_no_dataset(config: DetectConfig, *, trains: bool) -> None:
+    """Raise SettingsError where a report alone is not enough."""
+    if trains:
+        raise SettingsError(
+            f"--threshold {config.rule}: trains twice more; pass the dataset, not its report {config.source}."
+        )
+    if config.duplicates:
+        raise SettingsError(
+            f"--duplicates: looks at images; pass the dataset, not its report {config.source}."
         )
 
 

@@ -22,7 +22,7 @@ from chgval.reports.files import (
     write_table,
 )
 from chgval.reports.report import Report
-from chgval.reports.tables import MANIFEST_SCHEMA, SCORES, SUSPECTS
+from chgval.reports.tables import MANIFEST_SCHEMA, RANKED_BY, SUSPECTS
 from chgval.runs.summaries import NO_LABEL, SelectedClass, summarise_selection
 from chgval.runs.valued import values_of
 from chgval.types import FloatArray, IntArray
@@ -64,8 +64,8 @@ def run_select(config: SelectConfig) -> Selection:
         ChgvalError: the input is neither a report nor a dataset that can be valued, nothing can be kept, or
             an output is in the way.
     """
-    if config.by not in (*SCORES, "random"):
-        raise SettingsError(f"--by {config.by}: expected one of {', '.join(SCORES)}, random.")
+    if config.by not in RANKED_BY:
+        raise SettingsError(f"--by {config.by}: expected one of {', '.join(RANKED_BY)}.")
     link = config.link or "copy"
     with values_of("select", config, _columns(config), in_order=True, link=link) as given:
         report, rng = given.report, np.random.default_rng(config.train.seed)

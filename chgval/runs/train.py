@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chgval import progress
-from chgval.config import FULL, DataConfig, TrainingConfig
+from chgval.config import DataConfig, TrainingConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
@@ -24,7 +24,7 @@ from chgval.interruption import interruptible
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
-from chgval.runs.choosing import Chooser, Holdout, select_every
+from chgval.runs.choosing import Chooser, Holdout, select_every, strategy_of
 from chgval.runs.session import (
     Run,
     make_trainer,
@@ -40,7 +40,6 @@ from chgval.runs.unfinished import Unfinished, unfinished_run
 from chgval.training.evaluation import evaluate
 from chgval.training.loop import Subset
 from chgval.training.records import EpochRecord, Evaluation, Record
-from chgval.training.strategies import REGISTRY
 from chgval.types import IntArray
 from chgval.valuation.selection import class_quotas, keep_highest
 
@@ -201,7 +200,7 @@ def warn_of_missing_classes(dataset: Dataset, config: TrainingConfig) -> None:
     """Name classes that are not trained on, or have no share in what is chosen."""
     sizes_C = np.bincount(dataset.labels_N[dataset.usable_rows()], minlength=dataset.num_classes)
     chosen_C = sizes_C
-    strategy = REGISTRY.get(config.strategy or FULL)
+    strategy = strategy_of(config)
     if config.fraction is not None and strategy is not None and strategy.keeps_shares:
         chosen_C = class_quotas(sizes_C, round(config.fraction * int(sizes_C.sum())))
     missing = np.flatnonzero(chosen_C == 0)
@@ -218,12 +217,12 @@ def run_train(config: TrainingConfig) -> Trained:
         ChgvalError: see the modules that this calls.
         Interrupted: a signal came.
     """
-    strategy = REGISTRY.get(config.strategy or FULL)
+    strategy = strategy_of(config)
     if strategy is not None and strategy.needs_holdout and config.holdout is None:
         raise SettingsError(
             f"--strategy {config.strategy}: compares with held-out samples; pass --holdout 0.1."
         )
-    with unfinished_run("train", config, overwrite=config.overwrite) as unfinished:
+    with unfinished_run("train", config) as unfinished:
         return _train(config, unfinished)
 
 

@@ -100,7 +100,7 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_run(command: str, config: CommandConfig, *, overwrite: bool) -> Iterator[Unfinished]:
+def unfinished_run(command: str, config: CommandConfig) -> Iterator[Unfinished]:
     """Look for a run to resume (`find_unfinished`), and delete its state once the block has ended.
 
     What the command writes is locked meanwhile. Where it is interrupted, the message says how to resume.
@@ -111,7 +111,7 @@ def unfinished_run(command: str, config: CommandConfig, *, overwrite: bool) -> I
     found: list[Unfinished] = []
     try:
         with locked(*config.outputs, config.state_file):
-            found.append(find_unfinished(command, config, overwrite=overwrite))
+            found.append(find_unfinished(command, config))
             yield found[0]
             found[0].remove()
     except Interrupted as interruption:  # outermost: a second signal may come while outputs are let go of
@@ -121,19 +121,19 @@ def unfinished_run(command: str, config: CommandConfig, *, overwrite: bool) -> I
         raise Interrupted(interruption.signum, message) from interruption
 
 
-def find_unfinished(command: str, config: CommandConfig, *, overwrite: bool) -> Unfinished:
+def find_unfinished(command: str, config: CommandConfig) -> Unfinished:
     """Look for a run to resume.
 
     Args:
         command: its name.
         config: its settings.
-        overwrite: whether outputs, and an unfinished run, may be replaced.
     Raises:
         OutputError: there is one, and the user did not say what to do with it.
         DataError: its state cannot be read.
         SettingsError: there can be none.
     """
     path, outputs, resumes = config.state_file, config.outputs, config.resume.resume
+    overwrite = config.overwrites
     if path is None:
         if resumes:
             raise SettingsError(

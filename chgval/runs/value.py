@@ -12,12 +12,9 @@ from chgval.config import OutputConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read
-from chgval.detection.scores import score_labels
-from chgval.detection.verdict import verdict_of
 from chgval.files import check_file
 from chgval.reports.files import ReportWriter, write_array
 from chgval.reports.report import Report
-from chgval.reports.tables import values_table
 from chgval.runs.checkpoint import Checkpoint, HasState
 from chgval.runs.session import (
     Run,
@@ -31,6 +28,7 @@ from chgval.runs.session import (
     train_to_end,
 )
 from chgval.runs.unfinished import Unfinished, unfinished_run
+from chgval.tracker import make_report
 from chgval.training.evaluation import predict
 from chgval.training.loop import WeightAverage
 from chgval.training.records import EpochRecord
@@ -54,8 +52,7 @@ def run_value(config: ValueConfig) -> Report:
         ChgvalError: see the modules that this calls.
         Interrupted: a signal came.
     """
-    overwrite = config.output is not None and config.output.overwrite
-    with unfinished_run("value", config, overwrite=overwrite) as unfinished:
+    with unfinished_run("value", config) as unfinished:
         output = None if config.output is None else unfinished.replaceable(config.output)
         source = format_of(config.data)
         check_outputs(config, source, output, unfinished)
@@ -91,19 +88,14 @@ def value_dataset(
 
         train_to_end(run, checkpoint.records(), keep)
         unseen_ND, seen_ND = observe_average(run, accumulator, average)
-    signals, probabilities_NC = accumulator.run_signals(), accumulator.averaged_probabilities()
-    noise = score_labels(dataset.labels_N, probabilities_NC, unseen_ND, seen_ND, dataset.annotations)
-    table = values_table(input_rows(dataset), signals, noise, per_class=config.per_class)
-    metadata["verdict"] = verdict_of(
-        noise, dataset.labels_N, signals.predicted_label_N, dataset.class_names, dataset.annotations
-    )
-    metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
+    report = make_report(input_rows(dataset), accumulator, unseen_ND, seen_ND, metadata)
+    report.metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     if writer is not None:
-        writer.write(table, metadata)
+        writer.write(report.table, report.metadata)
     if config.pred_probs is not None:
-        write_array(config.pred_probs, probabilities_NC)
+        write_array(config.pred_probs, accumulator.averaged_probabilities())
     tell_problems(dataset, "they have no value (status 'unreadable' in the report)")
-    return Valued(run, average, Report(table, metadata))
+    return Valued(run, average, report)
 
 
 def check_outputs(
@@ -114,7 +106,7 @@ def check_outputs(
         ReportWriter.check(output, config.data.source, resumes=unfinished.resumes)
         check_not_read(source, output)
     if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
-        check_file(config.pred_probs, overwrite=bool(config.output and config.output.overwrite))
+        check_file(config.pred_probs, overwrite=config.overwrites)
 
 
 def observe_average(

@@ -108,7 +108,7 @@ def _value(
     if config.dataset is not None:
         raise SettingsError(f"--dataset: is for a report; {config.source} is a dataset itself.")
     value = config.value
-    with unfinished_run(command, config, overwrite=config.overwrites) as unfinished:
+    with unfinished_run(command, config) as unfinished:
         source = format_of(value.data)
         if config.target is not None:
             check_apart(config.target, config.files)

@@ -187,6 +187,11 @@ class ValueAccumulator:
         self._seen_N = torch.zeros_like(seen_N)
         return epoch
 
+    @property
+    def num_epochs_N(self) -> IntArray:
+        """How many finished epochs saw each sample, shape (N,)."""
+        return _integers(self._count_N)
+
     def last_features(self) -> Tensor:
         """Return the last-layer inputs of the last epoch, on the host, shape (N, D); NaN where none was seen.
 
@@ -204,7 +209,7 @@ class ValueAccumulator:
         probability_N = sum_N / self._probability_weights_N
         averaged_N = self._probability_weights_N > 0
         return RunSignals(
-            num_epochs_N=_integers(count_N),
+            num_epochs_N=self.num_epochs_N,
             value_N=_numbers(self._means["value"].mean_N, seen_N),
             value_std_N=_numbers(std_N, seen_N),
             value_stderr_N=_numbers(std_N / count_N.double().sqrt(), seen_N),

@@ -536,7 +536,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
         "choosing": "import chgval.runs.choosing as module; module.predict = slow",
         "testing": "import chgval.runs.train as module; module.evaluate = slow",
         "passing": "import chgval.runs.session as module; module.forward_all = slow",
-        "writing": "import chgval.runs.value as module; module.score_labels = slow",
+        "writing": "import chgval.tracker as module; module.score_labels = slow",
     }[where]
     args = [
         "value",

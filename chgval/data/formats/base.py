@@ -140,6 +140,11 @@ class Format(ABC):
         """
 
 
+def is_one_file(target: Path) -> bool:
+    """Say whether a dataset is to be written as one file, not as a folder."""
+    return target.suffix == ".parquet"
+
+
 REGISTRY: dict[str, type[Format]] = {}
 
 

@@ -27,6 +27,7 @@ from chgval.data.formats.base import (
     check_fingerprint,
     check_rows,
     dataset_format,
+    is_one_file,
     rewritten,
 )
 from chgval.data.formats.parquet.read import has_images, parquet_files
@@ -310,7 +311,7 @@ class ImageFolder(Format):
 
     def check_target(self, target: Path, link: Link) -> None:
         """See `Format`."""
-        if target.suffix == ".parquet":
+        if is_one_file(target):
             raise SettingsError(
                 f"{target}: the images of {self.source} are copied to a folder; name a folder."
             )

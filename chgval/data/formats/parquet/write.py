@@ -20,6 +20,7 @@ from chgval.data.formats.base import (
     check_classes,
     check_fingerprint,
     check_rows,
+    is_one_file,
     rewritten,
 )
 from chgval.data.formats.parquet.columns import (
@@ -60,7 +61,7 @@ def write_parquet(data: DataConfig, known: KnownRows, changes: RowChanges, targe
     seen = SeenImages()
     groups = _row_groups(_changed(data, rows, changes, schema, labelled, seen))
     with output_errors(target):
-        if target.suffix == ".parquet":
+        if is_one_file(target):
             with replacing(target) as file:
                 _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
                 _check_seen(data, known, rows, labelled, seen)
