@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -41,6 +42,9 @@ def nothing_runs_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(subprocess, "Popen", Watched)
     yield
+    for forked in multiprocessing.active_children():
+        forked.kill()
+        forked.join()
     for process in started:
         if process.poll() is None:
             process.kill()

@@ -85,7 +85,8 @@ class Checkpoint:
         elif self._path is not None:
             if not name:
                 unfinished.remove_later()
-            self._keep(self._path)
+            with deferred_signals():  # a signal that comes when the file is there is told that it is
+                self._keep(self._path)
 
     @property
     def seconds(self) -> float:

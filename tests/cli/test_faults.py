@@ -7,7 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -15,50 +19,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from chgval.cli import app
 from chgval.data import loader
+from chgval.detection.scores import score_labels
 from chgval.reports.files import ReportWriter
 from chgval.runs import value
 from chgval.training.loop import Trainer
+from tests.commands import command_line, invoke, replace, run, start, wait_for
 from tests.conftest import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
 LONG = ["--arch", "resnet8", "--epochs", "5000"]
 
 
-def invoke(*args):
-    return CliRunner().invoke(app, list(map(str, args)))
-
-
-def chgval(*args):
-    return [sys.executable, "-m", "chgval", *map(str, args)]
-
-
-def wait_for(found, process):
-    deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-
-
 def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def limited_to(size):
+def limit_files(size):
     """Let no file grow beyond so many bytes, as a full disk does."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_state_that_cannot_be_kept_is_told_and_the_run_continues(image_folder, tmp_path):
     """The state of this model is larger than the limit, the report is not."""
     out = tmp_path / "v.parquet"
-    command = chgval("value", image_folder, *FAST, "-o", out)
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, preexec_fn=limited_to(100_000)
-    )
+    result = run("value", image_folder, *FAST, "-o", out, before=partial(limit_files, 100_000))
     assert result.returncode == 0, result.stderr
     assert "the state of the run cannot be kept" in result.stderr and "File too large" in result.stderr
     assert pq.read_table(out).num_rows == 40 and files_in(tmp_path) == ["v.epochs", "v.parquet"]
@@ -73,10 +59,7 @@ def test_a_report_that_cannot_be_written_leaves_the_run_to_resume(tmp_path):
     table = tmp_path / "e.parquet"
     make_embeddings(table, 3000)
     args = ["value", table, "--features-column", "e", "--epochs", 2, "--format", "csv"]
-    limit = limited_to(400_000)
-    result = subprocess.run(
-        chgval(*args, "-o", out), capture_output=True, text=True, timeout=120, preexec_fn=limit
-    )
+    result = run(*args, "-o", out, before=partial(limit_files, 400_000))
     assert result.returncode == 1 and "v.csv: cannot be written (File too large)" in result.stderr
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
     assert files_in(out.parent) == ["v.checkpoint", "v.epochs"]
@@ -95,7 +78,7 @@ def make_embeddings(path, num_rows):
 def test_a_full_standard_output_is_an_error_of_one_line(image_folder, tmp_path):
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(
-            chgval("value", image_folder, *FAST, "-q", "-o", "-"),
+            command_line("value", image_folder, *FAST, "-q", "-o", "-"),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -156,30 +139,26 @@ def obeying_permissions(command):
     return [*prefix, *command]
 
 
-READ_ONLY = """
-import sys, tempfile
-from pathlib import Path
-import {module} as module
-original = module.{name}
-def read_only(*args):
-    Path({folder!r}).chmod(0o500)
-    return original(*args)
-module.{name} = read_only
-from chgval.cli import main
-main()
-"""
+def make_read_only_before_scores(folder):
+    def read_only(*args):
+        Path(folder).chmod(0o500)
+        return score_labels(*args)
+
+    replace("chgval.tracker.score_labels", read_only)
 
 
 def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     args = ["value", image_folder, *FAST, "-q", "-o", folder / "v.parquet"]
-    code = READ_ONLY.format(module="chgval.runs.value", name="score_labels", folder=str(folder))
-    command = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    code = (
+        f"from {__name__} import make_read_only_before_scores; make_read_only_before_scores({str(folder)!r})"
+    )
+    code += "; from chgval.cli import main; main()"
+    changed = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
+    result = subprocess.run(changed, capture_output=True, text=True, timeout=120)
     folder.chmod(0o700)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "v.parquet: cannot be written (Permission denied)" in result.stderr
+    assert_one_line(result, "v.parquet: cannot be written (Permission denied)")
     assert invoke(*args, "--resume").exit_code == 0
     assert {"v.epochs", "v.parquet"} <= set(files_in(folder))
 
@@ -194,30 +173,24 @@ def test_a_folder_for_outputs_or_temporary_files_that_is_read_only_is_told_befor
         (image_folder, folder / "v.parquet", tmp_path, "v.parquet: cannot be written (Permission denied)"),
         (table, tmp_path / "v.parquet", folder, "images cannot be kept there"),
     ):
-        command = chgval("value", source, *FAST, "--image-size", 90, "-q", "-o", out)
+        args = ["value", source, *FAST, "--image-size", 90, "-q", "-o", out]
         # Python takes the next folder where it can write nothing into the one that TMPDIR names.
         code = f"import tempfile; tempfile.tempdir = {str(temporary)!r}; from chgval.cli import main; main()"
-        command = [sys.executable, "-c", code, *command[3:]]
-        result = subprocess.run(
-            obeying_permissions(command), capture_output=True, text=True, timeout=120, cwd=tmp_path
-        )
-        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-        assert said in result.stderr and not out.exists()
+        changed = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
+        result = subprocess.run(changed, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert_one_line(result, said)
+        assert not out.exists()
 
 
-TIDYING = """
-import tempfile
-from pathlib import Path
-from chgval.data import loader
-original = loader.DecodingLoader.training_batches
-def training_batches(*args, **options):
-    for copy in Path(tempfile.gettempdir()).glob("chgval-*/images"):
-        copy.unlink()
-    return original(*args, **options)
-loader.DecodingLoader.training_batches = training_batches
-from chgval.cli import main
-main()
-"""
+def tidy_temporary_folder():
+    training_batches = loader.DecodingLoader.training_batches
+
+    def tidied(*args, **options):
+        for copy in Path(tempfile.gettempdir()).glob("chgval-*/images"):
+            copy.unlink()
+        return training_batches(*args, **options)
+
+    replace("chgval.data.loader.DecodingLoader.training_batches", tidied)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -228,15 +201,9 @@ def test_a_temporary_copy_that_is_tidied_away_is_told(workers, tmp_path):
     pq.write_table(table, tmp_path / "d.parquet")
     args = ["value", tmp_path / "d.parquet", "--image-size", 70, "--workers", workers, *FAST, "-q"]
     args += ["-o", tmp_path / "v.parquet"]
-    result = subprocess.run(
-        [sys.executable, "-c", TIDYING, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "images cannot be kept there while they are used (No such file or directory)" in result.stderr
+    result = run(*args, before=tidy_temporary_folder, TMPDIR=str(tmp_path))
+    message = "images cannot be kept there while they are used (No such file or directory)"
+    assert_one_line(result, message)
     assert (tmp_path / "v.checkpoint").exists() and invoke(*args, "--resume").exit_code == 0
     assert set(pq.read_table(tmp_path / "v.parquet")["status"].to_pylist()) == {"valued"}
 
@@ -246,12 +213,12 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(image_folder, tmp_path):
     out = tmp_path / "v.parquet"
     terminal, other = pty.openpty()
     process = subprocess.Popen(
-        chgval("value", image_folder, "--arch", "resnet8", "--epochs", 40, "-o", out),
+        command_line("value", image_folder, "--arch", "resnet8", "--epochs", 40, "-o", out),
         stderr=other,
         env={**os.environ, "TERM": "xterm"},
     )
     os.close(other)
-    wait_for((tmp_path / "v.checkpoint").exists, process)
+    wait_for(tmp_path / "v.checkpoint", process)
     os.close(terminal)
     assert process.wait(timeout=120) == 0
     assert pq.read_table(out).num_rows == 40
@@ -261,7 +228,7 @@ def test_a_terminal_that_closes_ends_the_run_with_its_state_kept(image_folder, t
     process, terminal = pty.fork()
     if process == 0:
         os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, chgval("value", image_folder, *LONG, "-o", tmp_path / "v.parquet"))
+        os.execv(sys.executable, command_line("value", image_folder, *LONG, "-o", tmp_path / "v.parquet"))
     deadline = time.monotonic() + 120
     while not (tmp_path / "v.checkpoint").exists():
         assert time.monotonic() < deadline
@@ -280,22 +247,16 @@ def test_a_terminal_that_closes_ends_the_run_with_its_state_kept(image_folder, t
 def test_ignored_signals_stay_ignored(image_folder, tmp_path):
     """As under nohup."""
     out = tmp_path / "v.parquet"
-    process = subprocess.Popen(
-        chgval("value", image_folder, "--arch", "resnet8", "--epochs", 40, "-q", "-o", out),
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    wait_for((tmp_path / "v.checkpoint").exists, process)
+    args = ["value", image_folder, "--arch", "resnet8", "--epochs", 40, "-q", "-o", out]
+    process = start(*args, before=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
+    wait_for(tmp_path / "v.checkpoint", process)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=120) == 0 and out.exists()
+    assert process.wait() == 0 and out.exists()
 
 
-def run_with_workers(code, root, out, **environment):
-    """Decode large images in a program that was changed."""
-    command = [sys.executable, "-c", f"{code}\nfrom chgval.cli import main\nmain()", "value", root, *FAST]
-    return subprocess.run(
-        [*map(str, command), "--image-size", "70", "--workers", "2", "-q", "-o", str(out)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+def decode_with_workers(root, out):
+    """Return the arguments for a run of large images."""
+    return ["value", root, *FAST, "--image-size", 70, "--workers", 2, "-q", "-o", out]
 
 
 def assert_one_line(result, message):
@@ -303,78 +264,87 @@ def assert_one_line(result, message):
     assert message in result.stderr
 
 
+def fill_shared_memory():
+    def full(self):
+        raise RuntimeError("No space left")
+
+    replace("torch.Tensor.share_memory_", full)
+
+
 def test_workers_need_no_shared_memory_and_no_sockets(tmp_path):
     """Containers have little of it; torch's sockets lie in the temporary folder, and have short names."""
     root, long = write_folder(tmp_path / "images", 12, size=90), tmp_path / ("t" * 100)
     long.mkdir()
-    full = "import torch\ndef full(self):\n    raise RuntimeError('No space left')\n"
+    first, second, third = (decode_with_workers(root, tmp_path / f"{number}.parquet") for number in range(3))
     results = [
-        run_with_workers("", root, tmp_path / "0.parquet"),
-        run_with_workers("", root, tmp_path / "1.parquet", TMPDIR=str(long)),
-        run_with_workers(f"{full}torch.Tensor.share_memory_ = full", root, tmp_path / "2.parquet"),
+        run(*first),
+        run(*second, before=fill_shared_memory),
+        # Forked processes have the temporary folder of what they come from.
+        subprocess.run(
+            command_line(*third), capture_output=True, text=True, env={**os.environ, "TMPDIR": str(long)}
+        ),
     ]
     assert [(result.returncode, result.stderr) for result in results] == 3 * [(0, "")]
     tables = [pq.read_table(tmp_path / f"{number}.parquet") for number in range(3)]
     assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
 
 
+def open_no_file_once_workers_run():
+    starting_workers = loader.starting_workers
+
+    @contextmanager
+    def starting():
+        with starting_workers():
+            yield
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+    replace("chgval.data.loader.starting_workers", starting)
+
+
 def test_batches_that_cannot_be_opened_are_an_error_of_one_line(tmp_path):
     """Each of them is an open file, of which none is allowed any more once the workers run."""
-    code = (
-        "import resource\n"
-        "from chgval.data import loader\n"
-        "start = loader.starting_workers.__wrapped__\n"
-        "@loader.contextmanager\n"
-        "def starting():\n"
-        "    yield from start()\n"
-        "    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
-        "loader.starting_workers = starting\n"
-    )
-    result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    args = decode_with_workers(write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    result = run(*args, before=open_no_file_once_workers_run)
     assert_one_line(result, "too many open files to hear from the processes that decode images")
 
 
+def start_one_worker_only():
+    launch, started = ForkProcess._Popen, []
+
+    def full(process):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(1)
+        return launch(process)
+
+    replace("multiprocessing.context.ForkProcess._Popen", staticmethod(full))
+
+
 def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
-    code = (
-        "from multiprocessing.context import ForkProcess\n"
-        "start, started = ForkProcess._Popen, []\n"
-        "def full(process):\n"
-        "    if started:\n"
-        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
-        "    started.append(1)\n"
-        "    return start(process)\n"
-        "ForkProcess._Popen = staticmethod(full)"
-    )
-    result = run_with_workers(code, write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    args = decode_with_workers(write_folder(tmp_path / "images", 12, size=90), tmp_path / "v.parquet")
+    result = run(*args, before=start_one_worker_only)
     assert_one_line(result, "can be started (Resource temporarily unavailable); pass fewer --workers")
+
+
+def kill_workers_in_a_step():
+    step = Trainer._step
+
+    def killing(self, *args):
+        for worker in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(worker), signal.SIGKILL)
+        time.sleep(0.5)
+        return step(self, *args)
+
+    replace("chgval.training.loop.Trainer._step", killing)
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):
     """Whatever the main process does then, here a step."""
     root = write_folder(tmp_path / "images", 30, size=90)
-    code = (
-        "import os, signal, time\n"
-        "from pathlib import Path\n"
-        "from chgval.training.loop import Trainer\n"
-        "step = Trainer._step\n"
-        "def killing(self, *args):\n"
-        "    for worker in Path(f'/proc/self/task/{os.getpid()}/children').read_text().split():\n"
-        "        os.kill(int(worker), signal.SIGKILL)\n"
-        "    time.sleep(0.5)\n"
-        "    return step(self, *args)\n"
-        "Trainer._step = killing\n"
-        "from chgval.cli import main\n"
-        "main()\n"
-    )
     args = ["value", root, "--image-size", 70, "--workers", 1, "--batch-size", 4, *FAST, "-q"]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args), "-o", tmp_path / "v.parquet"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1 and "a process that decodes images died" in result.stderr
-    assert result.stderr.count("\n") == 1 and (tmp_path / "v.checkpoint").exists()
+    result = run(*args, "-o", tmp_path / "v.parquet", before=kill_workers_in_a_step)
+    assert_one_line(result, "a process that decodes images died")
+    assert (tmp_path / "v.checkpoint").exists()
 
 
 def test_images_that_disappear_or_change_during_a_run_are_told(tmp_path, monkeypatch):
@@ -414,11 +384,16 @@ def test_a_parquet_file_that_changes_after_it_was_read_does_not_matter(tmp_path)
     source, out = tmp_path / "d.parquet", tmp_path / "v.parquet"
     pq.write_table(table, source)
     args = ["value", source, "--image-size", 70, "--workers", 0, "--arch", "resnet8", "--epochs", 30, "-q"]
-    process = subprocess.Popen(chgval(*args, "-o", out), stderr=subprocess.PIPE, text=True)
-    wait_for((tmp_path / "v.checkpoint").exists, process)
+    process = start(*args, "-o", out)
+    wait_for(tmp_path / "v.checkpoint", process)
     os.truncate(source, 100)
-    assert process.wait(timeout=120) == 0
+    assert process.wait() == 0
     assert set(pq.read_table(out)["status"].to_pylist()) == {"valued"}
+
+
+def hold_no_image_in_memory_nor_on_disk():
+    limit_files(50_000)
+    replace("chgval.data.images.MEMORY_BYTES", 0)
 
 
 def test_a_temporary_folder_that_is_full_is_told(tmp_path):
@@ -426,13 +401,9 @@ def test_a_temporary_folder_that_is_full_is_told(tmp_path):
     table = tmp_path / "d.parquet"
     files = sorted(write_folder(tmp_path / "images", 4, size=90).glob("*/*.png"))
     pq.write_table(pa.table({"image": [file.read_bytes() for file in files], "label": [0, 1] * 4}), table)
-    code = "from chgval.data import images; images.MEMORY_BYTES = 0; from chgval.cli import main; main()"
     for size in (64, 90):
         args = ["value", table, *FAST, "--image-size", size, "-q", "-o", tmp_path / "v.parquet"]
-        result = subprocess.run(
-            [sys.executable, "-c", code, *map(str, args)],
-            capture_output=True, text=True, timeout=120, preexec_fn=limited_to(50_000),
-        )  # fmt: skip
+        result = run(*args, before=hold_no_image_in_memory_nor_on_disk)
         assert result.returncode == 1 and "set TMPDIR to a larger folder" in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
 

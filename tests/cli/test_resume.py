@@ -8,8 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +22,19 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from chgval import interruption
-from chgval.cli import app
 from chgval.config import strategies
 from chgval.interruption import END_SIGNALS, Interrupted, Interruption, deferred_signals
 from chgval.reports import files
-from chgval.runs import unfinished, value
+from chgval.runs import state_file, unfinished, value
+from chgval.training.loop import Trainer
+from tests.commands import invoke, replace, run, start, wait_for
 from tests.conftest import write_folder
 
 SMALL = ["--arch", "resnet8", "--epochs", "3", "--batch-size", "8", "-q"]
-
-
-def invoke(*args):
-    return CliRunner().invoke(app, list(map(str, args)))
 
 
 @contextmanager
@@ -315,20 +316,8 @@ def test_where_there_is_nothing_to_resume(image_folder, tmp_path):
     assert result.exit_code == 1 and "w.checkpoint: cannot be resumed" in result.stderr
 
 
-def start(*args):
-    command = [sys.executable, "-m", "chgval", *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-
-
 def assert_told_how_to_resume(process, signum):
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 128 + signum, stderr
     assert stderr.count("\n") == 1 and "v.checkpoint; resume with: chgval value" in stderr, stderr
 
@@ -345,33 +334,26 @@ def test_signals_keep_the_state_and_say_how_to_resume(name, tmp_path):
     assert not out.exists()
 
 
-def patched(code, *args):
-    """Start a command in which some of the program was replaced."""
-    source = f"import time\n{code}\nfrom chgval.cli import main\nmain()"
-    command = [sys.executable, "-c", source, *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def slow_steps(seconds=300):
+    step = Trainer._step
+
+    def slow(self, *args):
+        Path("stepping").touch()
+        time.sleep(seconds)
+        return step(self, *args)
+
+    replace("chgval.training.loop.Trainer._step", slow)
 
 
-SLOW_STEPS = """
-from chgval.training.loop import Trainer
-step = Trainer._step
-def slow(self, *args):
-    open("stepping", "w").close()
-    time.sleep(300)
-    return step(self, *args)
-Trainer._step = slow
-"""
+def slow_workers():
+    handle = signal_handling._set_worker_signal_handlers
 
+    def slow():
+        handle()
+        Path("starting").touch()
+        time.sleep(1)
 
-STARTING_WORKERS = """
-from torch.utils.data._utils import signal_handling
-handle = signal_handling._set_worker_signal_handlers
-def slow():
-    handle()
-    open("starting", "w").close()
-    time.sleep(1)
-signal_handling._set_worker_signal_handlers = slow
-"""
+    replace("torch.utils.data._utils.signal_handling._set_worker_signal_handlers", slow)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -380,7 +362,7 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
     root = write_folder(tmp_path / "images", 12, size=90)
     monkeypatch.chdir(tmp_path)
     args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL, "-q", "-o", "v.parquet"]
-    process = patched(STARTING_WORKERS, *args)
+    process = start(*args, before=slow_workers)
     wait_for(tmp_path / "v.checkpoint", process)
     (tmp_path / "starting").unlink(missing_ok=True)
     wait_for(tmp_path / "starting", process)
@@ -391,45 +373,44 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
     """In the middle of a step of five minutes; the state is that from before it."""
     monkeypatch.chdir(tmp_path)
-    process = patched(SLOW_STEPS, "value", image_folder, *SMALL, "-o", "v.parquet")
+    process = start("value", image_folder, *SMALL, "-o", "v.parquet", before=slow_steps)
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 143 and "v.checkpoint; resume with: " in stderr
     assert invoke("value", image_folder, *SMALL, "--resume", "-o", "v.parquet").exit_code == 0
 
 
-SLOW_ENDS = {
-    # What holds the outputs is let go of.
-    "unwinding": """
-from pathlib import Path
-import chgval.files as module
-def slow(path):
-    if not Path("ending").exists():
+def slow_unwinding():
+    """Let what holds the outputs take its time to let go of them."""
+    slow_steps(1)
+
+    def slow(path):
+        if not Path("ending").exists():
+            Path("ending").touch()
+            time.sleep(300)
+
+    replace("chgval.files._unlink_if_possible", slow)
+
+
+def slow_exit():
+    """Let Python take its time to end."""
+    slow_steps(1)
+
+    def slow():
         Path("ending").touch()
         time.sleep(300)
-module._unlink_if_possible = slow
-""",
-    # Python is about to end.
-    "exit": """
-import atexit
-def slow():
-    open("ending", "w").close()
-    time.sleep(300)
-atexit.register(slow)
-""",
-}
+
+    replace("multiprocessing.util._exit_function", slow)  # what a forked process has in place of atexit
 
 
-@pytest.mark.parametrize("where", SLOW_ENDS)
-def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("slow", [slow_unwinding, slow_exit])
+def test_a_second_signal_while_the_command_ends_takes_no_word(slow, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = patched(
-        SLOW_STEPS.replace("300", "1") + SLOW_ENDS[where], "value", image_folder, *SMALL, "-o", "v.parquet"
-    )
+    process = start("value", image_folder, *SMALL, "-o", "v.parquet", before=slow)
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGTERM)
     wait_for(tmp_path / "ending", process)
@@ -437,56 +418,59 @@ def test_a_second_signal_while_the_command_ends_takes_no_word(where, image_folde
     assert_told_how_to_resume(process, signal.SIGINT)
 
 
+def slow_start():
+    def slow():
+        Path("slow").touch()
+        time.sleep(300)
+
+    replace("chgval.cli.commands.app", slow)
+
+
 def test_a_signal_while_python_starts_is_no_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    slow = "import chgval.cli.commands as module\n"
-    slow += "def app():\n    open('slow', 'w').close()\n    time.sleep(300)\n"
-    process = patched(slow + "module.app = app")
+    process = start(before=slow_start)
     wait_for(tmp_path / "slow", process)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120)[1] == "" and process.returncode == 130
+    assert process.communicate()[1] == "" and process.returncode == 130
 
 
-DROPPING_AND_STARTING = {
-    # Python drops what is raised in a finalizer.
-    "dropping": """
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
-from chgval.runs.checkpoint import Checkpoint
-Checkpoint._keep = lambda *_: time.sleep(300)  # it comes before
-end = Iterator.__del__
-def slow(self):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.1)
-    end(self)
-Iterator.__del__ = slow
-""",
-    # multiprocessing does not know yet of a process that was forked; another thread takes the signal.
-    "starting": """
-import threading
-from multiprocessing.context import ForkProcess
-threading.Thread(target=time.sleep, args=[300], daemon=True).start()
-launch = ForkProcess._Popen
-def slow(process):
-    started = launch(process)
-    open("worker", "w").write(str(started.pid))
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.1)
-    return started
-ForkProcess._Popen = staticmethod(slow)
-""",
-}
+def signal_in_a_finalizer():
+    """Python drops what is raised there."""
+    end = _MultiProcessingDataLoaderIter.__del__
+
+    def slow(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        end(self)
+
+    replace("chgval.runs.value.Checkpoint", lambda *_: time.sleep(300))  # it comes before
+    replace("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__", slow)
 
 
-@pytest.mark.parametrize("when", DROPPING_AND_STARTING)
+def signal_in_a_fork():
+    """multiprocessing does not know yet of a process that was forked; another thread takes the signal."""
+    threading.Thread(target=time.sleep, args=[300], daemon=True).start()
+    launch = ForkProcess._Popen
+
+    def slow(process):
+        started = launch(process)
+        Path("worker").write_text(str(started.pid))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return started
+
+    replace("multiprocessing.context.ForkProcess._Popen", staticmethod(slow))
+
+
+@pytest.mark.parametrize("when", [signal_in_a_finalizer, signal_in_a_fork])
 def test_a_signal_is_neither_lost_nor_told_twice(when, tmp_path, monkeypatch):
     """Before the first state, where a signal ends the command wherever it is."""
     root = write_folder(tmp_path / "images", 12, size=90)
     monkeypatch.chdir(tmp_path)
     args = ["value", root, "--image-size", 70, "--workers", 2, *SMALL, "-q", "-o", "v.parquet"]
-    process = patched("import os, signal" + DROPPING_AND_STARTING[when], *args)
-    _, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stderr) == (143, "error: interrupted\n")
-    if when == "starting":
+    result = run(*args, before=when)
+    assert (result.returncode, result.stderr) == (143, "error: interrupted\n")
+    if when == signal_in_a_fork:
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "worker").read_text()), 0)
 
@@ -501,7 +485,7 @@ def test_workers_that_outlive_a_killed_run_do_not_hold_its_outputs(tmp_path, mon
     root = write_folder(tmp_path / "images", 12, size=90)
     monkeypatch.chdir(tmp_path)
     args = ["value", root, "--image-size", 70, *SMALL, "-o", "v.parquet"]
-    process = patched(SLOW_STEPS, *args, "--workers", 2)
+    process = start(*args, "--workers", 2, before=slow_steps)
     wait_for(tmp_path / "stepping", process)
     process.kill()
     process.wait()
@@ -509,12 +493,17 @@ def test_workers_that_outlive_a_killed_run_do_not_hold_its_outputs(tmp_path, mon
     assert result.exit_code == 0, result.stderr
 
 
+def slow_steps_of_images_in_pipes():
+    slow_steps()
+    replace("chgval.data.loader._can_share", lambda _: False)
+
+
 def test_workers_end_with_a_run_that_is_killed(tmp_path, monkeypatch):
     """While they write to a pipe that no one reads from any more, and that each of them holds open."""
     root = write_folder(tmp_path / "images", 40, size=90)
     monkeypatch.chdir(tmp_path)
-    code = SLOW_STEPS + "from chgval.data import loader\nloader._can_share = lambda _: False\n"
-    process = patched(code, "value", root, "--image-size", 70, *SMALL, "-o", "v.parquet", "--workers", 2)
+    args = ["value", root, "--image-size", 70, *SMALL, "-o", "v.parquet", "--workers", 2]
+    process = start(*args, before=slow_steps_of_images_in_pipes)
     wait_for(tmp_path / "stepping", process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 2
@@ -528,43 +517,51 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path, monkeypatch):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("where", ["choosing", "testing", "passing", "writing"])
-def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path, monkeypatch):
+def signal_while_the_first_state_is_there():
+    write_state = state_file.write_state
+
+    def signalled(*args):
+        write_state(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+    replace("chgval.runs.checkpoint.write_state", signalled)
+
+
+def test_a_state_is_told_as_soon_as_it_is_there(image_folder, tmp_path):
+    args = ["value", image_folder, *SMALL, "-o", tmp_path / "v.parquet"]
+    result = run(*args, before=signal_while_the_first_state_is_there)
+    assert result.returncode == 143 and "v.checkpoint; resume with: " in result.stderr
+
+
+def slow_at(target):
+    def slow(*_, **__):
+        Path("slow").touch()
+        time.sleep(300)
+
+    replace(target, slow)
+
+
+CHOOSING = ["--holdout", 0.2, "--strategy", "chg", "--fraction", 0.5]
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        ("chgval.runs.choosing.predict", ["train", *CHOOSING, "-o", "t"]),
+        ("chgval.runs.train.evaluate", ["train", *CHOOSING, "-o", "t"]),
+        ("chgval.runs.session.forward_all", ["value", "--mode", "exact", "-o", "v.parquet"]),
+        ("chgval.tracker.score_labels", ["value", "-o", "v.parquet"]),
+    ],
+)
+def test_what_can_be_done_again_is_not_waited_for(target, args, image_folder, tmp_path, monkeypatch):
     """Passes over all samples may take hours; a signal ends them at once, with the state from before."""
-    slow = "def slow(*args, **options):\n    open('slow', 'w').close()\n    time.sleep(300)\n"
-    target = {
-        "choosing": "import chgval.runs.choosing as module; module.predict = slow",
-        "testing": "import chgval.runs.train as module; module.evaluate = slow",
-        "passing": "import chgval.runs.session as module; module.forward_all = slow",
-        "writing": "import chgval.tracker as module; module.score_labels = slow",
-    }[where]
-    args = [
-        "value",
-        image_folder,
-        *SMALL,
-        "-o",
-        "v.parquet",
-        *(["--mode", "exact"] if where == "passing" else []),
-    ]
-    if where in ("choosing", "testing"):
-        args = [
-            "train",
-            image_folder,
-            *SMALL,
-            "--holdout",
-            0.2,
-            "--strategy",
-            "chg",
-            "--fraction",
-            0.5,
-            "-o",
-            "t",
-        ]
+    args = [*args, *SMALL, image_folder]
     monkeypatch.chdir(tmp_path)
-    process = patched(slow + target, *args)
+    process = start(*args, before=partial(slow_at, target))
     wait_for(tmp_path / "slow", process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 143 and ".checkpoint; resume with: " in stderr
     assert invoke(*args, "--resume").exit_code == 0
 
@@ -573,7 +570,7 @@ def test_what_can_be_done_again_is_not_waited_for(where, image_folder, tmp_path,
 def test_a_run_killed_in_its_first_step_can_be_resumed(command, image_folder, tmp_path, monkeypatch):
     """A state is kept from the start, so that the same command with --resume always works."""
     monkeypatch.chdir(tmp_path)
-    process = patched(SLOW_STEPS, command, image_folder, *SMALL, "-o", "out.parquet", "--resume")
+    process = start(command, image_folder, *SMALL, "-o", "out.parquet", "--resume", before=slow_steps)
     wait_for(tmp_path / "stepping", process)
     process.kill()
     process.communicate()
@@ -581,20 +578,23 @@ def test_a_run_killed_in_its_first_step_can_be_resumed(command, image_folder, tm
     assert result.exit_code == 0, result.stderr
 
 
+def slow_after_an_epoch():
+    write_epoch = files.ReportWriter.write_epoch
+
+    def slow(self, *args):
+        write_epoch(self, *args)
+        Path("slow").touch()
+        time.sleep(30)
+
+    replace("chgval.reports.files.ReportWriter.write_epoch", slow)
+
+
 def test_a_run_killed_between_its_first_epoch_and_the_state_is_resumed(image_folder, tmp_path, monkeypatch):
     """The epoch is there, the state is that of the start; and what the run may replace, it still may."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v.parquet").write_text("of before")
-    slow = """
-from chgval.reports.files import ReportWriter
-write_epoch = ReportWriter.write_epoch
-def slow(self, *args):
-    write_epoch(self, *args)
-    open("slow", "w").close()
-    time.sleep(30)
-ReportWriter.write_epoch = slow
-"""
-    process = patched(slow, "value", image_folder, *SMALL, "-o", "v.parquet", "--overwrite")
+    args = ["value", image_folder, *SMALL, "-o", "v.parquet", "--overwrite"]
+    process = start(*args, before=slow_after_an_epoch)
     wait_for(tmp_path / "slow", process)
     process.kill()
     process.communicate()
@@ -605,17 +605,21 @@ ReportWriter.write_epoch = slow
     assert_same_report(tmp_path / "whole.parquet", tmp_path / "v.parquet")
 
 
+def slow_steps_and_a_full_disk():
+    slow_steps(1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    replace("chgval.runs.state_file.save_file", full)
+
+
 def test_nothing_is_said_to_be_kept_that_is_not(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = SLOW_STEPS.replace("300", "1") + (
-        "import chgval.runs.state_file as module\n"
-        "def full(*_): raise OSError(28, 'No space left on device')\n"
-        "module.save_file = full\n"
-    )
-    process = patched(code, "value", image_folder, *SMALL, "-o", "v.parquet")
+    process = start("value", image_folder, *SMALL, "-o", "v.parquet", before=slow_steps_and_a_full_disk)
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 143 and stderr == "error: interrupted\n"
 
 
@@ -650,7 +654,7 @@ def test_a_command_that_failed_after_its_first_outputs_is_resumed(image_folder, 
     with monkeypatch.context() as patch:
         patch.setattr(unfinished.Unfinished, "remove", full)
         with pytest.raises(OSError, match="No space left"):
-            CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+            invoke(*args, catch_exceptions=False)
     assert {path.name for path in tmp_path.iterdir()} >= {"r.parquet", "s.parquet", "pruned", "s.checkpoint"}
     refused = invoke(*args)
     assert refused.exit_code == 1 and "pass --resume" in refused.stderr
@@ -671,7 +675,7 @@ def killed_at(place, monkeypatch, *args):
     with monkeypatch.context() as patch:
         patch.setattr(place, die)
         with pytest.raises(Killed):
-            CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+            invoke(*args, catch_exceptions=False)
 
 
 @pytest.mark.parametrize("between", ["nothing", "an empty folder", "the same", "something else"])
@@ -728,7 +732,7 @@ def test_a_run_with_one_output_in_a_file_keeps_its_state_there(image_folder, tmp
     args = ["detect-noise", image_folder, *SMALL, "--values", "-", "-o", tmp_path / "s.csv"]
     with stopping_after(7, monkeypatch):
         assert invoke(*args).exit_code == 143
-    result = CliRunner().invoke(app, list(map(str, [*args, "--resume"])))
+    result = invoke(*args, "--resume")
     assert result.exit_code == 0 and pq.read_table(pa.BufferReader(result.stdout_bytes)).num_rows == 40
 
 
@@ -747,20 +751,20 @@ def test_trainings_of_an_earlier_run_are_not_resumed(image_folder, tmp_path, mon
     assert result.exit_code == 0, result.stderr
 
 
+def die_while_a_state_is_written():
+    def die(tensors, path, header):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    replace("chgval.runs.state_file.save_file", die)
+
+
 def test_a_training_killed_in_its_first_state_can_be_resumed(image_folder, tmp_path, monkeypatch):
-    code = """
-import os, signal
-import chgval.runs.state_file as module
-def die(tensors, path, header):
-    path.write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-module.save_file = die
-"""
     monkeypatch.chdir(tmp_path)
-    process = patched(code, "train", image_folder, *SMALL, "-o", "t", "--resume")
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL and Path("t/.training.checkpoint.part").exists()
-    result = invoke("train", image_folder, *SMALL, "-o", "t", "--resume")
+    args = ["train", image_folder, *SMALL, "-o", "t", "--resume"]
+    killed = run(*args, before=die_while_a_state_is_written)
+    assert killed.returncode == -signal.SIGKILL and Path("t/.training.checkpoint.part").exists()
+    result = invoke(*args)
     assert result.exit_code == 0, result.stderr
     assert Path("t/model.safetensors").exists()
 
@@ -768,12 +772,12 @@ module.save_file = die
 def test_the_command_that_goes_on_is_one_that_works(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("-odd").symlink_to(image_folder)
-    process = patched(SLOW_STEPS, "value", *SMALL, "-o", "v.parquet", "--", "-odd")
+    process = start("value", *SMALL, "-o", "v.parquet", "--", "-odd", before=slow_steps)
     wait_for(tmp_path / "stepping", process)
     process.send_signal(signal.SIGTERM)
     time.sleep(1)  # two of a kind that wait together are one
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     command = shlex.split(stderr.partition("resume with: chgval ")[2])
     assert process.returncode == 143 and invoke(*command).exit_code == 0, stderr
 
@@ -844,7 +848,7 @@ def test_the_second_of_two_runs_with_one_output_stops(image_folder, tmp_path):
     second = invoke("value", image_folder, *SMALL, "--resume", "-o", out)
     assert second.exit_code == 1 and "another run is writing it" in second.stderr
     process.kill()
-    process.communicate(timeout=120)
+    process.communicate()
     assert (tmp_path / ".v.parquet.lock").exists()
     # What a killed run leaves behind does not stand in the way.
     assert invoke("value", image_folder, *SMALL, "--overwrite", "-o", out).exit_code == 0
@@ -885,7 +889,7 @@ def run_killed(kind, epochs, out, moments):
             process.communicate()
             kills += 1
     process = start_killable(kind, epochs, out, "--resume")
-    _, stderr = process.communicate(timeout=600)
+    _, stderr = process.communicate()
     # It may have been killed when all was written.
     finished = "exists already" in stderr and (out / "model.safetensors" if kind == "train" else out).exists()
     assert process.returncode == 0 or finished, stderr
