@@ -92,6 +92,19 @@ def run(
     return subprocess.CompletedProcess(list(args), process.wait(), stdout, stderr)
 
 
+def imported_by(arguments: list[str]) -> set[str]:
+    """Run a command in a process of its own, which must succeed; return the modules that it loaded."""
+    code = (
+        "import sys\nfrom chgval.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.split())
+
+
 def replace(target: str, new: object) -> None:
     """Replace a part of the program, named by its dotted path, which must be there; for the whole process."""
     mock.patch(target, new).start()

@@ -9,18 +9,13 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
-from typer.testing import CliRunner
 
-from chgval.cli import app
+from tests.commands import invoke
 
 RATES = {"ann": 0.05, "bob": 0.2, "cy": 0.4}
 NAMES = [*"abcdefghij"]
 COLUMNS = [part for name in RATES for part in ("--label-column", name)]
 FAST = ["--features-column", "pixels", "--epochs", 5, "--seed", 0]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

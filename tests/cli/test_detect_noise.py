@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from typer.testing import CliRunner
+from sklearn.metrics import roc_auc_score
 
-from chgval.cli import app
 from chgval.reports.tables import SUSPECTS_SCHEMA
-from tests.conftest import imported_by, make_blobs
+from tests import commands
+from tests.commands import imported_by
+from tests.pictures import make_blobs
 
-CHGVAL = [sys.executable, "-m", "chgval"]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["detect-noise", *map(str, arguments)])
+invoke = partial(commands.invoke, "detect-noise")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +31,22 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("digits") / "values.parquet"
     probabilities = path.with_name("probabilities.npy")
     arguments = ["value", "builtin:digits", "-q", "-o", str(path), "--pred-probs", str(probabilities)]
-    result = CliRunner().invoke(app, arguments)
+    result = commands.invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     return path
 
 
 def wrong(table):
     return np.array([row["label_name"] != row["id"].rsplit("-", 1)[1] for row in table.to_pylist()])
+
+
+def test_values_of_flipped_labels_are_lower(report):
+    """What the README's first command says."""
+    table = pq.read_table(report)
+    is_wrong = wrong(table)
+    assert is_wrong.sum() == 180
+    for name in ("value", "margin_mean"):
+        assert roc_auc_score(~is_wrong, table[name].to_numpy()) > 0.95, name
 
 
 def test_flags_of_the_digits_are_the_flipped_ones(report, tmp_path):
@@ -87,10 +94,12 @@ def test_every_format_of_a_report_gives_the_same_suspects(report, tmp_path, endi
 def test_a_pipe_from_value_gives_what_the_dataset_gives(tmp_path):
     settings = ["--epochs", "3", "-q"]
     valued = subprocess.run(
-        [*CHGVAL, "value", "builtin:digits", "-o", "-", *settings], capture_output=True, check=True
+        commands.command_line("value", "builtin:digits", "-o", "-", *settings),
+        capture_output=True,
+        check=True,
     )
     piped = subprocess.run(
-        [*CHGVAL, "detect-noise", "-", "-o", "-", "--format", "csv", "--all", "-q"],
+        commands.command_line("detect-noise", "-", "-o", "-", "--format", "csv", "--all", "-q"),
         input=valued.stdout, capture_output=True, check=True,
     )  # fmt: skip
     kept, direct = tmp_path / "values.parquet", tmp_path / "direct.csv"

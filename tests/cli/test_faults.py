@@ -26,7 +26,7 @@ from chgval.reports.files import ReportWriter
 from chgval.runs import value
 from chgval.training.loop import Trainer
 from tests.commands import command_line, invoke, replace, run, start, wait_for
-from tests.conftest import write_folder
+from tests.pictures import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
 LONG = ["--arch", "resnet8", "--epochs", "5000"]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import chgval
 from chgval.cli import app
-from tests.conftest import imported_by
+from tests.commands import imported_by
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"]]

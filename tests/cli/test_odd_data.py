@@ -3,22 +3,16 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from chgval.cli import app
-from tests.conftest import make_image, write_folder
+from tests.commands import command_line, invoke
+from tests.pictures import make_image, write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2", "-q"]
-
-
-def invoke(*args):
-    return CliRunner().invoke(app, list(map(str, args)))
 
 
 def names_in(folder):
@@ -83,15 +77,12 @@ def test_odd_names_go_through_every_command_and_a_pipeline(tmp_path):
     for number, name in enumerate(NAMES):
         (root / "cat" / f"{number:03d}.png").rename(root / "cat" / os.fsdecode(name))
     before = names_in(root / "cat")
-    chgval = [sys.executable, "-m", "chgval"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    value = subprocess.Popen(
-        [*chgval, "value", root, *FAST, "-o", "-"], stdout=subprocess.PIPE, env=environment
-    )
+    value = subprocess.Popen(command_line("value", root, *FAST, "-o", "-"), stdout=subprocess.PIPE)
     select = subprocess.Popen(
-        [*chgval, "select", "-", "--fraction", "1", "--format", "paths", "-0", "-q", "-o", "-"],
-        stdin=value.stdout, stdout=subprocess.PIPE, env=environment,
-    )  # fmt: skip
+        command_line("select", "-", "--fraction", "1", "--format", "paths", "-0", "-q", "-o", "-"),
+        stdin=value.stdout,
+        stdout=subprocess.PIPE,
+    )
     value.stdout.close()
     paths, _ = select.communicate(timeout=120)
     assert value.wait() == select.returncode == 0

@@ -3,7 +3,6 @@
 import os
 import pty
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,23 +11,14 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from chgval.cli import app
-from tests.conftest import write_folder
+from tests.commands import command_line, invoke, run
+from tests.pictures import write_folder
 
 EMBEDDINGS = ["--features-column", "x", "--epochs", "1", "-q"]
 VALUE = ["value", "d.parquet", *EMBEDDINGS]
 DETECT = ["detect-noise", "d.parquet", *EMBEDDINGS]
 SELECT = ["select", "v.parquet", "--fraction", "0.5"]
-
-
-def invoke(*args):
-    return CliRunner().invoke(app, list(map(str, args)))
-
-
-def chgval(*args):
-    return [sys.executable, "-m", "chgval", *map(str, args)]
 
 
 def write_embeddings(path, num_rows=60, seed=0, **columns):
@@ -52,7 +42,7 @@ def here(tmp_path, monkeypatch):
 def into_a_closed_pipe(*args):
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run(chgval(*args), stdout=writer, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command_line(*args), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     return result
 
@@ -212,7 +202,7 @@ def test_other_embeddings_are_another_dataset(here):
 )
 def test_closed_streams(closed, args, code, message, here):
     result = subprocess.run(
-        chgval(*args), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(closed)
+        command_line(*args), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(closed)
     )
     assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr
     if code == 0:
@@ -226,10 +216,10 @@ def test_names_on_standard_output_cannot_act_upon_a_terminal(form, here):
     assert invoke("value", "named.parquet", *EMBEDDINGS, "-o", "n.parquet").exit_code == 0
     args = ["select", "n.parquet", "--fraction", 1, "-q", "-o", "-", "--format", form]
     # A file has the names as they are.
-    result = subprocess.run(chgval(*args), capture_output=True, timeout=60)
+    result = run(*args)
     assert result.stdout.count(b"\x1b]0;owned\x07") == 60
     terminal, other = pty.openpty()
-    process = subprocess.Popen(chgval(*args), stdout=other)
+    process = subprocess.Popen(command_line(*args), stdout=other)
     os.close(other)
     shown = b""
     deadline = time.monotonic() + 60
@@ -248,8 +238,5 @@ def test_names_on_standard_output_cannot_act_upon_a_terminal(form, here):
 
 def test_the_csv_of_a_pipe_is_read_back(here):
     """What goes through the guard of terminals is for terminals only."""
-    result = subprocess.run(
-        chgval("select", "v.parquet", "--fraction", 0.5, "-q", "-o", "-", "--format", "csv"),
-        capture_output=True,
-    )
+    result = run("select", "v.parquet", "--fraction", 0.5, "-q", "-o", "-", "--format", "csv")
     assert pacsv.read_csv(pa.py_buffer(result.stdout)).num_rows == 60

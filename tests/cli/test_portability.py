@@ -6,7 +6,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import write_folder
+from tests.pictures import write_folder
 
 # What Windows, and in part macOS, does not have.
 WITHOUT = """

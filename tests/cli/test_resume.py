@@ -32,7 +32,7 @@ from chgval.reports import files
 from chgval.runs import state_file, unfinished, value
 from chgval.training.loop import Trainer
 from tests.commands import invoke, replace, run, start, wait_for
-from tests.conftest import write_folder
+from tests.pictures import write_folder
 
 SMALL = ["--arch", "resnet8", "--epochs", "3", "--batch-size", "8", "-q"]
 

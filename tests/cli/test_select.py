@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,14 +14,14 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from torchvision.datasets import ImageFolder
-from typer.testing import CliRunner
 
-from chgval.cli import app
 from chgval.config import DataConfig
 from chgval.data.open import open_dataset
 from chgval.reports.files import with_metadata
 from chgval.reports.tables import MANIFEST_SCHEMA, VALUES_SCHEMA
-from tests.conftest import imported_by, write_folder
+from tests import commands
+from tests.commands import imported_by
+from tests.pictures import write_folder
 
 # Of the made-up report: 7 cats, 5 dogs, 1 cow, one row without a label and one that could not be read.
 LABELS = [0, 1, 0, 1, 0, 0, -1, 1, 0, 2, 0, 1, 0, 1, 0]
@@ -28,8 +29,7 @@ VALUES = [5, 1, -2, 4, 4, 9, None, 2, 0, 3, 7, 6, -1, 8, None]
 NUM_ROWS = len(LABELS)
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["select", *map(str, arguments)])
+invoke = partial(commands.invoke, "select")
 
 
 def select(*arguments):
@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
     """A folder of 40 images, valued."""
     root = write_folder(tmp_path_factory.mktemp("select") / "images")
     values = root.with_name("values.parquet")
-    result = CliRunner().invoke(app, ["value", str(root), "--epochs", "2", "-q", "-o", str(values)])
+    result = commands.invoke("value", str(root), "--epochs", "2", "-q", "-o", str(values))
     assert result.exit_code == 0, result.stderr
     return root, values
 
@@ -195,7 +195,7 @@ def test_pipelines_of_the_readme(folder, tmp_path):
     )
     assert dropped.returncode == 0, dropped.stderr
     flags = ["--expected-noise", "0.2", "-q", "-o", str(tmp_path / "s.parquet")]
-    CliRunner().invoke(app, ["detect-noise", str(values), *flags])
+    commands.invoke("detect-noise", str(values), *flags)
     chosen = kept(pq.read_table(tmp_path / "m.parquet"))
     assert len(chosen) == 20
     assert not set(chosen) & set(pq.read_table(tmp_path / "s.parquet")["index"].to_pylist())
@@ -254,7 +254,7 @@ def test_shares_are_of_the_whole_report_in_any_order(report, tmp_path):
     result = invoke(report, "--fraction", "0.4", "-o", tmp_path / "m.parquet")
     assert result.exit_code == 1 and "is not the whole report (its 6 rows" in result.stderr, result.stderr
     arguments = ["select", "-", "--fraction", "0.4", "-o", str(tmp_path / "m.parquet")]
-    piped = CliRunner().invoke(app, arguments, input=report.read_bytes())
+    piped = commands.invoke(*arguments, input=report.read_bytes())
     assert piped.exit_code == 1 and "error: standard input: is not the whole" in piped.stderr, piped.stderr
 
 
@@ -287,6 +287,6 @@ def test_mistakes_are_told_in_one_line(report, tmp_path, arguments, code, messag
 
 def test_suspects_of_another_dataset_are_refused(report, folder, tmp_path):
     _, values = folder
-    CliRunner().invoke(app, ["detect-noise", str(values), "--all", "-q", "-o", str(tmp_path / "s.parquet")])
+    commands.invoke("detect-noise", str(values), "--all", "-q", "-o", str(tmp_path / "s.parquet"))
     result = invoke(report, "--count", "3", "--drop", tmp_path / "s.parquet", "-o", tmp_path / "m.parquet")
     assert result.exit_code == 1 and "these suspects are of another dataset" in result.stderr

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +16,16 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from chgval.cli import app
 from chgval.config import DataConfig, TrainConfig
 from chgval.runs.session import prepare, read_dataset
-from tests import oracles
-from tests.conftest import write_folder
+from tests import commands, oracles
+from tests.pictures import write_folder
 
 FAST = ["--arch", "resnet8", "--epochs", "2"]
 
 
-def invoke(*args):
-    return CliRunner().invoke(app, ["value", *map(str, args)])
-
-
-def run_process(*args, **options):
-    command = [sys.executable, "-m", "chgval", *map(str, args)]
-    return subprocess.run(command, capture_output=True, timeout=300, **options)
+invoke = partial(commands.invoke, "value")
 
 
 def metadata_of(path):
@@ -185,9 +177,10 @@ def test_large_images_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow", "csv", "jsonl"])
-def test_standard_output_carries_the_report_and_nothing_else(image_folder, tmp_path, form):
-    result = run_process("value", image_folder, *FAST, "-o", "-", "--format", form, cwd=tmp_path)
-    assert result.returncode == 0 and b"epoch 2/2" in result.stderr
+def test_standard_output_carries_the_report_and_nothing_else(image_folder, tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    result = commands.run("value", image_folder, *FAST, "-o", "-", "--format", form)
+    assert result.returncode == 0 and "epoch 2/2" in result.stderr
     readers = {
         "parquet": lambda data: pq.read_table(pa.BufferReader(data)).num_rows,
         "arrow": lambda data: pa.ipc.open_file(pa.BufferReader(data)).read_all().num_rows,
@@ -234,17 +227,11 @@ def test_plan_tells_and_stops(image_folder, tmp_path):
 
 
 def test_interruption_keeps_the_epochs_and_exits_with_130(image_folder, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "chgval", "value", image_folder, "--arch", "resnet8", "--epochs", "100000",
-         "-o", tmp_path / "v.parquet"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "v.epochs/epoch=2/values.parquet").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    args = ["value", image_folder, "--arch", "resnet8", "--epochs", 100_000, "-o", tmp_path / "v.parquet"]
+    process = commands.start(*args)
+    commands.wait_for(tmp_path / "v.epochs/epoch=2/values.parquet", process)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 130
     assert "interrupted" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "v.parquet").exists()
@@ -314,8 +301,8 @@ def test_non_finite_loss_stops_and_says_what_to_try(image_folder, tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    result = run_process("value", "absent", "--debug", cwd=tmp_path)
-    assert result.returncode == 1 and b"Traceback" in result.stderr and b"DataError" in result.stderr
+    result = commands.run("value", tmp_path / "absent", "--debug")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "DataError" in result.stderr
 
 
 def test_a_failed_run_does_not_stand_in_the_way_of_the_next(image_folder, tmp_path):
@@ -369,7 +356,7 @@ def test_exact_mode_leaves_a_network_with_dropout_as_it_is(tmp_path, monkeypatch
     losses = []
     for command in (["train", "-o", "trained"], ["value", "--mode", "exact"]):
         options = ["--arch", "mobilenet_v3_small", "--image-size", "66", "--epochs", "2", "--workers", "0"]
-        result = CliRunner().invoke(app, [*command, str(root), *options])
+        result = commands.invoke(*command, str(root), *options)
         losses.append(
             [line.split("samples/s")[0][:40] for line in result.stderr.splitlines() if "epoch " in line]
         )
@@ -408,19 +395,6 @@ def test_pretrained_weights_change_the_values(image_folder, tmp_path):
     assert result.exit_code == 0
     a, b = (pq.read_table(tmp_path / f"{n}.parquet")["value"] for n in "ab")
     assert a != b
-
-
-def test_real_noise_is_found_in_the_digits(tmp_path):
-    """The README's first command: flipped labels have lower values than right ones."""
-    from sklearn.metrics import roc_auc_score
-
-    result = invoke("builtin:digits", "-o", tmp_path / "v.parquet")
-    assert result.exit_code == 0
-    table = pq.read_table(tmp_path / "v.parquet").to_pandas()
-    right = table["id"].str[-1] == table["label_name"]
-    assert (~right).sum() == 180
-    assert roc_auc_score(right, table["value"]) > 0.95
-    assert roc_auc_score(right, table["margin_mean"]) > 0.95
 
 
 def test_the_data_is_left_as_it_was(image_folder, tmp_path):

@@ -17,10 +17,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
-from typer.testing import CliRunner
 
 import chgval
-from chgval.cli import app
+from tests.commands import invoke
 
 FAST = {"epochs": 2, "batch_size": 16}
 
@@ -59,9 +58,7 @@ def test_functions_give_what_commands_write_and_say_nothing(image_folder, tmp_pa
 
     options = ["--epochs", "2", "--batch-size", "16", "-q"]
     for command, more in (("value", []), ("detect-noise", ["--all"]), ("select", ["--fraction", "0.3"])):
-        result = CliRunner().invoke(
-            app, [command, str(image_folder), *options, *more, "-o", f"{command}.parquet"]
-        )
+        result = invoke(command, image_folder, *options, *more, "-o", f"{command}.parquet")
         assert result.exit_code == 0, result.stderr
     assert report.table.equals(pq.read_table("value.parquet"))
     assert suspects.table.equals(pq.read_table("detect-noise.parquet"))

@@ -19,7 +19,7 @@ from chgval.data.dataset import Embeddings, LargeImages, PixelImages, class_indi
 from chgval.data.images import choose_size
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
-from tests.conftest import CLASS_NAMES, make_image, write_folder
+from tests.pictures import CLASS_NAMES, make_image, write_folder
 
 
 def read(source, **settings):

@@ -12,7 +12,7 @@ from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.errors import SettingsError
 from chgval.runs.duplicates import check_images, find_duplicates
 from chgval.runs.session import make_valuing, prepare, read_dataset
-from tests.conftest import make_blobs
+from tests.pictures import make_blobs
 
 SIZE = 32
 NUM_ORIGINALS = 60

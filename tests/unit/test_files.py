@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from typer.testing import CliRunner
 
-from chgval.cli import app
 from chgval.files import replacing
-from tests.conftest import write_folder
+from tests.commands import invoke
+from tests.pictures import write_folder
 
 
 def test_a_file_is_forced_to_the_disk_before_it_gets_its_name_and_its_folder_after(monkeypatch, tmp_path):
@@ -55,7 +54,7 @@ def test_all_that_a_run_leaves_is_forced_to_the_disk(monkeypatch, tmp_path):
         args = ["detect-noise", source, "--arch", "resnet8", "--epochs", 2, "-q", "--expected-noise", 0.3,
                 "-o", outputs / f"s{number}.csv", "--values", outputs / f"v{number}.parquet",
                 "--cleaned", outputs / f"clean{number}", "--relabel", 0]  # fmt: skip
-        result = CliRunner().invoke(app, list(map(str, args)))
+        result = invoke(*args)
         assert result.exit_code == 0, result.stderr
     left = [path for path in outputs.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert {path.name for path in left} >= {"relabelled.csv", "train-00000-of-00001.parquet", "s0.csv"}

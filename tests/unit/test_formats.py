@@ -13,7 +13,7 @@ from chgval.config import DataConfig
 from chgval.data.formats import format_of
 from chgval.data.formats.base import REGISTRY, Format
 from chgval.errors import DataError
-from tests.conftest import make_image
+from tests.pictures import make_image
 
 ROWS = [5, 0, 5, 3]
 

@@ -13,7 +13,7 @@ from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError
-from tests.conftest import write_folder
+from tests.pictures import write_folder
 
 CPU = torch.device("cpu")
 

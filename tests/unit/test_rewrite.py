@@ -19,7 +19,7 @@ from chgval.data.formats.base import KnownRows, RowChanges
 from chgval.data.formats.parquet import write as module
 from chgval.data.open import check_rewritable, open_dataset
 from chgval.errors import DataError, OutputError, SettingsError
-from tests.conftest import make_image, write_folder
+from tests.pictures import make_image, write_folder
 
 SIZE = 12
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from typer.testing import CliRunner
 
 import chgval
-from chgval.cli import app
 from chgval.config import DataConfig, TrainConfig
 from chgval.errors import TrackerError
 from chgval.runs.session import prepare, read_dataset
 from chgval.training.loop import schedule_factor
+from tests.commands import invoke
 
 NUM_DIGITS, NUM_CLASSES, EPOCHS = 600, 10, 3
 
@@ -147,9 +146,7 @@ def test_a_saved_result_is_a_report_like_any_other(digits, tmp_path):
         assert again.table.select(report.table.column_names).equals(report.table)
     assert report.to_pandas()["value"].to_numpy() == pytest.approx(report.values)
     for command in (["detect-noise"], ["select", "--fraction", "0.3"]):
-        result = CliRunner().invoke(
-            app, [*command, str(tmp_path / "values.parquet"), "-o", str(tmp_path / f"{command[0]}.csv")]
-        )
+        result = invoke(*command, tmp_path / "values.parquet", "-o", tmp_path / f"{command[0]}.csv")
         assert result.exit_code == 0, result.stderr
     suspects = chgval.detect_noise(tmp_path / "values.parquet", all=True)
     assert suspects.table.num_rows == NUM_DIGITS

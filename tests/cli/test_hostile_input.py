@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import socket
 import string
 import subprocess
 import sys
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +20,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from typer.testing import CliRunner
 
-from chgval.cli import app
 from chgval.data.decode import UnreadableImageError, decode_centre
 from chgval.reports.files import with_metadata
 from chgval.reports.tables import VALUES_SCHEMA
 from chgval.spreadsheets import with_marks, without_marks
-from tests.conftest import write_folder
+from tests.commands import command_line, invoke, run
+from tests.pictures import write_folder
 
 DAMAGED = Path(__file__).parent / "damaged"
 # Damaged images that the decoder is tried on here; `pytest -m long` tries many more.
 INPUTS = 3_000
 FAST = ["--arch", "resnet8", "--epochs", "2", "-q"]
-
-
-def invoke(*args):
-    return CliRunner().invoke(app, list(map(str, args)))
 
 
 def fuzz(seed, count, code="from tests import fuzzing"):
@@ -231,18 +228,7 @@ def test_a_report_whose_offsets_lead_out_of_it_is_an_error_of_one_line(tmp_path)
     at = bytes(data).index(offsets.to_pybytes()[:400])
     data[at + 40 : at + 44] = (2 * 10**9).to_bytes(4, "little")
     report.write_bytes(bytes(data))
-    command = [
-        sys.executable,
-        "-m",
-        "chgval",
-        "select",
-        report,
-        "--fraction",
-        "0.5",
-        "-o",
-        tmp_path / "s.csv",
-    ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = run("select", report, "--fraction", 0.5, "-o", tmp_path / "s.csv")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "v.arrow: cannot be read as a values report" in result.stderr
 
@@ -410,20 +396,19 @@ def test_a_report_names_no_machine_to_fetch_from(tmp_path):
         assert result.exit_code == 2 and said in result.stderr
 
 
-# A process of its own in between: what a process is forked from counts as its memory, and tests may be large.
-MEASURE = """
-import resource, subprocess, sys
-code = subprocess.run(sys.argv[1:]).returncode
-print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
+def tell_the_peak():
+    """Let a command say at its end how much memory it took at most, as KiB."""
+
+    def tell():
+        sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+    Finalize(None, tell, exitpriority=0)
 
 
 def run_measured(*args):
     """Run a command; return its exit code, what it said, and its peak resident memory in GiB."""
-    command = [sys.executable, "-m", "chgval", *map(str, args)]
-    result = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True)
-    code, kibibytes = map(int, result.stdout.split())
-    return code, result.stderr, kibibytes / 2**20
+    result = run(*args, before=tell_the_peak)
+    return result.returncode, result.stderr, int(result.stdout) / 2**20
 
 
 def with_a_huge_page(data, offset):
@@ -517,7 +502,7 @@ def test_nothing_reaches_for_a_network(forbid, image_folder, tmp_path):
         ],
         ["train", image_folder, *FAST, "--subset", tmp_path / "m.parquet", "-o", tmp_path / "trained"],
     ):
-        command = [*prefix, sys.executable, "-m", "chgval", *map(str, args)]
+        command = [*prefix, *command_line(*args)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr
     # It is noticed if somebody does.
