@@ -133,7 +133,7 @@ def test_rules_and_limits_decide_what_is_written(report, tmp_path):
 
 def test_threshold_samples_flag_the_flipped_ones(tmp_path):
     output = tmp_path / "aum.parquet"
-    result = invoke("builtin:digits", "--threshold", "aum", "--epochs", "12", "-q", "-o", output)
+    result = invoke("builtin:digits", "--threshold", "aum", "--epochs", "8", "-q", "-o", output)
     assert result.exit_code == 0, result.stderr
     flagged = wrong(pq.read_table(output))
     assert flagged.sum() > 0.85 * 180 and flagged.mean() > 0.8
@@ -236,7 +236,7 @@ def purity(folder):
 
 def test_a_cleaned_folder_holds_fewer_wrong_labels(digits_folder, tmp_path):
     values = tmp_path / "values.parquet"
-    settings = ["--augment", "crop", "-q", "--values", values, "-o", tmp_path / "a.parquet"]
+    settings = ["--augment", "crop", "--epochs", 15, "-q", "--values", values, "-o", tmp_path / "a.parquet"]
     result = invoke(digits_folder, *settings, "--cleaned", tmp_path / "dropped")
     assert result.exit_code == 0, result.stderr
     flagged = pq.read_table(tmp_path / "a.parquet")

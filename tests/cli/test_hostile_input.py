@@ -488,18 +488,8 @@ def test_nothing_reaches_for_a_network(forbid, image_folder, tmp_path):
     environment.pop("HF_HUB_OFFLINE", None)
     for args in (
         ["value", image_folder, *FAST, "-o", tmp_path / "v.parquet"],
-        ["detect-noise", tmp_path / "v.parquet", "-o", tmp_path / "s.parquet"],
         ["detect-noise", tmp_path / "v.parquet", "--cleaned", tmp_path / "c", "-o", tmp_path / "t.parquet"],
-        [
-            "select",
-            tmp_path / "v.parquet",
-            "--fraction",
-            0.5,
-            "--materialize",
-            tmp_path / "p",
-            "-o",
-            tmp_path / "m.parquet",
-        ],
+        ["select", tmp_path / "v.parquet", "--fraction", 0.5, "-o", tmp_path / "m.parquet"],
         ["train", image_folder, *FAST, "--subset", tmp_path / "m.parquet", "-o", tmp_path / "trained"],
     ):
         command = [*prefix, *command_line(*args)]

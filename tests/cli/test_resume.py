@@ -356,8 +356,7 @@ def slow_workers():
     replace("torch.utils.data._utils.signal_handling._set_worker_signal_handlers", slow)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch):
+def test_a_signal_does_not_end_a_worker_that_starts(tmp_path, monkeypatch):
     """Which would be told as a process that died for want of memory, and no state kept."""
     root = write_folder(tmp_path / "images", 12, size=90)
     monkeypatch.chdir(tmp_path)
@@ -366,8 +365,8 @@ def test_a_signal_does_not_end_a_worker_that_starts(name, tmp_path, monkeypatch)
     wait_for(tmp_path / "v.checkpoint", process)
     (tmp_path / "starting").unlink(missing_ok=True)
     wait_for(tmp_path / "starting", process)
-    os.killpg(process.pid, getattr(signal, name))
-    assert_told_how_to_resume(process, getattr(signal, name))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert_told_how_to_resume(process, signal.SIGTERM)
 
 
 def test_a_second_signal_ends_at_once(image_folder, tmp_path, monkeypatch):
@@ -900,10 +899,10 @@ def run_killed(kind, epochs, out, moments):
 def test_a_killed_run_is_resumed(kind, tmp_path):
     """Twice, each time after it has kept its state twice."""
     whole, out = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
-    assert run_killed(kind, 12, whole, []) == 0
+    assert run_killed(kind, 6, whole, []) == 0
     state = out / "training.checkpoint" if kind == "train" else out.with_suffix(".checkpoint")
     for _ in range(2):
-        process = start_killable(kind, 12, out, "--resume", "--checkpoint-minutes", 0.002)
+        process = start_killable(kind, 6, out, "--resume", "--checkpoint-minutes", 0.002)
         kept = {state.stat().st_mtime_ns} if state.exists() else set()
         most = len(kept) + 2
         while len(kept) < most:
@@ -914,7 +913,7 @@ def test_a_killed_run_is_resumed(kind, tmp_path):
         process.kill()
         process.communicate()
         assert state.exists()
-    run_killed(kind, 12, out, [])
+    run_killed(kind, 6, out, [])
     assert results_of(kind, out) == results_of(kind, whole)
 
 

@@ -192,17 +192,17 @@ def test_auto_draws_from_all_but_the_worst_scores_of_its_averaged_passes():
         )
     )
     assert 40 < len(left) < 78 and left != left_by_second
-    assert (np.bincount(labels_N[sorted(left)], minlength=3) >= quotas(labels_N, 12)).all()
+    assert (np.bincount(labels_N[sorted(left)], minlength=3) >= quotas(labels_N, 24)).all()
 
     generator, drawn = torch.Generator().manual_seed(0), []
-    for _ in range(80):
+    for _ in range(35):
         memory: dict[str, torch.Tensor] = {}
-        at_first = ask("auto", first, 12, memory=memory, epoch=1, generator=generator)
+        at_first = ask("auto", first, 24, memory=memory, epoch=1, generator=generator)
         assert not memory and at_first.weights_K is None
         # Only the pass of the averaged weights is made.
         later = {"memory": memory, "generator": generator, "predict_samples": None}
-        ask("auto", first, 12, epoch=5, **later)
-        drawn.append((at_first, ask("auto", second, 12, epoch=8, **later)))
+        ask("auto", first, 24, epoch=5, **later)
+        drawn.append((at_first, ask("auto", second, 24, epoch=8, **later)))
     assert {int(p) for first_choice, _ in drawn for p in first_choice.positions_K} == set(range(80))
     assert {int(p) for _, last_choice in drawn for p in last_choice.positions_K} == left
 
