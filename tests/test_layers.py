@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import chgval
@@ -75,3 +76,14 @@ def test_the_map_for_contributors_is_that_of_the_layers():
         for module in re.findall(r"`([\w/]+(?:\.py|/))`", text):
             places = [PACKAGE / name / module for name in names] + [PACKAGE / module]
             assert any(place.exists() for place in places), f"{row}: {module}"
+
+
+def test_ci_tries_the_oldest_versions_that_are_allowed():
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    oldest = dict(re.split(">=", requirement) for requirement in project["dependencies"])
+    lines = (root / ".ci" / "lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pinned.keys() == oldest.keys()
+    for name, version in pinned.items():
+        assert version.removesuffix(".0").removesuffix(".0") == oldest[name].removesuffix(".0"), name

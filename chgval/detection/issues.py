@@ -42,7 +42,8 @@ class LabelIssues:
     notes: list[str]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.is_issue, dtype=dtype, copy=copy)
+        found_N = np.asarray(self.is_issue, dtype=dtype)  # NumPy 1 has no copy=None
+        return found_N.copy() if copy else found_N
 
     def __len__(self) -> int:
         return len(self.is_issue)

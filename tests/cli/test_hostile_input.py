@@ -127,9 +127,9 @@ def test_16_bit_images_take_their_memory_once(tmp_path):
 
 
 def test_encoded_images_wait_for_their_turn_on_disk(tmp_path):
-    """24 files that claim 200 MiB each and hold nothing on disk: 4.7 GiB if all were read before any."""
+    """12 files that claim 200 MiB each and hold nothing on disk: 2.3 GiB if all were read before any."""
     root = write_folder(tmp_path / "images", 6)
-    for number in range(24):
+    for number in range(12):
         path = root / "cat" / f"large-{number:02d}.png"
         path.write_bytes((root / "cat" / "000.png").read_bytes())
         os.truncate(path, 200 * 2**20)
@@ -458,45 +458,56 @@ def test_parquet_files_that_lie_are_an_error_of_one_line(what, tmp_path):
     assert peak < 1.5 and not (tmp_path / "v.parquet").exists()
 
 
-def in_python(tmp_path):
+def forbid_connections():
     """Forbid every connection and every lookup of a name by the interpreter's audit events."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "def forbid(event, args):\n"
-        "    if event.startswith('socket.') and event.split('.')[1] in (\n"
-        "        'connect', 'getaddrinfo', 'gethostbyname', 'gethostbyaddr', 'sendto', 'sendmsg', 'bind'):\n"
-        "        if not (event == 'socket.connect' and isinstance(args[1], (str, bytes))):\n"
-        "            raise RuntimeError(f'network: {event} {args}')\n"
-        "sys.addaudithook(forbid)\n"
-    )
-    return []
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    forbidden = {"connect", "getaddrinfo", "gethostbyname", "gethostbyaddr", "sendto", "sendmsg", "bind"}
+
+    def forbid(event, args):
+        library, _, what = event.partition(".")
+        # What is named by a text is a socket in a file.
+        if library == "socket" and what in forbidden and not isinstance(args[1], str | bytes):
+            raise RuntimeError(f"network: {event} {args}")
+
+    sys.addaudithook(forbid)
 
 
-def in_the_system(_):
-    """Leave no network at all, whoever would reach for it."""
-    command = ["unshare", "--user", "--map-root-user", "--net"]
-    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
+def connect():
+    socket.create_connection(("192.0.2.1", 9), timeout=60)
+
+
+def forbid_and_connect():
+    forbid_connections()
+    connect()
+
+
+def commands_of_all_kinds(images, folder):
+    return [
+        ["value", images, *FAST, "-o", folder / "v.parquet"],
+        ["detect-noise", folder / "v.parquet", "--cleaned", folder / "c", "-o", folder / "t.parquet"],
+        ["select", folder / "v.parquet", "--fraction", 0.5, "-o", folder / "m.parquet"],
+        ["train", images, *FAST, "--subset", folder / "m.parquet", "-o", folder / "trained"],
+    ]
+
+
+def test_python_asks_for_no_connection(image_folder, tmp_path):
+    for args in commands_of_all_kinds(image_folder, tmp_path):
+        result = run(*args, before=forbid_connections)
+        assert result.returncode == 0, result.stderr
+    # It is noticed if somebody does.
+    assert "network: socket." in run("--version", before=forbid_and_connect).stderr
+
+
+def test_nothing_needs_a_network(image_folder, tmp_path):
+    """Whoever would reach for it."""
+    prefix = ["unshare", "--user", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let a test take the network away")
-    return command
-
-
-@pytest.mark.parametrize("forbid", [in_python, in_the_system])
-def test_nothing_reaches_for_a_network(forbid, image_folder, tmp_path):
-    prefix = forbid(tmp_path)
-    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    environment.pop("HF_HUB_OFFLINE", None)
-    for args in (
-        ["value", image_folder, *FAST, "-o", tmp_path / "v.parquet"],
-        ["detect-noise", tmp_path / "v.parquet", "--cleaned", tmp_path / "c", "-o", tmp_path / "t.parquet"],
-        ["select", tmp_path / "v.parquet", "--fraction", 0.5, "-o", tmp_path / "m.parquet"],
-        ["train", image_folder, *FAST, "--subset", tmp_path / "m.parquet", "-o", tmp_path / "trained"],
-    ):
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    for args in commands_of_all_kinds(image_folder, tmp_path):
         command = [*prefix, *command_line(*args)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr
-    # It is noticed if somebody does.
-    code = "import socket; socket.create_connection(('192.0.2.1', 9), timeout=60)"
-    command = [*prefix, sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "network: socket." in result.stderr or "Network is unreachable" in result.stderr
+    code = f"from {__name__} import connect; connect()"
+    result = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Network is unreachable" in result.stderr

@@ -39,8 +39,15 @@ def write_rows(path, labels, *, images=None, metadata=None, **columns):
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(images, struct), "label": labels, **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata(metadata), path)
+    write_table(table.replace_schema_metadata(metadata), path)
     return path
+
+
+def write_table(table, path):
+    try:
+        pq.write_table(table, path)
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"this Arrow cannot write what shall be read ({error})")
 
 
 # --- folders ---------------------------------------------------------------------------------------------
@@ -369,7 +376,8 @@ def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (400, 200_000), dtype=np.uint8)
     good = png()
     images = [{"bytes": good + row.tobytes(), "path": None} for row in noise]
-    hf.Dataset(pa.table({"image": images, "label": [0, 1] * 200})).to_parquet(tmp_path / "d.parquet")
+    dataset = hf.Dataset(pa.table({"image": images, "label": [0, 1] * 200}))
+    dataset.to_parquet(tmp_path / "d.parquet", batch_size=400)
     assert pq.ParquetFile(tmp_path / "d.parquet").num_row_groups == 1
     measure = (
         "import pyarrow as pa; pa.set_memory_pool(pa.system_memory_pool())\n"
@@ -391,7 +399,7 @@ def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
 def test_embeddings_are_read_from_any_list(tmp_path, kind):
     vectors = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], None, [7.0, float("nan"), 9.0]]
     table = pa.table({"emb": pa.array(vectors, kind), "label": [0, 1, 1, 0]})
-    pq.write_table(table, tmp_path / "d.parquet")
+    write_table(table, tmp_path / "d.parquet")
     dataset = read(tmp_path / "d.parquet", features_column="emb")
     assert isinstance(dataset.content, Embeddings)
     np.testing.assert_array_equal(dataset.content.vectors_ND[:2], vectors[:2])

@@ -174,6 +174,8 @@ def test_a_new_label_is_written_as_the_files_write_labels(tmp_path, labels, kind
     data = DataConfig(source=str(tmp_path / "data.parquet"))
     rewrite(data, *changes_of(data, [3], {0: 0, 1: 1}), tmp_path / "new.parquet")
     new = pq.read_table(tmp_path / "new.parquet")
+    # Not always the kind that was written: older Arrow has dictionaries with indices of one size only.
+    kind = pq.read_schema(tmp_path / "data.parquet").field("y").type
     assert new.schema.field("y").type == new.schema.field("original_y").type == kind
     expected = pa.array([labels[1], labels[0], labels[2]], kind)
     assert str(new["y"].combine_chunks()) == str(pa.chunked_array([expected]).combine_chunks())
