@@ -1,17 +1,21 @@
 """The functions behind the commands: the same settings, results instead of files and text.
 
 Every option of a command is a keyword of its function: `--batch-size 64` is `batch_size=64`. A file is
-written only where a path for it is given. Messages go to the logger "chgval".
+written only where a path for it is given. Messages go to the logger "chgval". Ctrl-C raises
+KeyboardInterrupt; a run with an output keeps its state first, and resume=True resumes it.
 """
 
 from __future__ import annotations
 
 import difflib
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.errors import SettingsError
+from chgval.interruption import Interrupted
 from chgval.settings import SettingPath, build, settings_in
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from chgval.runs.train import Trained
 
 ConfigT = TypeVar("ConfigT")
+ResultT = TypeVar("ResultT")
 
 
 def value(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Report:
@@ -39,7 +44,7 @@ def value(data: str | Path, *, output: str | Path | None = None, **settings: Any
     """
     from chgval.runs.value import run_value
 
-    return run_value(_config(ValueConfig, data, output, settings))
+    return _run(run_value, _config(ValueConfig, data, output, settings))
 
 
 def detect_noise(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Suspects:
@@ -54,7 +59,7 @@ def detect_noise(data: str | Path, *, output: str | Path | None = None, **settin
     """
     from chgval.runs.detect_noise import run_detect_noise
 
-    return run_detect_noise(_config(DetectConfig, data, output, settings))
+    return _run(run_detect_noise, _config(DetectConfig, data, output, settings))
 
 
 def select(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Selection:
@@ -69,7 +74,7 @@ def select(data: str | Path, *, output: str | Path | None = None, **settings: An
     """
     from chgval.runs.select import run_select
 
-    return run_select(_config(SelectConfig, data, output, settings))
+    return _run(run_select, _config(SelectConfig, data, output, settings))
 
 
 def train(data: str | Path, *, output: str | Path, **settings: Any) -> Trained:
@@ -84,7 +89,17 @@ def train(data: str | Path, *, output: str | Path, **settings: Any) -> Trained:
     """
     from chgval.runs.train import run_train
 
-    return run_train(_config(TrainingConfig, data, output, settings))
+    return _run(run_train, _config(TrainingConfig, data, output, settings))
+
+
+def _run(run: Callable[[ConfigT], ResultT], config: ConfigT) -> ResultT:
+    """Run a command; Ctrl-C is what it always is in Python, with what became of the work as its message."""
+    try:
+        return run(config)
+    except Interrupted as interruption:
+        if interruption.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(interruption)) from interruption
+        raise
 
 
 def _config(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import chgval
+from chgval import progress
 from chgval.detection.scores import score_labels
 from chgval.detection.verdict import verdict_of
 from chgval.errors import TrackerError
@@ -216,10 +217,19 @@ class Tracker:
         trained_ND = accumulator.last_features()
         if self._observed_ND is None:
             return make_report(rows, accumulator, trained_ND, None, metadata)
+        missing = int((self._observed_ND.isnan().all(1).numpy() & (labels_N >= 0)).sum())
+        if missing:
+            progress.warn(
+                f"{missing:,} of {len(labels_N):,} samples were not shown to observe and have no score; "
+                "show it all of them, or none"
+            )
         return make_report(rows, accumulator, self._observed_ND, trained_ND, metadata)
 
     def close(self) -> None:
-        """Stop to listen to the head; what was tracked so far stays."""
+        """Stop listening to the head; what was tracked so far stays.
+
+        Call it before `torch.save(model)`, which would write the hook, and all that is tracked, too.
+        """
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

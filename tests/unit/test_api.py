@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import chgval
+from chgval.training.loop import Trainer
 from tests.commands import invoke
 
 FAST = {"epochs": 2, "batch_size": 16}
@@ -76,6 +78,24 @@ def test_outputs_are_written_where_they_are_named_and_runs_are_logged(image_fold
     trained = chgval.train(image_folder, output=tmp_path / "t", holdout=0.2, **FAST)
     assert len(trained.epochs) == 2 and 0 <= trained.evaluation.accuracy <= 1
     assert (trained.folder / "model.safetensors").is_file()
+
+
+def test_ctrl_c_is_that_of_python_and_leaves_a_run_to_resume(image_folder, tmp_path, monkeypatch):
+    step, steps = Trainer._step, []
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    output = tmp_path / "v.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"is kept in .*v\.checkpoint; resume with resume=True"):
+            chgval.value(image_folder, output=output, **FAST)
+    resumed = chgval.value(image_folder, output=output, resume=True, **FAST)
+    assert resumed.table.equals(chgval.value(image_folder, **FAST).table)
 
 
 @pytest.mark.parametrize(

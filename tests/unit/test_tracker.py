@@ -130,10 +130,19 @@ def test_noise_scores_find_wrong_labels_and_a_pass_after_training_makes_them_bet
     report = tracker.result()
     assert roc_auc_score(wrong_N, report.noise_scores) > 0.97
     assert abs(report.noise_scores.mean() - wrong_N.mean()) < 0.03 and report.notes == []
-    flagged = chgval.detect_noise  # the command takes a saved one: see below
-    assert callable(flagged)
     assert set(report["status"]) == {"valued"}
     np.testing.assert_array_equal(report["label"], labels_N)
+
+
+def test_samples_that_were_not_observed_are_told(digits, caplog):
+    tracker, model, inputs_ND = tracked(digits, 2)
+    with torch.no_grad():
+        tracker.observe(torch.arange(400), model(inputs_ND[:400]))
+    report = tracker.result()
+    assert np.isnan(report.noise_scores).sum() == NUM_DIGITS - 400
+    assert [record.message for record in caplog.records] == [
+        "200 of 600 samples were not shown to observe and have no score; show it all of them, or none"
+    ]
 
 
 def test_a_saved_result_is_a_report_like_any_other(digits, tmp_path):
