@@ -134,6 +134,9 @@ class DataConfig(Settings):
     source: str = argument(
         "DATA", "Folder of class folders; Parquet file, glob, folder or URI; or builtin:digits."
     )
+    split: str | None = option(
+        None, "Split to read where there are several. Default: that for training.", DATA_PANEL
+    )
     image_column: str | None = option(
         None, "Parquet column of images. Default: by type and name.", DATA_PANEL
     )

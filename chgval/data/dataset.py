@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,9 @@ from chgval.data.pixel_file import PixelFile
 from chgval.detection.signals import Annotations
 from chgval.errors import DataError
 from chgval.types import IntArray, State
+
+# Fewer samples say nothing about whether labels are ids.
+SMALLEST_TO_JUDGE = 20
 
 
 class EncodedImages(Protocol):
@@ -74,6 +78,7 @@ class Dataset:
         notes: what a person should know about how the source was read.
         root: folder that the ids are paths below, if they are.
         annotations: what every annotator said, if there are several; labels_N is then their majority.
+        columns: where images, labels and ids are in a table, by the names of the settings.
     """
 
     source: str
@@ -87,9 +92,24 @@ class Dataset:
     notes: Sequence[str] = ()
     root: str | None = None
     annotations: Annotations | None = None
+    columns: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def named_columns(self) -> list[tuple[str, str]]:
+        """Return what columns of a table hold, and which, for a person to read."""
+        what = {
+            "image_column": "images",
+            "features_column": "features",
+            "label_columns": "labels",
+            "id_column": "ids",
+        }
+        return [
+            (what[setting], name if isinstance(name, str) else ", ".join(name))
+            for setting, name in self.columns.items()
+            if name is not None
+        ]
 
     @property
     def num_classes(self) -> int:
@@ -141,6 +161,31 @@ class Dataset:
             raise ValueError("problems of samples that there are not")
         self.problems.update(problems)
 
+    def with_notes(self, notes: Sequence[str]) -> Dataset:
+        """Return the same dataset with more that a person should know."""
+        return dataclasses.replace(self, notes=[*self.notes, *notes])
+
+    def name_notes(self) -> list[str]:
+        """Return what is odd about the names of the classes."""
+        notes = []
+        alike: dict[str, list[str]] = {}
+        for name in self.class_names:
+            alike.setdefault(as_seen(name), []).append(name)
+        for names in alike.values():
+            if len(names) > 1:
+                shown = " and ".join(map(ascii, names[:2]))
+                notes.append(f"classes {shown} look the same; they differ in spaces or in Unicode's spelling")
+        if "" in self.class_names:
+            count = int((self.labels_N == list(self.class_names).index("")).sum())
+            notes.append(f"{count:,} labels are empty text, a class of its own; unknown labels are null")
+        labelled = int((self.labels_N >= 0).sum())
+        if labelled > SMALLEST_TO_JUDGE and 2 * len(np.unique(self.labels_N[self.labels_N >= 0])) > labelled:
+            notes.append(
+                f"{self.num_classes:,} classes of {labelled:,} labelled samples: labels that tell samples "
+                "apart, such as ids, are no classes"
+            )
+        return notes
+
     def check(self, least_classes: int = 2) -> None:
         """Raise DataError where there is nothing to learn from; for tests one class is enough."""
         if not len(self):
@@ -153,13 +198,18 @@ class Dataset:
             )
         usable = self.usable_rows()
         if not len(usable):
-            raise DataError(f"{self.source}: no readable sample has a label; valuing needs labels.")
+            raise DataError(f"{self.source}: no readable sample has a label; expected labels.")
         present = np.unique(self.labels_N[usable])
         if len(present) < least_classes:
             raise DataError(
                 f"{self.source}: all {len(usable):,} usable samples have the label "
-                f"'{self.class_names[present[0]]}'; valuing needs at least two classes."
+                f"'{self.class_names[present[0]]}'; expected at least two classes."
             )
+
+
+def as_seen(name: str) -> str:
+    """Return a name without what no one sees: spaces around it, and which of Unicode's spellings it has."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def class_indices(

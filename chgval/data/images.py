@@ -23,6 +23,12 @@ from chgval.errors import DataError
 from chgval.system import total_memory, usable_cores
 from chgval.types import IntArray
 
+# Those of torchvision's ImageFolder, and what else Pillow reads.
+TORCHVISION_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    *TORCHVISION_EXTENSIONS,
+    *(".gif", ".jfif", ".jpe", ".apng", ".avif", ".jp2", ".j2k", ".jpx", ".tga", ".pnm", ".dib"),
+)
 # Squares up to this side are decoded once and kept as uint8.
 LARGEST_KEPT_SIZE = 64
 # Headers read to choose the image size.
@@ -143,6 +149,12 @@ class SpooledImages:
     def __getstate__(self) -> dict[str, object]:
         # A worker process reads the file; it must not remove it.
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
+
+
+def holds_images(root: Path) -> bool:
+    """Say whether a folder has images where class folders, or those of a split, have theirs."""
+    files = itertools.chain(root.glob("*/*"), root.glob("*/*/*"))
+    return any(file.suffix.lower() in EXTENSIONS for file in files)
 
 
 def leads_into(path: Path, folder: Path) -> bool:

@@ -26,6 +26,7 @@ def open_dataset(data: DataConfig | Format, largest_size: int, *, least_classes:
     source = format_of(data) if isinstance(data, DataConfig) else data
     dataset = source.read(largest_size)
     dataset.check(least_classes)
+    dataset = dataset.with_notes(dataset.name_notes())
     if dataset.problems and source.config.on_error == "fail":
         row, reason = next(iter(dataset.problems.items()))
         raise DataError(

@@ -231,12 +231,14 @@ def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     usable = len(dataset.usable_rows())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     stem = ", small-image stem" if run.model.small_stem else ""
+    columns = ", ".join(f"{what}: {name}" for what, name in dataset.named_columns())
     return [
         (
             "data",
             f"{dataset.source}: {len(dataset):,} rows, {usable:,} usable, {dataset.num_classes:,} classes, "
             f"{dataset.input_size} {kind}{decoded}",
         ),
+        *([("columns", columns)] if columns else []),
         ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}"),
         (
             "training",
@@ -275,6 +277,7 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any
     statistics = run.loader.statistics
     settings = dataclasses.asdict(config)
     settings["train"].update(dataclasses.asdict(run.recipe), arch=run.arch, device=str(run.device))
+    settings["data"].update(run.dataset.columns)
     settings["data"].update(
         image_size=None if run.is_embedding else run.dataset.input_size,
         mean=statistics.mean.flatten().tolist(),
@@ -289,6 +292,7 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any
         "root": run.dataset.root,
         "seed": config.train.seed,
         "device": str(run.device),
+        "threads": torch.get_num_threads(),
         "libraries": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

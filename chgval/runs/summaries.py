@@ -191,12 +191,13 @@ def summarise_noise(
             "score": score_N,
         }
     ).filter(known_N)
-    classes = scored.group_by("label_name").aggregate(
+    # Threads of Arrow that still hold NumPy's memory when Python ends abort the process.
+    classes = scored.group_by("label_name", use_threads=False).aggregate(
         [("score", "count"), ("flagged", "sum"), ("score", "mean")]
     )
     classes = classes.sort_by([("flagged_sum", "descending"), ("label_name", "ascending")])
     suggested = pc.and_(pc.equal(scored["flagged"], 1), pc.is_valid(scored["suggested_name"]))
-    pairs = scored.filter(suggested).group_by(["label_name", "suggested_name"])
+    pairs = scored.filter(suggested).group_by(["label_name", "suggested_name"], use_threads=False)
     counted = pairs.aggregate([([], "count_all")]).sort_by(
         [("count_all", "descending"), ("label_name", "ascending"), ("suggested_name", "ascending")]
     )
@@ -236,7 +237,9 @@ def summarise_selection(
     rows = pa.table(
         {"name": report["label_name"], "kept": kept_N.astype(np.int64), "dropped": dropped_N.astype(np.int64)}
     )
-    classes = rows.group_by("name").aggregate([([], "count_all"), ("dropped", "sum"), ("kept", "sum")])
+    classes = rows.group_by("name", use_threads=False).aggregate(
+        [([], "count_all"), ("dropped", "sum"), ("kept", "sum")]
+    )
     return [
         SelectedClass(
             name=NO_LABEL if row["name"] is None else row["name"],

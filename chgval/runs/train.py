@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chgval import progress
 from chgval.config import DataConfig, TrainingConfig
-from chgval.data.dataset import Dataset, Embeddings
+from chgval.data.dataset import Dataset, Embeddings, as_seen
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError
@@ -94,7 +94,7 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
     Raises:
         DataError: it cannot be read, has samples of another kind, or a class that these have not.
     """
-    read = dataclasses.replace(data, source=source, image_size=None)
+    read = dataclasses.replace(data, source=source, split=None, image_size=None)
     if dataset.annotations is not None:  # what is tested on has one label
         read = dataclasses.replace(read, label_columns=())
     if source.startswith("builtin:"):
@@ -118,9 +118,11 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
     index = {name: label for label, name in enumerate(dataset.class_names)}
     unknown = [name for name in test.class_names if name not in index]
     if unknown:
+        like = [name for name in index if as_seen(name) == as_seen(unknown[0])]
+        looks = f" It looks like {like[0]!a}, and is spelled {unknown[0]!a}." if like else ""
         raise DataError(
             f"{source}: the class '{unknown[0]}' is none of the training data's "
-            f"({', '.join(dataset.class_names[:5])}{', ...' if dataset.num_classes > 5 else ''})."
+            f"({', '.join(dataset.class_names[:5])}{', ...' if dataset.num_classes > 5 else ''}).{looks}"
         )
     labels_C = np.array([*(index[name] for name in test.class_names), -1])
     return dataclasses.replace(test, labels_N=labels_C[test.labels_N], class_names=dataset.class_names)

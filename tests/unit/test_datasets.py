@@ -1,10 +1,13 @@
 """Reading what people have: folders, Parquet as Hugging Face writes it, embeddings, and bad input."""
 
+import decimal
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import datasets as hf
 import numpy as np
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torchvision
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from chgval.config import DataConfig
 from chgval.data.dataset import Embeddings, LargeImages, PixelImages, class_indices
@@ -87,7 +91,95 @@ def test_train_is_a_class_where_other_classes_stand_beside_it(tmp_path):
     for name in ("bus", "car", "train"):
         (tmp_path / name / "2020").mkdir(parents=True)
         make_image(0, 1).save(tmp_path / name / "2020/a.png")
-    assert list(read(tmp_path).class_names) == ["bus", "car", "train"]
+    dataset = read(tmp_path)
+    assert list(dataset.class_names) == ["bus", "car", "train"]
+    assert dataset.notes == ["train is taken for a class; --split train reads it alone"]
+
+
+@pytest.mark.parametrize(
+    ("training", "other"),
+    [("Training", "Testing"), ("Train", "Test"), ("training", "extra"), ("train", "VAL")],
+)
+def test_splits_in_any_spelling_are_no_classes(tmp_path, training, other):
+    for split in (training, other, "evaluation" if other == "extra" else "holdout"):
+        write_folder(tmp_path / split, 2)
+    dataset = read(tmp_path)
+    assert list(dataset.class_names) == CLASS_NAMES and len(dataset) == 4
+    assert dataset.root == str(tmp_path / training)
+    assert f"reading {tmp_path / training} only (beside it: " in dataset.notes[0]
+    assert read(tmp_path, split=other.lower()).root == str(tmp_path / other)
+
+
+def test_splits_without_class_folders_or_without_one_for_training_are_an_error(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        make_image(0, 1).save(tmp_path / "flat" / split / "0.png")
+    with pytest.raises(DataError, match=r"test, train are splits, .* expected .*train/<class>/<image>"):
+        read(tmp_path / "flat")
+    for split in ("test", "val"):
+        write_folder(tmp_path / "tests" / split, 2)
+    with pytest.raises(DataError, match=r"the splits test, val, and not one for training; pass --split test"):
+        read(tmp_path / "tests")
+    assert len(read(tmp_path / "tests", split="validation")) == 4
+    with pytest.raises(DataError, match=r"--split extra: none of its folders is that; there is test, val"):
+        read(tmp_path / "tests", split="extra")
+
+
+def test_what_systems_leave_behind_is_left_out_and_said(tmp_path):
+    """Hidden files and folders at any depth, and what file servers and archives add."""
+    write_folder(tmp_path, 2)
+    picture = (tmp_path / "cat" / "000.png").read_bytes()
+    for name in (".ipynb_checkpoints/0.png", "@eaDir/0.png/thumb.jpg", ".Trash-1000/files/1.png", "._0.png"):
+        for folder in ("cat", "dog/deeper"):
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture)
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "cat" / "._0.png").write_bytes(picture)
+    dataset = read(tmp_path)
+    assert dataset.ids == ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
+    assert dataset.notes[0] == (
+        "9 hidden files and folders are left out (.Trash-1000, ._0.png, .ipynb_checkpoints, ...)"
+    )
+    theirs = len(ImageFolder(tmp_path))
+    assert dataset.notes[1:] == [
+        f"positions are not those of torchvision's ImageFolder, which lists {theirs - 4} others"
+    ]
+
+
+def test_images_of_all_endings_are_read_and_other_files_are_counted(tmp_path):
+    write_folder(tmp_path, 2)
+    for ending, kind in (
+        ("avif", "AVIF"),
+        ("jp2", "JPEG2000"),
+        ("tga", "TGA"),
+        ("jpe", "JPEG"),
+        ("apng", "PNG"),
+    ):
+        make_image(0, 7).save(tmp_path / "dog" / f"x.{ending}", kind)
+    for name in ("a.heic", "b.heic", "none"):
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    make_image(0, 1).save(tmp_path / "loose.png")
+    dataset = read(tmp_path)
+    assert len(dataset) == 9 and not dataset.problems
+    assert dataset.notes == [
+        "3 files in class folders have no ending of images and are left out (.heic 2, none 1)",
+        "1 images outside of class folders are left out",
+        "positions are not those of torchvision's ImageFolder, which lacks 5 of these images",
+    ]
+    assert len(ImageFolder(tmp_path)) == 4
+
+
+def test_names_that_look_the_same_and_labels_that_are_ids_are_said(tmp_path):
+    for name in (unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9"), "tea"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        make_image(0, 1).save(tmp_path / "folder" / name / "0.png")
+    note = r"classes 'cafe\u0301' and 'caf\xe9' look the same; they differ in spaces or in Unicode's spelling"
+    assert read(tmp_path / "folder").notes == [note]
+    path = write_rows(tmp_path / "ids.parquet", [f"img_{row}" for row in range(30)])
+    assert "labels that tell samples apart, such as ids, are no classes" in read(path).notes[0]
+    path = write_rows(tmp_path / "empty.parquet", ["", "a", "b", ""])
+    assert read(path).notes == ["2 labels are empty text, a class of its own; unknown labels are null"]
 
 
 def test_folders_without_images_are_no_classes_and_said(tmp_path):
@@ -175,7 +267,7 @@ def test_shards_of_the_training_split_are_read_in_order_and_said(tmp_path):
     write_rows(tmp_path / "data/test-00000-of-00001.parquet", [1, 1], id=["x", "y"])
     dataset = read(tmp_path)
     assert dataset.ids == ["0a", "0b", "1a", "1b"]
-    assert "training split only (2 of 3 files)" in dataset.notes[0]
+    assert "training split only (2 files; not 1 others, such as test-" in dataset.notes[0]
     assert read(tmp_path / "data/*.parquet").ids == dataset.ids
     everything = read(tmp_path / "data/t[er]*-0000[01]*.parquet")
     assert everything.ids == dataset.ids
@@ -350,7 +442,7 @@ def test_ids_come_from_paths_where_they_tell_rows_apart(tmp_path):
 def test_shards_whose_columns_differ_are_an_error_that_names_the_file(tmp_path):
     write_rows(tmp_path / "a.parquet", [0, 1])
     write_rows(tmp_path / "b.parquet", ["cat", "dog"])
-    with pytest.raises(DataError, match="the files disagree about the types of label"):
+    with pytest.raises(DataError, match=r"type of 'label': .*a\.parquet has int64, .*b\.parquet has string"):
         read(tmp_path)
     pq.write_table(pa.table({"image": [png()], "target": [0]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet: reading label failed"):
@@ -372,12 +464,12 @@ def test_images_that_were_not_embedded_are_opened_beside_the_file(tmp_path):
 
 
 def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
-    """A row group of 80 MB of images, in pages as Hugging Face writes them, never lies in memory whole."""
+    """A row group of 80 MB of images, in pages of some megabytes, never lies in memory whole."""
     noise = np.random.default_rng(0).integers(0, 256, (400, 200_000), dtype=np.uint8)
     good = png()
     images = [{"bytes": good + row.tobytes(), "path": None} for row in noise]
-    dataset = hf.Dataset(pa.table({"image": images, "label": [0, 1] * 200}))
-    dataset.to_parquet(tmp_path / "d.parquet", batch_size=400)
+    table = pa.table({"image": images, "label": [0, 1] * 200})
+    pq.write_table(table, tmp_path / "d.parquet", write_batch_size=10, data_page_size=2**20)
     assert pq.ParquetFile(tmp_path / "d.parquet").num_row_groups == 1
     measure = (
         "import pyarrow as pa; pa.set_memory_pool(pa.system_memory_pool())\n"
@@ -388,6 +480,143 @@ def test_memory_stays_bounded_whatever_the_row_group(tmp_path):
     output = subprocess.check_output([sys.executable, "-c", measure], cwd=tmp_path, text=True)
     usable, peak = map(int, output.split())
     assert usable == 400 and 1e6 < peak < 25e6
+
+
+def test_class_lists_of_files_are_the_same_or_an_error(tmp_path):
+    """A number must not mean two classes; a list that goes on another has all of its names."""
+
+    def described(names):
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        return {"huggingface": json.dumps({"info": {"features": features}})}
+
+    write_rows(tmp_path / "more/a.parquet", [0, 1, 2], metadata=described(["ant", "bee", "cow"]))
+    write_rows(tmp_path / "more/b.parquet", [3, 1, 2], metadata=described(["ant", "bee", "cow", "dog"]))
+    dataset = read(tmp_path / "more")
+    assert [dataset.class_names[label] for label in dataset.labels_N] == [
+        "ant", "bee", "cow", "dog", "bee", "cow",
+    ]  # fmt: skip
+    write_rows(tmp_path / "other/a.parquet", [0, 1], metadata=described(["ant", "bee"]))
+    write_rows(tmp_path / "other/b.parquet", [0, 1], metadata=described(["bee", "ant"]))
+    with pytest.raises(
+        DataError, match=r"a\.parquet has 2 \(ant, bee\), .*b\.parquet has 2 \(bee, ant\); a num"
+    ):
+        read(tmp_path / "other")
+    write_rows(tmp_path / "late/a.parquet", [0, 1])
+    write_rows(tmp_path / "late/b.parquet", [0, 1], metadata=described(["ant", "bee"]))
+    with pytest.raises(DataError, match=r"b\.parquet has 2 \(ant, bee\), .*a\.parquet has no list"):
+        read(tmp_path / "late")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (pa.nulls(0), pa.array(["ant", "bee"])),
+        (pa.nulls(2), pa.array(["ant", "bee"])),
+        (pa.array([0, 1], pa.int8()), pa.array([0, 300], pa.int64())),
+        (pa.array(["ant", "bee"]).dictionary_encode(), pa.array(["ant", "bee"], pa.large_string())),
+    ],
+)
+def test_files_of_several_types_are_read_in_any_order(tmp_path, parts, order):
+    for number, labels in enumerate(parts[::order]):
+        images = [{"bytes": png(), "path": None}] * len(labels)
+        images = images or pa.nulls(0)
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / f"{number}.parquet")
+    dataset = read(tmp_path)
+    names = [dataset.class_names[label] if label >= 0 else None for label in dataset.labels_N]
+    expected = [
+        str(label) if label is not None else None for part in parts[::order] for label in part.to_pylist()
+    ]
+    assert names == expected
+
+
+def test_only_files_that_say_so_are_of_the_training_split(tmp_path):
+    for name, rows in (("Train", 3), ("test", 4), ("extra", 5)):
+        write_rows(tmp_path / f"{name}-00000-of-00001.parquet", [0, 1, 0, 1, 0][:rows])
+    assert len(read(tmp_path)) == 3 and "not 2 others, such as extra-" in read(tmp_path).notes[0]
+    assert len(read(tmp_path, split="extra")) == 5 and len(read(tmp_path, split="testing")) == 4
+    with pytest.raises(DataError, match="--split dev: the name of no file says so"):
+        read(tmp_path, split="dev")
+    (tmp_path / "Train-00000-of-00001.parquet").unlink()
+    write_rows(tmp_path / "val.parquet", [0, 1])
+    with pytest.raises(
+        DataError, match="of the splits test, validation, and none is for training; pass --split"
+    ):
+        read(tmp_path)
+
+
+def test_what_is_no_parquet_is_said_and_not_called_truncated(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "labels.csv").write_text("file,label\n0.png,ant\n")
+    with pytest.raises(
+        DataError, match=r"a\.png: is an image, and no Parquet; pass the folder of its class folder"
+    ):
+        read(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"labels\.csv: is no Parquet file, as its first bytes tell"):
+        read(tmp_path / "labels.csv")
+    whole = write_rows(tmp_path / "d.parquet", [0, 1]).read_bytes()
+    (tmp_path / "d.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        DataError, match=r"d\.parquet: cannot be read as Parquet .*; the file may be truncated"
+    ):
+        read(tmp_path / "d.parquet")
+
+
+def test_columns_that_a_file_has_twice_matter_only_where_they_are_asked_for(tmp_path):
+    table = pa.table({"image": [png(), png(1)], "label": [0, 1], "x": [1, 2]})
+    twice = pa.Table.from_arrays([*table.columns, table["x"]], names=["image", "label", "x", "x"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    assert len(read(tmp_path / "d.parquet")) == 2
+    with pytest.raises(DataError, match="has two columns called 'x'; rename one"):
+        read(tmp_path / "d.parquet", label_columns=("x",))
+
+
+def test_columns_that_were_found_are_said_and_a_label_that_is_none_is_an_error(tmp_path):
+    path = write_rows(tmp_path / "d.parquet", [0, 1], y=[1, 0], file_name=["a", "b"])
+    assert read(path).named_columns() == [("images", "image"), ("labels", "label"), ("ids", "file_name")]
+    path = write_rows(tmp_path / "lists.parquet", [[0, 2], [1]], y=[1, 0])
+    with pytest.raises(
+        DataError, match=r"several labels of one sample \(multi-label\) are not supported.* y\."
+    ):
+        read(path)
+    assert read(path, label_columns=("y",)).labels_N.tolist() == [1, 0]
+    path = write_rows(tmp_path / "times.parquet", pa.array([0, 1], pa.timestamp("s")), target=[1, 0])
+    with pytest.raises(DataError, match=r"'label' holds timestamp\[.*; pass --label-column with .*: target"):
+        read(path)
+    decimals = pa.array([decimal.Decimal(1), decimal.Decimal(0)], pa.decimal128(1, 0))
+    assert list(read(write_rows(tmp_path / "decimal.parquet", decimals)).class_names) == ["0", "1"]
+    (tmp_path / "t" / "label=ant").mkdir(parents=True)
+    pq.write_table(pa.table({"image": [png()]}), tmp_path / "t" / "label=ant" / "0.parquet")
+    with pytest.raises(DataError, match=r"'label' stands in the names of folders only \(label=\.\.\.\)"):
+        read(tmp_path / "t")
+
+
+@pytest.mark.parametrize(("mark", "kind"), [("_delta_log", "Delta"), (".hoodie", "Hudi")])
+def test_tables_that_keep_earlier_versions_are_refused(tmp_path, mark, kind):
+    write_rows(tmp_path / "t" / "part-0.parquet", [0, 1])
+    (tmp_path / "t" / mark).mkdir()
+    with pytest.raises(DataError, match=f"is a {kind} table, whose files hold earlier versions"):
+        read(tmp_path / "t")
+
+
+def test_odd_names_and_uris_of_parquet_files(tmp_path):
+    path = write_rows(tmp_path / "my photos.parquet", [0, 1])
+    assert len(read(f"file://{path}")) == len(read(f"file://{tmp_path}/my%20photos.parquet")) == 2
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    shutil.copy(path, odd)
+    for source in (odd, os.fsdecode(os.fsencode(tmp_path))):
+        with pytest.raises(
+            DataError, match=r"caf\\xe9\.parquet: its name is no UTF-8, and cannot be opened; rename"
+        ):
+            read(source)
+    with pytest.raises(DataError, match=r"hf://datasets/x: cannot be opened"):
+        read("hf://datasets/x")
+
+
+def test_parquet_files_beside_class_folders_are_read_and_said(tmp_path):
+    write_folder(tmp_path, 2)
+    write_rows(tmp_path / "preview.parquet", [0, 1])
+    assert read(tmp_path).notes == ["reading its Parquet files; images in class folders are left out"]
 
 
 # --- embeddings ------------------------------------------------------------------------------------------
@@ -496,14 +725,12 @@ def test_sources_that_hold_nothing_are_named(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         read(write_rows(tmp_path / "none.parquet", pa.array([], pa.int64())))
     (tmp_path / "text.parquet").write_text("not Parquet")
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
+    with pytest.raises(DataError, match="is no Parquet file"):
         read(tmp_path / "text.parquet")
 
 
 def test_one_class_only_is_an_error(tmp_path):
-    with pytest.raises(
-        DataError, match="all 2 usable samples have the label '7'; valuing needs at least two"
-    ):
+    with pytest.raises(DataError, match="all 2 usable samples have the label '7'; expected at least two"):
         read(write_rows(tmp_path / "d.parquet", [7, 7, None]))
 
 

@@ -76,7 +76,12 @@ def test_a_folder_is_walked_once(image_folder, monkeypatch):
 
     walks = []
     listed = module.list_image_folder
-    monkeypatch.setattr(module, "list_image_folder", lambda root: walks.append(root) or listed(root))
+
+    def counted(root, split):
+        walks.append(root)
+        return listed(root, split)
+
+    monkeypatch.setattr(module, "list_image_folder", counted)
     source = format_of(DataConfig(source=str(image_folder)))
     source.read(64)
     source.local_files()

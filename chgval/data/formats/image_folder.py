@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,18 +31,22 @@ from chgval.data.formats.base import (
     is_one_file,
     rewritten,
 )
-from chgval.data.formats.parquet.read import has_images, parquet_files
+from chgval.data.formats.parquet.shards import has_images, parquet_files
 from chgval.data.images import (
+    EXTENSIONS,
     LARGEST_KEPT_SIZE,
     PROBED_IMAGES,
+    TORCHVISION_EXTENSIONS,
     Encoded,
     choose_size,
     decode_once,
+    holds_images,
     keep_encoded,
     leads_into,
     open_image_file,
     read_image_file,
 )
+from chgval.data.splits import is_split, split_of
 from chgval.errors import DataError, OutputError, SettingsError
 from chgval.files import (
     EPOCHS_ENDING,
@@ -61,12 +66,9 @@ LONGEST_STEM = 50
 # Of each end of a file.
 DIGESTED_BYTES = 4096
 DIGESTS_AT_A_TIME = 64
-# Those of torchvision's ImageFolder, and what else Pillow reads.
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    *(".gif", ".jfif"),
-)
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
+# What operating systems, file servers and archives put beside one's own files, besides hidden names.
+LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
+SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,6 @@ class ImageFiles:
             return self.read(row)
         except UnreadableImageError as error:
             return error
-
-
-def holds_images(root: Path) -> bool:
-    """Say whether a folder has images where class folders, or those of a split, have theirs."""
-    files = itertools.chain(root.glob("*/*"), root.glob("*/*/*"))
-    return any(file.suffix.lower() in EXTENSIONS for file in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,38 +115,89 @@ class FolderRows:
     notes: Sequence[str]
 
 
-def list_image_folder(root: Path) -> FolderRows:
+@dataclass(slots=True)
+class LeftOut:
+    """What a folder holds that is no sample.
+
+    Attributes:
+        hidden: names of hidden files and folders, and of what systems leave behind.
+        endings: how many files have each ending that no image has.
+        num_loose: images that lie outside of class folders.
+        num_only_here: samples that torchvision's ImageFolder does not list.
+        num_only_there: images that ImageFolder lists.
+    """
+
+    hidden: list[str] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+    num_loose: int = 0
+    num_only_here: int = 0
+    num_only_there: int = 0
+
+    def hide(self, folder: str, name: str, *, is_listed: bool = True) -> None:
+        """Leave a file or folder out that ImageFolder may list."""
+        self.hidden.append(name)
+        path = os.path.join(folder, name)  # noqa: PTH118 (one Path for each file takes seconds)
+        if is_listed:
+            below = [name, *(name for _, _, names in os.walk(path) for name in names)]
+            self.num_only_there += sum(name.lower().endswith(TORCHVISION_EXTENSIONS) for name in below)
+
+    def notes(self) -> list[str]:
+        """Return what a person should know of it."""
+        notes = []
+        if self.hidden:
+            names = sorted(set(self.hidden))
+            notes.append(f"{len(self.hidden):,} hidden files and folders are left out ({_some(names)})")
+        if self.endings:
+            counts = [f"{ending or 'none'} {count:,}" for ending, count in self.endings.most_common()]
+            notes.append(
+                f"{self.endings.total():,} files in class folders have no ending of images and are left out "
+                f"({_some(counts)})"
+            )
+        if self.num_loose:
+            notes.append(f"{self.num_loose:,} images outside of class folders are left out")
+        if self.num_only_here or self.num_only_there:
+            lacks = f" lacks {self.num_only_here:,} of these images" if self.num_only_here else ""
+            lists = f" lists {self.num_only_there:,} others" if self.num_only_there else ""
+            both = " and" if lacks and lists else ""
+            notes.append(f"positions are not those of torchvision's ImageFolder, which{lacks}{both}{lists}")
+        return notes
+
+
+def list_image_folder(root: Path, split: str | None = None) -> FolderRows:
     """List ROOT/<class>/**/<image>.
 
     Args:
-        root: the folder. Where it holds a folder `train`, that one is listed.
+        root: the folder. Where it holds folders of splits, one of them is listed.
+        split: which one. Default: that for training.
     Raises:
-        DataError: there are no class folders, or no images in them.
+        DataError: there are no class folders, or no images in them, or it is not clear which split to read.
     """
-    notes = []
-    if _is_split(root):
-        root = root / "train"
-        notes.append(f"reading {root} only (the folder holds a train folder)")
+    root, notes = _enter_split(root, split)
     folders = _subfolders(root)
     own = sorted(set(_all_subfolders(root)) - set(folders))
     if own:
-        notes.append(f"{len(own)} folders that chgval wrote are no classes ({', '.join(own[:3])})")
+        notes.append(f"{len(own)} folders that chgval wrote are no classes ({_some(own)})")
     if not folders:
         raise DataError(
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
             "folder of *.parquet files."
         )
-    samples = [(path, label) for label, name in enumerate(folders) for path in _images_below(root / name)]
+    left_out = LeftOut()
+    _look_beside_classes(root, left_out)
+    samples = [
+        (path, label) for label, name in enumerate(folders) for path in _images_below(root / name, left_out)
+    ]
     if not samples:
         raise DataError(
             f"{root}: {len(folders)} class folders but no images in them; images end in "
             f"{', '.join(EXTENSIONS)}."
         )
     paths, above = [path for path, _ in samples], os.path.join(root, "")  # noqa: PTH118 (ends in a separator)
+    left_out.num_only_here = sum(not path.lower().endswith(TORCHVISION_EXTENSIONS) for path in paths)
     present, labels_N = np.unique([label for _, label in samples], return_inverse=True)
     empty = [name for label, name in enumerate(folders) if label not in present]
     if empty:
-        notes.append(f"{len(empty)} folders without images are no classes ({', '.join(empty[:3])})")
+        notes.append(f"{len(empty)} folders without images are no classes ({_some(empty)})")
     folders = [folders[label] for label in present]
     return FolderRows(
         root=root,
@@ -160,8 +207,64 @@ def list_image_folder(root: Path) -> FolderRows:
         labels_N=labels_N,
         folders=folders,
         class_names=[as_text(name) for name in folders],
-        notes=notes,
+        notes=[*notes, *left_out.notes()],
     )
+
+
+def _enter_split(root: Path, wanted: str | None) -> tuple[Path, list[str]]:
+    """Return the folder of class folders, and a note where that is the one of a split.
+
+    A folder is taken for that of a split by its name, if it holds folders itself and stands alone or beside
+    another split: `train` may be a class.
+    """
+    names = _subfolders(root)
+    if wanted is not None:
+        found = [name for name in names if is_split(name, wanted)]
+        if len(found) != 1:
+            raise DataError(
+                f"{root}: --split {wanted}: {len(found) or 'none'} of its folders is that; there is "
+                f"{', '.join(map(as_text, names)) or 'no folder'}."
+            )
+        return root / found[0], [f"reading {root / found[0]} only"]
+    splits = [name for name in names if split_of(name) and _subfolders(root / name)]
+    training = [name for name in splits if split_of(name) == "train"]
+    others = [name for name in names if name not in training]
+    if len(training) == 1 and others and not any(map(split_of, others)):
+        return root, [f"{training[0]} is taken for a class; --split {training[0]} reads it alone"]
+    if len(training) == 1:
+        beside = f" (beside it: {_some(others)})" if others else ""
+        return root / training[0], [f"reading {root / training[0]} only{beside}; --split takes another"]
+    if splits and len(splits) == len(names):
+        raise DataError(
+            f"{root}: holds the splits {', '.join(splits)}, and not one for training; pass --split "
+            f"{splits[0]}, or {root / splits[0]}."
+        )
+    if len(names) > 1 and all(split_of(name) for name in names):
+        expected = next((name for name in names if split_of(name) == "train"), names[0])
+        raise DataError(
+            f"{root}: its folders {', '.join(names)} are splits, and no class folders are in them; expected "
+            f"{root / expected}/<class>/<image>."
+        )
+    return root, []
+
+
+def _look_beside_classes(root: Path, left_out: LeftOut) -> None:
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if _is_leftover(entry.name):
+                left_out.hide(str(root), entry.name, is_listed=entry.is_dir())
+            elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
+                left_out.num_loose += 1
+
+
+def _is_leftover(name: str) -> bool:
+    """Say whether a file or folder is nobody's own: hidden, or of a system, a file server or an archive."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _some(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    return ", ".join(map(as_text, names[:SHOWN_NAMES])) + more
 
 
 def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -> Dataset:
@@ -200,7 +303,7 @@ def _subfolders(root: Path) -> list[str]:
 
 def _all_subfolders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not _is_leftover(entry.name))
 
 
 def _is_output(folder: Path) -> bool:
@@ -211,13 +314,7 @@ def _is_output(folder: Path) -> bool:
     return any(path.exists() for path in (folder / TRAINING_FILE, state_file, part_of(state_file)))
 
 
-def _is_split(root: Path) -> bool:
-    """Say whether `train` is a split and not a class: it holds folders, and all beside it are splits too."""
-    names = _subfolders(root)
-    return "train" in names and set(names) <= SPLITS and bool(_subfolders(root / "train"))
-
-
-def _images_below(class_folder: Path) -> list[str]:
+def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
     """Return the images below a class folder, sorted by folder, then by name; links are followed.
 
     A folder that links lead into a second time is left out: its images would count twice, and a link to a
@@ -231,8 +328,16 @@ def _images_below(class_folder: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
-        folders.append((folder, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
+        hidden = {name for name in (*subfolders, *names) if _is_leftover(name)}
+        for name in sorted(hidden):
+            left_out.hide(folder, name)
+        subfolders[:] = sorted(set(subfolders) - hidden)
+        images = sorted(name for name in names if name not in hidden and name.lower().endswith(EXTENSIONS))
+        left_out.endings.update(
+            os.path.splitext(name)[1].lower()  # noqa: PTH122 (one Path for each file takes seconds)
+            for name in set(names) - hidden - set(images)
+        )
+        folders.append((folder, images))
     return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
 
 
@@ -292,7 +397,7 @@ class ImageFolder(Format):
     @cached_property
     def rows(self) -> FolderRows:
         """All images, as they were when they were first listed."""
-        return list_image_folder(Path(self.source))
+        return list_image_folder(Path(self.source), self.config.split)
 
     def read(self, largest_size: int) -> Dataset:
         """Read all images."""

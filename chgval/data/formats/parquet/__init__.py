@@ -9,13 +9,10 @@ from pathlib import Path
 from chgval.config import DataConfig, Link
 from chgval.data.dataset import Dataset
 from chgval.data.formats.base import Format, KnownRows, Rewritten, RowChanges, dataset_format
-from chgval.data.formats.parquet.read import (
-    is_part_of,
-    local_files,
-    pictures_of,
-    read_parquet,
-)
+from chgval.data.formats.parquet.read import pictures_of, read_parquet
+from chgval.data.formats.parquet.shards import is_part_of, local_files
 from chgval.data.formats.parquet.write import open_same, write_parquet
+from chgval.data.images import holds_images
 from chgval.errors import DataError, OutputError
 
 
@@ -38,7 +35,10 @@ class Parquet(Format):
 
     def read(self, largest_size: int) -> Dataset:
         """Read all rows, with their images or embeddings."""
-        return read_parquet(self.source, self.config, largest_size)
+        dataset = read_parquet(self.source, self.config, largest_size)
+        if Path(self.source).is_dir() and holds_images(Path(self.source)):
+            return dataset.with_notes(["reading its Parquet files; images in class folders are left out"])
+        return dataset
 
     def local_files(self) -> set[Path]:
         """Return the files, if they are on this machine."""

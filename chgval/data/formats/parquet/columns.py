@@ -60,9 +60,12 @@ def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
             f"{source}: columns {', '.join(candidates)} could all hold the images; pass --image-column."
         )
     lists = [field.name for field in schema if is_vector(field.type)]
-    advice = (
-        f"pass --features-column {lists[0]} to value embeddings" if lists else "images are structs or binary"
-    )
+    of_bytes = [name for name in lists if pa.types.is_uint8(schema.field(name).type.value_type)]
+    advice = "images are structs or binary"
+    if of_bytes:
+        advice = f"'{of_bytes[0]}' holds lists of bytes; write encoded images as binary"
+    elif lists:
+        advice = f"pass --features-column {lists[0]} to value embeddings"
     raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
 
 
@@ -101,6 +104,9 @@ def _label_column(source: str, schema: pa.Schema) -> str:
     candidates: list[str] = [field.name for field in schema if _is_label(field.type)]
     if "label" in candidates:
         return "label"
+    # Whatever else is there is not what somebody called the label, unless that is an image, as of a mask.
+    if "label" in schema.names and not is_image(schema.field("label").type):
+        raise DataError(f"{source}: {_unfit(schema, 'label', candidates)}.")
     hints = huggingface_features(schema)
     class_labels = [
         name
@@ -113,11 +119,27 @@ def _label_column(source: str, schema: pa.Schema) -> str:
         if preferred in candidates:
             return preferred
     unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
-    found = f"column '{unfit}' holds {schema.field(unfit).type}" if unfit else "column 'label' not found"
-    advice = "pass a column of integers, strings or booleans with --label-column"
-    if unfit and is_label_list(schema.field(unfit).type):
-        advice = f"if several annotators gave these, pass --label-column {unfit}"
-    raise DataError(f"{source}: {found}; {_columns_are(schema)}; {advice}.")
+    if unfit is not None:
+        raise DataError(f"{source}: {_unfit(schema, unfit, candidates)}.")
+    raise DataError(
+        f"{source}: column 'label' not found; {_columns_are(schema)}; pass a column of integers, strings or "
+        "booleans with --label-column."
+    )
+
+
+def _unfit(schema: pa.Schema, name: str, candidates: Sequence[str]) -> str:
+    """Say why a column cannot be the one of labels, and which could."""
+    kind = schema.field(name).type
+    others = [other for other in candidates if not _is_original(schema, other)]
+    advice = f"{_columns_are(schema)}; pass a column of integers, strings or booleans with --label-column"
+    if others:
+        advice = f"pass --label-column with the one of labels: {', '.join(others)}"
+    if is_label_list(kind):
+        return (
+            f"column '{name}' holds {kind}: several labels of one sample (multi-label) are not supported; if "
+            f"several annotators gave these, pass --label-column {name}; else {advice}"
+        )
+    return f"column '{name}' holds {kind}; {advice}"
 
 
 def original_column(label_column: str) -> str:
@@ -180,7 +202,8 @@ def _is_label(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
-    return bool(number or is_text(kind))
+    # Databases write integers as decimals without a fraction.
+    return bool(number or is_text(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
 
 
 def is_label_list(kind: pa.DataType) -> bool:

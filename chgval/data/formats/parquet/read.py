@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import itertools
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from chgval.config import DataConfig
@@ -33,14 +28,13 @@ from chgval.data.dataset import (
 from chgval.data.decode import UnreadableImageError
 from chgval.data.formats.parquet.columns import (
     check_column,
-    class_names,
     find_id_column,
     find_image_column,
     find_label_columns,
-    is_image,
     is_list,
     is_vector,
 )
+from chgval.data.formats.parquet.shards import Shards, open_shards, read_batches
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
     PROBED_IMAGES,
@@ -54,21 +48,15 @@ from chgval.data.images import (
 )
 from chgval.detection.signals import Annotations
 from chgval.errors import DataError, first_line
-from chgval.files import METADATA_KEY
 from chgval.types import IntArray
 
 if TYPE_CHECKING:
-    import pyarrow.dataset as pads
+    pass
 
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
 IMAGE_ROWS = 16
 COLUMN_ROWS = 65_536
 SHOWN_ANNOTATORS = 5
-READ_BUFFER = 65_536
-
-# A split in a file name stands between delimiters: train-00000-of-00002, my_train.parquet.
-_TRAIN = re.compile(r"(^|[-._ /])(train|training)($|[-._ /0-9])")
-_OTHER_SPLIT = re.compile(r"(^|[-._ /])(validation|valid|val|dev|test|testing|eval|evaluation)($|[-._ /0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +80,7 @@ class ParquetRows:
         source: what the user named.
         shards: the files.
         label_columns: names of the columns of labels.
+        id_column: name of the column of ids, if there is one.
         raw_labels_A: labels as they are stored, None for null and NaN, of each of A annotators.
         annotators: their names, if there are several.
         class_names: names that integer labels index, if the files have them.
@@ -100,8 +89,9 @@ class ParquetRows:
     """
 
     source: str
-    shards: pads.FileSystemDataset
+    shards: Shards
     label_columns: tuple[str, ...]
+    id_column: str | None
     raw_labels_A: Sequence[Sequence[object]]
     annotators: tuple[str, ...]
     class_names: Sequence[str] | None
@@ -142,8 +132,17 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     Raises:
         DataError: nothing to read, or a column is missing or of the wrong type.
     """
-    shards, notes = _open_shards(source)
+    shards, notes = open_shards(source, config.split)
     schema = shards.schema
+    for asked in (*config.label_columns, config.id_column, config.image_column, config.features_column):
+        if asked in shards.doubled:
+            raise DataError(f"{source}: has two columns called '{asked}'; rename one.")
+    for name in config.label_columns or ("label",):
+        if name in shards.partitions and name not in schema.names:
+            raise DataError(
+                f"{source}: the column '{name}' stands in the names of folders only ({name}=...), which are "
+                "not read; write it into the files."
+            )
     label_columns = find_label_columns(source, schema, config.label_columns)
     id_column = find_id_column(source, schema, config.id_column)
     wanted = dict.fromkeys(name for name in (*label_columns, id_column) if name is not None)
@@ -162,9 +161,10 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
         source=source,
         shards=shards,
         label_columns=label_columns,
+        id_column=id_column,
         raw_labels_A=raw_labels_A,
         annotators=annotators,
-        class_names=_common_class_names(source, schema, label_columns),
+        class_names=_common_class_names(source, shards, label_columns),
         ids=columns[id_column].cast(pa.string()).fill_null("").to_pylist() if id_column else None,
         notes=notes,
     )
@@ -183,6 +183,7 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
     rows = open_parquet(source, config)
     shards = rows.shards
     problems: dict[int, str]
+    image_column = None
     if config.features_column is not None:
         vectors_ND, problems = read_vectors(source, shards, config.features_column, len(rows))
         ids = rows.ids or rows.row_numbers()
@@ -215,6 +216,12 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         fingerprint=fingerprint(ids, labelled.labels_NA, labelled.class_names, contents),
         notes=rows.notes,
         annotations=labelled.annotations,
+        columns={
+            "image_column": image_column,
+            "features_column": config.features_column,
+            "label_columns": rows.label_columns,
+            "id_column": rows.id_column,
+        },
     )
 
 
@@ -223,7 +230,7 @@ def pictures_of(source: str, config: DataConfig, rows: Sequence[int]) -> Iterato
 
     Reads as far as the last of the rows, a few at a time.
     """
-    shards, _ = _open_shards(source)
+    shards, _ = open_shards(source, config.split)
     column = find_image_column(source, shards.schema, config.image_column)
     wanted = set(rows)
     stream = _encoded(shards, column, SeenImages(), limit=max(wanted, default=-1) + 1)
@@ -239,130 +246,10 @@ def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
     return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
 
 
-def _open_shards(source: str) -> tuple[pads.FileSystemDataset, list[str]]:
-    """Find the files that a path, glob, folder or URI names, sorted; of several splits the training one."""
-    import pyarrow.dataset as pads  # loads pandas
-
-    try:
-        path = _local_path(source)
-        if path is None:
-            filesystem, root = pafs.FileSystem.from_uri(source)
-            base, files = _remote_files(filesystem, root)
-        else:
-            filesystem = pafs.LocalFileSystem()
-            base, files = _local_files(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{source}: cannot be opened ({first_line(error)}); expected a file, a glob or a folder of "
-            "*.parquet, on this machine or as a URI of s3://, gs://, abfs://, hdfs:// or file://."
-        ) from error
-    if not files:
-        raise DataError(
-            f"{source}: no Parquet files found, besides reports of chgval; expected a file, a glob or a "
-            "folder of *.parquet."
-        )
-    # What says which split a file is of lies below what the user named, not above it.
-    names = {file: os.path.relpath(file, base).removesuffix(".parquet") for file in files}
-    training = [file for file in files if _TRAIN.search(names[file])]
-    other = [file for file in files if _OTHER_SPLIT.search(names[file]) and file not in training]
-    notes = []
-    if training and other:
-        files = [file for file in files if file not in other]
-        notes.append(f"reading the training split only ({len(files)} of {len(files) + len(other)} files)")
-    try:
-        return pads.dataset(files, format="parquet", filesystem=filesystem), notes
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{source}: cannot be read as Parquet ({first_line(error)}); the file may be truncated."
-        ) from error
-
-
-def parquet_files(folder: Path) -> list[str]:
-    """Return the Parquet files below a folder, sorted, without hidden ones and reports of chgval itself."""
-    files = []
-    for file in sorted(folder.rglob("*.parquet")):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith((".", "_")) for part in parts)
-        if not hidden and file.is_file() and not _is_report(file):
-            files.append(str(file))
-    return files
-
-
-def has_images(file: str) -> bool:
-    """Say whether a Parquet file has a column that can hold images."""
-    try:
-        return any(is_image(field.type) for field in pq.read_schema(file))
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _is_report(file: Path) -> bool:
-    try:
-        return METADATA_KEY in (pq.read_schema(file).metadata or {})
-    except (OSError, pa.ArrowException):
-        return False  # whatever is wrong with it will be told when it is read
-
-
-def _local_files(source: str) -> tuple[str, list[str]]:
-    """Return the folder that the user named, in the widest sense, and the files."""
-    path = Path(source)
-    if path.is_dir():
-        return source, parquet_files(path)
-    if path.is_file():
-        return str(path.parent), [source]
-    found = glob.glob(source, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
-    files = sorted(file for file in found if Path(file).is_file() and not _is_report(Path(file)))
-    return _before_magic(source), files
-
-
-def local_files(source: str) -> set[Path]:
-    """Return what the user named on this machine: files, without links."""
-    path = _local_path(source)
-    return set() if path is None else {Path(file).resolve() for file in _local_files(path)[1]}
-
-
-def _local_path(source: str) -> str | None:
-    """Return a path or glob as it is, that of a URI of this machine, and None for other machines."""
-    if source.startswith("file://"):
-        path: str = pafs.FileSystem.from_uri(source)[1]
-        return path
-    return None if "://" in source else source
-
-
-def is_part_of(source: str, target: Path) -> bool:
-    """Say whether a local file or folder is, or would be, among the files that the user named."""
-    path = _local_path(source)
-    if path is None:
-        return False
-    if Path(path).exists():
-        return target.resolve().is_relative_to(Path(path).resolve())
-    pattern, new = str(Path(path).absolute()), (target.absolute(), target.absolute() / "train.parquet")
-    matches = (fnmatch.fnmatch(str(f), pattern) if "**" in pattern else f.match(pattern) for f in new)
-    return target.resolve() in local_files(path) or any(matches)
-
-
-def _remote_files(filesystem: pafs.FileSystem, root: str) -> tuple[str, list[str]]:
-    info = filesystem.get_file_info(root)
-    if info.type == pafs.FileType.Directory:
-        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        return root, sorted(info.path for info in found if info.is_file and info.path.endswith(".parquet"))
-    if info.is_file or not glob.has_magic(root):
-        return root.rpartition("/")[0] or "/", [root] if info.is_file else []
-    base = _before_magic(root)
-    found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-    return base, sorted(info.path for info in found if info.is_file and fnmatch.fnmatch(info.path, root))
-
-
-def _before_magic(pattern: str) -> str:
-    """Return the folder that a glob starts from."""
-    folder, slash, _ = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
-    return folder or slash or "."
-
-
-def _common_class_names(source: str, schema: pa.Schema, columns: Sequence[str]) -> list[str] | None:
+def _common_class_names(source: str, shards: Shards, columns: Sequence[str]) -> list[str] | None:
     """Return the class names that all columns of labels have, if any; empty ones need none."""
-    filled = [name for name in columns if not pa.types.is_null(schema.field(name).type)]
-    named = [class_names(schema, name) for name in filled]
+    filled = [name for name in columns if not pa.types.is_null(shards.schema.field(name).type)]
+    named = [shards.class_names(source, name) for name in filled]
     if any(names != named[0] for names in named):
         raise DataError(
             f"{source}: columns {', '.join(columns)} do not name the same classes; --label-column needs "
@@ -393,8 +280,9 @@ def _raw_labels(
 def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[object]:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
+    if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        if pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
         try:
             column = column.cast(pa.int64())
         except pa.ArrowInvalid as error:
@@ -406,35 +294,14 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
     return labels
 
 
-def read_batches(
-    shards: pads.FileSystemDataset, columns: list[str] | None, rows: int
-) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Read columns (None: all) in order, a bounded number of rows at a time, each with the path of its file.
-
-    Raises DataError where a file is damaged, or lacks a column.
-
-    File by file and unbuffered, because a dataset's own scanner holds a whole row group of images and more.
-    """
-    for path in shards.files:
-        try:
-            with shards.filesystem.open_input_file(path) as file:
-                parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
-                for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
-                    for column in batch.columns:  # nothing else looks whether text is UTF-8
-                        # A dictionary, which comes with every batch, is looked at where it is used.
-                        column.validate(full=columns is not None or not pa.types.is_dictionary(column.type))
-                    yield path, batch if columns is None else batch.select(columns)
-        except MemoryError:
-            raise
-        except (OSError, KeyError, pa.ArrowException) as error:
-            what = "it" if columns is None else ", ".join(columns)
+def _table(source: str, shards: Shards, columns: list[str]) -> pa.Table:
+    for name in columns:
+        if name in shards.conflicts:
+            first, first_type, second, second_type = shards.conflicts[name]
             raise DataError(
-                f"{path}: reading {what} failed ({first_line(error)}); the file may be damaged, or its "
-                "columns may differ from those of the other files."
-            ) from error
-
-
-def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> pa.Table:
+                f"{source}: the files disagree about the type of '{name}': {first} has {first_type}, "
+                f"{second} has {second_type}; give all files one type."
+            )
     schema = pa.schema([shards.schema.field(name) for name in columns])
     parts = [pa.Table.from_batches([batch]) for _, batch in read_batches(shards, columns, COLUMN_ROWS)]
     try:
@@ -445,9 +312,7 @@ def _table(source: str, shards: pads.FileSystemDataset, columns: list[str]) -> p
         ) from error
 
 
-def _encoded(
-    shards: pads.FileSystemDataset, column: str, seen: SeenImages, limit: int | None = None
-) -> Iterator[Encoded]:
+def _encoded(shards: Shards, column: str, seen: SeenImages, limit: int | None = None) -> Iterator[Encoded]:
     """Yield every image's bytes, and note them."""
     is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
     rows = (
@@ -487,7 +352,7 @@ def read_beside(folder: Path, path: str) -> Encoded:
 
 
 def read_vectors(
-    source: str, shards: pads.FileSystemDataset, column: str, num_rows: int
+    source: str, shards: Shards, column: str, num_rows: int
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """Return the embeddings, shape (N, D), zeros where there are none, and why a row has none, by row.
 

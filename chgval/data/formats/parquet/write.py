@@ -40,10 +40,10 @@ from chgval.data.formats.parquet.read import (
     bytes_and_path,
     ids_from_paths,
     open_parquet,
-    read_batches,
     read_beside,
     read_vectors,
 )
+from chgval.data.formats.parquet.shards import read_batches
 from chgval.errors import DataError, first_line
 from chgval.files import new_folder, output_errors, replacing, sync
 
@@ -84,15 +84,19 @@ def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
     """Return the schema of all files, with a column of original labels where there will be other ones.
 
     Raises:
-        DataError: the files disagree about the types of their columns.
+        DataError: the files disagree about the types of their columns, or have columns twice.
     """
-    shards, label = rows.shards, rows.label_columns[0]
-    try:
-        schemas = [pq.read_schema(path, filesystem=shards.filesystem) for path in shards.files]
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{rows.source}: the files do not fit each other ({first_line(error)}).") from error
-    schema = schema.with_metadata(shards.schema.metadata)
+    shards, label, schema = rows.shards, rows.label_columns[0], rows.shards.schema
+    for name, (first, first_type, second, second_type) in shards.conflicts.items():
+        raise DataError(
+            f"{rows.source}: the files do not fit each other: '{name}' is {first_type} in {first}, and "
+            f"{second_type} in {second}."
+        )
+    if shards.doubled:
+        raise DataError(
+            f"{rows.source}: has two columns called '{shards.doubled[0]}', and cannot be written anew so; "
+            "rename one."
+        )
     original = _original_column(schema, label)
     if not relabels or original in schema.names:
         return schema
