@@ -179,6 +179,11 @@ class DataConfig(Settings):
         if len(set(self.label_columns)) < len(self.label_columns):
             named = " ".join(self.label_columns)
             raise SettingsError(f"--label-column {named}: names a column twice; name each annotator's once.")
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if given is not None and not all(0 <= number <= 1 for number in given):
+                raise SettingsError(
+                    f"--{name} {given}: pixels go from 0 to 1; divide numbers up to 255 by 255."
+                )
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
         images_only = (self.image_column, self.image_size, self.mean, self.std)
@@ -489,6 +494,7 @@ class DetectConfig(FromValues):
         least=0,
         most=1,
     )
+    link: Link | None = option(None, "How images of a folder get there. Default: copy.", DATASET_PANEL)
     force: bool = option(
         False,
         "Write it even if it loses over half of its rows, or a whole class.",
@@ -501,7 +507,7 @@ class DetectConfig(FromValues):
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
-        self.check_needs("cleaned", "relabel", "force", "dataset")
+        self.check_needs("cleaned", "relabel", "link", "force", "dataset")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")

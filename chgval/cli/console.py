@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # these import torch, which reports do without
 Side = Literal["left", "right"]
 
 HISTOGRAM_WIDTH = 40
-LONGEST_NAME = 40
+NARROWEST_NAME = 8
+GAP = "  "
 LINE_WIDTH = 80
 SHOWN_ANNOTATORS = 10
 
@@ -302,12 +303,13 @@ class Console:
         self.say("")
         self._rich.print(Text("Values", style="italic"))
         most = max(summary.histogram_counts)
+        block, sliver = ("█", "▏") if self._rich.encoding.startswith("utf") else ("#", "|")
         edges = summary.histogram_edges
         last = len(summary.histogram_counts) - 1
         for number, count in enumerate(summary.histogram_counts):
             low = "below" if number == 0 else f"{edges[number]:.2e}"
             high = "or more" if number == last else f"{edges[number + 1]:.2e}"
-            bar = "█" * round(HISTOGRAM_WIDTH * count / most) or ("▏" if count else "")
+            bar = block * round(HISTOGRAM_WIDTH * count / most) or (sliver if count else "")
             self.say(f"{low:>10} {high:>10} {count:>9,} {bar}")
 
     def _samples(self, title: str, lines: Sequence[SampleLine]) -> None:
@@ -320,7 +322,10 @@ class Console:
     def _table(
         self, title: str, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], last: str = ""
     ) -> None:
-        """Print an empty line, then numbers (right) and names (left), which are cut off where they are long.
+        """Print an empty line, then numbers (right) and names (left).
+
+        Numbers are printed whole. Names lose their middle where a terminal is too narrow for them; in a file
+        they have all the room that they need.
 
         Args:
             title: stands above the table.
@@ -328,18 +333,44 @@ class Console:
             rows: one text per column.
             last: a line below them.
         """
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for heading, side in headings.items():
-            if side == "right":
-                table.add_column(heading, justify="right")
-            else:
-                table.add_column(heading, max_width=LONGEST_NAME, overflow="ellipsis", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(printable(text)) for text in row))
-        if last:
-            table.add_row(Text(last, style="dim"))
+        columns = [[heading, *texts] for heading, *texts in zip(headings, *rows, strict=True)]
+        columns = [[printable(text) for text in column] for column in columns]
+        widths = [max(map(cell_len, column)) for column in columns]
+        if self._rich.is_terminal:
+            names = [number for number, side in enumerate(headings.values()) if side == "left"]
+            room = self._rich.width - len(GAP) * (len(widths) - 1)
+            room -= sum(width for number, width in enumerate(widths) if number not in names)
+            for number, width in zip(names, share_room([widths[n] for n in names], room), strict=True):
+                widths[number] = width
         self.say("")
-        self._rich.print(table, soft_wrap=False)
+        self._rich.print(Text(title, style="italic"))
+        for number, row in enumerate(zip(*columns, strict=True)):
+            cells = [
+                " " * (width - cell_len(text)) + text if side == "right" else fit(text, width)
+                for text, width, side in zip(row, widths, headings.values(), strict=True)
+            ]
+            self._rich.print(Text(GAP.join(cells).rstrip(), style="" if number else "bold"))
+        if last:
+            self._rich.print(Text(last, style="dim"))
+
+
+def share_room(widths: Sequence[int], room: int) -> list[int]:
+    """Return widths that fit: what is wider than the others gives way first, down to the narrowest name."""
+    shared = list(widths)
+    while sum(shared) > max(room, NARROWEST_NAME * len(shared)):
+        widest = max(range(len(shared)), key=shared.__getitem__)
+        shared[widest] -= 1
+    return shared
+
+
+def fit(text: str, width: int) -> str:
+    """Return a name in so many cells; one that is too long keeps its beginning and, more of it, its end."""
+    if cell_len(text) > width:
+        head, tail = text[: (width - 1) // 3], text
+        while cell_len(head) + 1 + cell_len(tail) > width:
+            tail = tail[1:]
+        text = f"{head}…{tail}"
+    return text + " " * (width - cell_len(text))
 
 
 def printable(text: str) -> str:

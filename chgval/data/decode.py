@@ -33,6 +33,10 @@ _PIXELS_AT_A_TIME = 2**25
 _SIXTEEN_TO_EIGHT_BITS = 257
 
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
 class _Pixels:
     """How many pixels are being decoded, so that threads wait for each other before they fill the memory."""
 
@@ -109,7 +113,7 @@ def decode_random_crop(
 
 def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(encoded), formats=formats())
+        image = Image.open(io.BytesIO(_without_texts(encoded)), formats=formats())
     except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
         raise UnreadableImageError(_reason(encoded, error)) from error
     pixels = image.width * image.height
@@ -130,12 +134,34 @@ def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image
             # Of a progressive JPEG, all coefficients are held whatever the scale.
             taken = whole if "progressive" in image.info else image.width * image.height
             stack.enter_context(_pixels.taking(taken))
-            image = _to_rgb(ImageOps.exif_transpose(image))
+            image = _to_rgb(_upright(image))
         except Exception as error:
             raise UnreadableImageError(_reason(encoded, error)) from error
         # Whoever used it may still hold it when the next thread takes memory for its own.
         stack.callback(image.close)
         yield image
+
+
+def _without_texts(encoded: bytes) -> bytes:
+    """Return a PNG without its texts and colour profile: Pillow refuses images for the size of these."""
+    if not encoded.startswith(_PNG_SIGNATURE):
+        return encoded
+    kept, start, end = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), len(encoded)
+    while start + 12 <= end:  # of each block: its length, its name, its contents, and a checksum
+        after = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        if encoded[start + 4 : start + 8] not in _PNG_TEXTS:
+            kept.append(encoded[start:after])
+        start = after
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says; one whose EXIF cannot be read is taken as it lies."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        image.load()  # that is no matter of EXIF
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

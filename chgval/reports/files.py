@@ -123,7 +123,8 @@ def write_table(config: OutputConfig, table: pa.Table) -> None:
 
 def write_names(config: OutputConfig, names: Iterable[str], end: str) -> None:
     """Write one name after the other, each with its end; bytes that are no text come out as they were."""
-    encoded = b"".join(os.fsencode(name + end) for name in names)
+    # Whatever the locale: names in reports are text that was read as UTF-8.
+    encoded = b"".join((name + end).encode("utf-8", "surrogateescape") for name in names)
     if config.to_stdout:
         with _standard_output() as file:
             file.write(encoded)
@@ -260,7 +261,7 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     """
     try:
         data = metadata["settings"]["data"]
-        columns = ("image_column", "id_column", "features_column")
+        columns = ("image_column", "id_column", "features_column", "split")
         named, label_columns = {column: data[column] for column in columns}, data["label_columns"]
         texts = [data["source"], *label_columns]
         if not (isinstance(label_columns, list) and all(isinstance(text, str) for text in texts)):
@@ -271,7 +272,7 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "
-            "pass the report as Parquet or Arrow."
+            "pass the report as Parquet or Arrow, or --dataset too."
         ) from error
 
 
@@ -295,15 +296,20 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool) -> pa.Table:
         return parquet.read(None if whole else [name for name in wanted.names if name in there])
     if start == b"ARROW1":
         return pa.ipc.open_file(file).read_all()
+    # Other programs write integers beside nulls as 5.0. All of ours are exact as floats.
+    as_floats = pa.schema(
+        [field.with_type(pa.float64()) if pa.types.is_integer(field.type) else field for field in wanted]
+    )
     if start.startswith(b"{"):
         # Columns that are missing would come back as nulls.
         names = json.loads(file.read(LONGEST_LINE).split(b"\n", 1)[0])
         file.seek(0)
-        there = pa.schema([field for field in wanted if field.name in names])
+        there = pa.schema([field for field in as_floats if field.name in names])
         return pajson.read_json(file, parse_options=pajson.ParseOptions(explicit_schema=there))
     convert = pacsv.ConvertOptions(
-        column_types=wanted,
+        column_types=as_floats,
         include_columns=None if whole else wanted.names,
+        null_values=[""],  # a class may be called NA
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,  # reports write null as nothing, and an empty id as ""
     )

@@ -177,7 +177,13 @@ def _write_cleaned(given: Input, flagged_N: NDArray[np.bool_], config: DetectCon
         names_N = np.where(sure_N, report["suggested_name"], report["label_name"])
         _check_loss(report.table, names_N, kept_N, target)
     written = rewrite_rows(
-        given.source, report.table, report.metadata, kept_N, target, new_labels_N=new_labels_N
+        given.source,
+        report.table,
+        report.metadata,
+        kept_N,
+        target,
+        new_labels_N=new_labels_N,
+        link=config.link or "copy",
     )
     relabelled = "" if relabel is None else f", {sure_N.sum():,} of them relabelled"
     return f"{written:,} of {len(report):,} rows kept{relabelled} -> {target}"

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import Link
+from chgval.config import DataConfig, Link
 from chgval.data.formats import Format, format_of
 from chgval.data.formats.base import KnownRows, RowChanges
 from chgval.data.open import check_rewritable
@@ -28,6 +28,7 @@ def dataset_behind(
     *,
     dataset: str | None,
     overwrite: bool,
+    link: Link,
 ) -> Format:
     """Return the dataset that a report is about, if it can be written anew at the target.
 
@@ -38,11 +39,15 @@ def dataset_behind(
         target: where the dataset shall be written.
         dataset: where the user says that it is; None takes where the report says that it was.
         overwrite: whether a file may be replaced.
+        link: how files of a folder get there.
     Raises:
         ChgvalError: the report does not say, or names another machine, the dataset is not there or another
             by now, or the target is not free.
     """
-    data = dataset_of(metadata, source)
+    if dataset is not None and "settings" not in metadata:  # CSV and JSON lines have no place for it
+        data = DataConfig(source=dataset)
+    else:
+        data = dataset_of(metadata, source)
     if dataset is not None:
         data = dataclasses.replace(data, source=dataset)
     elif "://" in data.source and not data.source.startswith("file://"):
@@ -53,7 +58,7 @@ def dataset_behind(
         )
     try:
         source_of_rows = format_of(data)
-        check_rewritable(source_of_rows, target, overwrite=overwrite)
+        check_rewritable(source_of_rows, target, overwrite=overwrite, link=link)
         source_of_rows.check_same(_known(report, metadata))
     except DataError as error:
         if dataset is not None:

@@ -66,8 +66,7 @@ def run_select(config: SelectConfig) -> Selection:
     """
     if config.by not in RANKED_BY:
         raise SettingsError(f"--by {config.by}: expected one of {', '.join(RANKED_BY)}.")
-    link = config.link or "copy"
-    with values_of("select", config, _columns(config), in_order=True, link=link) as given:
+    with values_of("select", config, _columns(config), in_order=True) as given:
         report, rng = given.report, np.random.default_rng(config.train.seed)
         dropped_N = np.zeros(len(report), dtype=bool)
         if config.drop is not None:
@@ -97,7 +96,12 @@ def run_select(config: SelectConfig) -> Selection:
             from chgval.runs.rewriting import rewrite_rows  # imports torch
 
             written = rewrite_rows(
-                given.source, report.table, report.metadata, kept_N, config.materialize, link=link
+                given.source,
+                report.table,
+                report.metadata,
+                kept_N,
+                config.materialize,
+                link=config.link or "copy",
             )
             materialized = f"{written:,} rows -> {config.materialize}"
         classes = summarise_selection(report.table, kept_N, dropped_N)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chgval.config import DetectConfig, Link, SelectConfig
+from chgval.config import DetectConfig, SelectConfig
 from chgval.errors import SettingsError
 from chgval.files import check_apart, locked
 from chgval.reports.files import check_output, in_input_order, is_report, read_table
@@ -42,7 +42,6 @@ def values_of(
     columns: Sequence[str],
     *,
     in_order: bool,
-    link: Link = "copy",
     on_dataset: Callable[[Dataset], None] = lambda _: None,
 ) -> Iterator[Input]:
     """Read the report that the user named, or value the dataset; what is written meanwhile is locked.
@@ -54,7 +53,6 @@ def values_of(
         config: its settings.
         columns: of the report.
         in_order: whether rows must be all there, and are then in the order of the input.
-        link: how files of a folder would get into a new one.
         on_dataset: is given the dataset before it is valued, to check it.
     Raises:
         ChgvalError: the input is neither, or an output is in the way.
@@ -63,7 +61,7 @@ def values_of(
         with locked(*config.outputs, config.state_file):
             yield _read(config, columns, in_order=in_order)
     else:
-        with _value(command, config, columns, link, on_dataset) as given:
+        with _value(command, config, columns, on_dataset) as given:
             yield given
 
 
@@ -86,6 +84,7 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
             config.target,
             dataset=config.dataset,
             overwrite=config.overwrites,
+            link=config.link or "copy",
         )
     return Input(Report(table, metadata), source)
 
@@ -95,7 +94,6 @@ def _value(
     command: str,
     config: DetectConfig | SelectConfig,
     columns: Sequence[str],
-    link: Link,
     on_dataset: Callable[[Dataset], None],
 ) -> Iterator[Input]:
     # These import torch, which reports do without.
@@ -116,7 +114,7 @@ def _value(
                 source,
                 config.target,
                 overwrite=unfinished.overwrites,
-                link=link,
+                link=config.link or "copy",
                 may_be_there=unfinished.may_have_written(config.target),
             )
         for table in config.tables:

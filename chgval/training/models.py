@@ -10,6 +10,7 @@ import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,8 @@ EMBEDDING_ARCHS = ("linear", "mlp")
 MLP_WIDTH = 256
 # From here on, reading a state dict with weights_only runs no code of it.
 SAFE_TORCH = (2, 10)
+# What torch's models for several devices put before the name of each weight.
+PARALLEL_PREFIX = "module."
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +259,7 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
         )
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise errors of any kind on files that are something else
@@ -264,6 +267,7 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             f"--weights {path}: cannot be read as tensors ({type(error).__name__}); pass a safetensors file, "
             "or a state dict saved with torch.save(model.state_dict(), ...)."
         ) from error
+    state = _unwrapped(state)
     if not _is_state_dict(state):
         raise ModelError(
             f"--weights {path}: expected a state dict (names to tensors), found other contents "
@@ -290,7 +294,18 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
     network.load_state_dict(state, strict=False)
 
 
-def _is_state_dict(state: object) -> bool:
+def _unwrapped(state: Any) -> Any:
+    """Return the weights out of what trainings keep beside them, without the prefix of parallel models."""
+    if isinstance(state, dict):
+        for name in ("state_dict", "model_state_dict", "model"):
+            if _is_state_dict(state.get(name)):
+                state = state[name]
+    if _is_state_dict(state) and all(name.startswith(PARALLEL_PREFIX) for name in state):
+        state = {name.removeprefix(PARALLEL_PREFIX): value for name, value in state.items()}
+    return state
+
+
+def _is_state_dict(state: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     )

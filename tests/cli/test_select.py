@@ -290,3 +290,35 @@ def test_suspects_of_another_dataset_are_refused(report, folder, tmp_path):
     commands.invoke("detect-noise", str(values), "--all", "-q", "-o", str(tmp_path / "s.parquet"))
     result = invoke(report, "--count", "3", "--drop", tmp_path / "s.parquet", "-o", tmp_path / "m.parquet")
     assert result.exit_code == 1 and "these suspects are of another dataset" in result.stderr
+
+
+def test_a_folder_of_links_is_pruned_and_cleaned_with_links(tmp_path):
+    """As the caches of data tools lay files out; from a report as from the dataset."""
+    blobs, root, report = tmp_path / "blobs", tmp_path / "images", tmp_path / "v.parquet"
+    write_folder(root, 6)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(root.glob("*/*.png"))):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    assert commands.invoke("value", root, "--epochs", 1, "-q", "-o", report).exit_code == 0
+    args = ["--fraction", 0.5, "-q", "-o", tmp_path / "m.parquet", "--materialize", tmp_path / "pruned"]
+    refused = invoke(report, *args)
+    assert refused.exit_code == 1 and "pass --link sym, which only makes the same links" in refused.stderr
+    assert invoke(report, *args, "--link", "sym").exit_code == 0
+    cleaning = ["--cleaned", tmp_path / "clean", "--link", "sym", "-q", "-o", tmp_path / "s.parquet"]
+    assert commands.invoke("detect-noise", report, *cleaning).exit_code == 0
+    for name in ("pruned", "clean"):
+        files = list((tmp_path / name).glob("*/*.png"))
+        assert files and all(file.resolve().parent == blobs for file in files)
+
+
+def test_a_report_as_csv_needs_only_to_be_told_its_dataset(tmp_path):
+    root, report = write_folder(tmp_path / "images", 6), tmp_path / "v.csv"
+    assert commands.invoke("value", root, "--epochs", 1, "-q", "-o", report).exit_code == 0
+    args = ["--fraction", 0.5, "-q", "-o", tmp_path / "m.csv", "--materialize", tmp_path / "pruned"]
+    refused = invoke(report, *args)
+    assert (
+        refused.exit_code == 1 and "pass the report as Parquet or Arrow, or --dataset too" in refused.stderr
+    )
+    assert invoke(report, *args, "--dataset", root).exit_code == 0
+    assert len(list((tmp_path / "pruned").glob("*/*.png"))) == 6

@@ -263,6 +263,8 @@ def test_file_names_that_are_no_text_come_out_in_every_format(tmp_path, form):
     [
         (["absent"], 1, "error: absent: no such file or folder."),
         (["builtin:digits", "--arch", "resnet9"], 1, "--arch resnet9: no such model"),
+        (["builtin:digits", "--mean", "124,116,104"], 2, "pixels go from 0 to 1; divide numbers up to 255"),
+        (["builtin:digits", "--std", "58,57,57"], 2, "pixels go from 0 to 1; divide numbers up to 255"),
         (["builtin:digits", "--weights", "absent.pt", "--arch", "resnet8"], 1, "absent.pt: no such file"),
         (["builtin:digits", "-o", "nowhere/v.parquet"], 1, "there is no folder nowhere; create it first"),
         (["builtin:digits", "-o", "v.xlsx"], 2, "the ending says no format"),

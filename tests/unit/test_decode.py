@@ -1,6 +1,8 @@
 """Every kind of image that people have, written by Pillow, read back by the decoder."""
 
 import io
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -76,6 +78,36 @@ def test_exif_rotation_is_applied(orientation):
     encoded = encode(stored, "PNG", exif=exif)
     assert shorter_side(encoded) == 6
     np.testing.assert_array_equal(decode_centre(encoded, 6), np.asarray(upright)[1:7].transpose(2, 0, 1))
+
+
+def block(name, contents):
+    return struct.pack(">I", len(contents)) + name + contents + struct.pack(">I", zlib.crc32(name + contents))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        block(b"zTXt", b"parameters\0\0" + zlib.compress(b"workflow " * 200_000)),
+        block(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(bytes(2_000_000))),
+        block(b"iCCP", b"x\0\0" + zlib.compress(bytes(2_000_000))),
+        block(b"tEXt", b"comment\0" + b"x" * 100_000_000),
+    ],
+)
+def test_png_with_texts_of_any_size_are_read(texts):
+    """Image generators keep prompts and workflows in them, before the pixels or after."""
+    plain = encode(two_halves(), "PNG")
+    before, after = plain[:33] + texts + plain[33:], plain[:-12] + texts + plain[-12:]
+    for encoded in (before, after):
+        np.testing.assert_array_equal(decode_centre(encoded, 16), decode_centre(plain, 16))
+        assert shorter_side(encoded) == 16
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+def test_an_image_whose_exif_cannot_be_read_is_taken_as_it_lies(file_format):
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    damaged = encode(two_halves(), file_format, exif=b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", **options)
+    plain = encode(two_halves(), file_format, **options)
+    np.testing.assert_array_equal(decode_centre(damaged, 16), decode_centre(plain, 16))
 
 
 def test_the_centre_is_cut_and_scaled_like_pillow_does():

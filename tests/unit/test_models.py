@@ -131,6 +131,18 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 @reads_pickles
+def test_weights_are_taken_out_of_what_trainings_keep(tmp_path):
+    """Checkpoints hold more than weights, and parallel models put a prefix before their names."""
+    whole, shape = torchvision.models.resnet18(num_classes=5).state_dict(), InputShape(96)
+    parallel = {f"module.{name}": value for name, value in whole.items()}
+    for kept in (whole, parallel, {"epoch": 1, "state_dict": parallel}, {"model": whole}):
+        torch.save(kept, tmp_path / "w.pt")
+        found = build_model("resnet18", 5, shape, generator(), tmp_path / "w.pt")
+        assert torch.equal(found.backbone.conv1.weight, whole["conv1.weight"])
+        assert torch.equal(found.head.weight, whole["fc.weight"])
+
+
+@reads_pickles
 def test_files_that_are_no_state_dict_are_named(tmp_path):
     for number, junk in enumerate((b"aaaa", b".", b"\x80\x02.", b"")):
         (tmp_path / f"{number}.pt").write_bytes(junk)

@@ -1,6 +1,8 @@
 import csv
+import dataclasses
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from chgval.config import OutputConfig
 from chgval.detection.signals import NoiseSignals
 from chgval.errors import OutputError, SettingsError
 from chgval.files import METADATA_KEY
-from chgval.reports.files import ReportWriter, read_table, write_table
+from chgval.reports.files import ReportWriter, read_table, write_names, write_table
 from chgval.reports.tables import VALUES_SCHEMA, InputRows, values_table
 from chgval.valuation.signals import SIGNAL_NAMES, EpochSignals, RunSignals
 
@@ -92,6 +94,34 @@ def test_a_report_read_back_is_what_was_written(tmp_path, name):
     assert read.equals(table)
     metadata = json.loads(read.schema.metadata[METADATA_KEY])
     assert metadata == {"report_version": 3, "seed": 7, "class_names": ["é"]}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_report_that_pandas_has_read_and_written_means_the_same(tmp_path, ending):
+    """Integers beside nulls are written as 5.0; a class may be called as pandas calls what is missing."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    rows, signals, noise = rows_and_signals()
+    rows = dataclasses.replace(rows, class_names=["NA", "null"])
+    table = values_table(rows, signals, noise, per_class=False)
+    ours, theirs = tmp_path / f"ours.{ending}", tmp_path / f"theirs.{ending}"
+    write_table(OutputConfig(path=str(ours)), table)
+    if ending == "csv":
+        frame = pandas.read_csv(ours, keep_default_na=False, na_values=[""])
+        assert str(frame["confident_label"].dtype) == "float64"
+        frame.to_csv(theirs, index=False)
+    else:
+        pandas.read_json(ours, lines=True).to_json(theirs, orient="records", lines=True)
+    again, _ = read_table(str(theirs))
+    expected, _ = read_table(str(ours))
+    for name in ("index", "id", "label", "label_name", "status", "confident_label", "forgetting_events"):
+        assert again[name].to_pylist() == expected[name].to_pylist(), name
+    np.testing.assert_allclose(again["value"].to_numpy(), expected["value"].to_numpy(), atol=1e-9)
+
+
+def test_listings_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+    write_names(OutputConfig(path=str(tmp_path / "names.csv")), ["犬/6.png", "caf\udce9.png"], "\n")
+    assert (tmp_path / "names.csv").read_bytes() == "犬/6.png\n".encode() + b"caf\xe9.png\n"
 
 
 def test_epochs_can_be_read_while_the_run_continues(tmp_path):

@@ -475,8 +475,8 @@ def _check_inside(path: Path, root: Path) -> None:
     """Raise DataError where a link leads out of the dataset: that file is nothing that it may hand on."""
     if not leads_into(path, root):
         raise DataError(
-            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; put the file there, or use "
-            "chgval select --link sym, which only makes the same links."
+            f"{path}: leads out of the dataset, to {os.path.realpath(path)}; put the file there, or pass "
+            "--link sym, which only makes the same links."
         )
 
 

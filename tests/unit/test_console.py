@@ -1,0 +1,56 @@
+"""Tables for people: numbers whole, names as long as there is room."""
+
+import io
+import sys
+
+import pytest
+from rich.cells import cell_len
+
+from chgval.cli.console import Console, fit, share_room
+
+ROWS = [
+    ("-1.200e-01", "American_pit_bull_terrier", "American_pit_bull_terrier/American_pit_bull_003.jpg"),
+    ("-1.100e-01", "猫", "猫/ファイル_004.jpg"),
+]
+SIDES = {"value": "right", "label": "left", "id": "left"}
+
+
+def printed(monkeypatch, *, columns=None, encoding="utf-8"):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", stream)
+    if columns:
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", str(columns))
+    console = Console()
+    console._table("Lowest values", SIDES, ROWS)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding).splitlines()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_on_a_terminal_numbers_are_whole_and_names_keep_their_ends(columns, monkeypatch):
+    lines = printed(monkeypatch, columns=columns)
+    assert len(lines) == 5 and all(cell_len(line) <= columns for line in lines)
+    for line, row in zip(lines[3:], ROWS, strict=True):
+        assert line.startswith(row[0]) and line.endswith(row[2][-5:])
+
+
+def test_in_a_file_names_are_whole(monkeypatch):
+    lines = printed(monkeypatch)
+    for line, row in zip(lines[3:], ROWS, strict=True):
+        assert line.split() == list(row)
+
+
+def test_names_of_wide_characters_fill_their_cells():
+    for text in ("猫" * 20, "a猫" * 10, "short", "x" * 50):
+        for width in range(8, 45):
+            assert cell_len(fit(text, width)) == width
+    assert fit("abcdefghijklmnopqrst", 10) == "abc…opqrst"
+
+
+@pytest.mark.parametrize("room", [20, 40, 70, 200])
+def test_the_widest_name_gives_way_first(room):
+    shared = share_room([10, 30, 60], room)
+    assert sum(shared) == min(max(room, 24), 100)
+    assert shared == sorted(shared) and (shared[0] == 10 or max(shared) - min(shared) <= 1)
