@@ -92,17 +92,17 @@ def run(
     return subprocess.CompletedProcess(list(args), process.wait(), stdout, stderr)
 
 
-def imported_by(arguments: list[str]) -> set[str]:
-    """Run a command in a process of its own, which must succeed; return the modules that it loaded."""
-    code = (
+def imported_by(arguments: list[str], code: int = 0) -> set[str]:
+    """Run a command in a process of its own, which must end with that code; return what it loaded."""
+    program = (
         "import sys\nfrom chgval.cli import app\n"
         f"try: app({arguments!r})\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "print(*sys.modules, file=sys.stderr)"
+        f"except SystemExit as end: assert (end.code or 0) == {code}, end.code\n"
+        "print('loaded', *sys.modules, file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return set(result.stderr.split())
+    return set(result.stderr.rpartition("loaded")[2].split())
 
 
 def replace(target: str, new: object) -> None:

@@ -85,9 +85,10 @@ def value(
 
         console.settings(run_plan(config))
         return
+    from chgval.cli.results import show_values
     from chgval.runs.value import run_value
 
-    console.values(run_value(config), config)
+    show_values(console, run_value(config), config)
 
 
 @command("detect-noise", DetectConfig)
@@ -106,10 +107,11 @@ def detect_noise(console: "Console", config: DetectConfig) -> None:
       chgval detect-noise photos/ --fail-over 0.05        # exit code 3: too noisy
       chgval detect-noise values.parquet --cleaned clean/ --relabel 0.9
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_suspects
     from chgval.runs.detect_noise import run_detect_noise
 
     suspects = run_detect_noise(config)
-    console.suspects(suspects, config)
+    show_suspects(console, suspects, config)
     rate = suspects.rate
     if config.fail_over is not None and rate.is_unknown:
         console.fail("--fail-over: nothing can be said about these labels, so it cannot be checked")
@@ -136,9 +138,10 @@ def select(console: "Console", config: SelectConfig) -> None:
       chgval select photos/ --fraction 0.3 --materialize pruned/ --link hard
       chgval select v.parquet --fraction 0.3 --format paths -0 -o - | xargs -0 du
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_selection
     from chgval.runs.select import run_select
 
-    console.selection(run_select(config), config)
+    show_selection(console, run_select(config), config)
 
 
 @command("train", TrainingConfig)
@@ -157,9 +160,10 @@ def train(console: "Console", config: TrainingConfig) -> None:
       chgval train photos/ --strategy chg --fraction 0.1 --select-every 10
       chgval train photos/ --test more-photos/ --target-accuracy 0.9
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_trained
     from chgval.runs.train import run_train
 
-    console.trained(run_train(config), config)
+    show_trained(console, run_train(config), config)
 
 
 def main() -> None:

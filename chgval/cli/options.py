@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from chgval.cli.reporting import reporting
 from chgval.config import OUTPUT_PANEL, strategies
 from chgval.registry import names_in
+from chgval.runs.preflight import check_at_once
 from chgval.settings import Setting, SettingPath, build, settings_in
 
 
@@ -75,7 +76,10 @@ def with_settings(config_class: type, run: Callable[..., None]) -> Callable[...,
     def command(*, quiet: bool, verbose: bool, debug: bool, **given: Any) -> None:
         values = {path: given.pop("_".join(path)) for path in settings}
         with reporting(quiet=quiet, verbose=verbose, debug=debug) as console:
-            run(console=console, config=build(config_class, values), **given)
+            config: Any = build(config_class, values)
+            check_at_once(config, writes=not given.get("plan"))
+            with console.loading():
+                run(console=console, config=config, **given)
 
     # What typer reads the options from.
     ordered = [p.replace(kind=p.KEYWORD_ONLY) for p in (*parameters, *own)]

@@ -7,11 +7,9 @@ import dataclasses
 import torch
 
 from chgval.config import ValueConfig
-from chgval.data.formats import format_of
 from chgval.detection.scores import memory_bytes
 from chgval.runs.session import Run, make_valuing, prepared, read_dataset
-from chgval.runs.unfinished import Unfinished
-from chgval.runs.value import check_outputs, value_settings_shown
+from chgval.runs.value import value_settings_shown
 from chgval.system import peak_memory
 from chgval.training.records import EpochRecord, StepRecord
 from chgval.valuation.accumulator import ValueAccumulator
@@ -28,9 +26,7 @@ def run_plan(config: ValueConfig) -> list[tuple[str, str]]:
     Raises:
         ChgvalError: see the modules that this calls.
     """
-    source = format_of(config.data)
-    check_outputs(config, source, config.output, Unfinished())
-    dataset = read_dataset(source, config.train)
+    dataset = read_dataset(config.data, config.train)
     with prepared(config.data, config.train, dataset) as run:
         return [*value_settings_shown(run, config), *_costs(run, config)]
 

@@ -69,6 +69,18 @@ def test_a_run_loads_nothing_that_it_does_not_need_before_it_trains(image_folder
         assert not unneeded & imported_by(["value", source, "--plan", "-q"])
 
 
+@pytest.mark.parametrize("command", ["value", "detect-noise", "select --fraction 0.5", "train"])
+@pytest.mark.parametrize(
+    ("source", "out"), [("absent", "new.csv"), ("here", "old.csv"), ("here", "no/x.csv")]
+)
+def test_mistakes_in_paths_are_told_before_anything_large_is_loaded(command, source, out, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "old.csv").write_text("of before")
+    arguments = [*command.split(), str(tmp_path / source), "-o", str(tmp_path / out)]
+    large = {"torch", "numpy", "pyarrow", "PIL"}
+    assert not large & imported_by(arguments, code=1)
+
+
 def test_version_is_that_of_the_package():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"chgval {chgval.__version__}\n"
 

@@ -23,7 +23,7 @@ def printed(monkeypatch, *, columns=None, encoding="utf-8"):
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", str(columns))
     console = Console()
-    console._table("Lowest values", SIDES, ROWS)
+    console.table("Lowest values", SIDES, ROWS)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding).splitlines()
 

@@ -1,0 +1,230 @@
+"""What is printed of the results of runs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.text import Text
+
+from chgval.cli.console import Console, Side
+from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.detection.verdict import annotators_shown
+from chgval.reports.report import Report
+from chgval.runs.summaries import (
+    SHOWN_CLASSES,
+    NoiseSummary,
+    RunSummary,
+    SampleLine,
+    SelectedClass,
+    count_statuses,
+    summarise_values,
+)
+from chgval.training.records import Evaluation
+
+if TYPE_CHECKING:  # these import torch, which reports do without
+    from chgval.runs.detect_noise import Suspects
+    from chgval.runs.select import Selection
+    from chgval.runs.train import Trained
+
+HISTOGRAM_WIDTH = 40
+LINE_WIDTH = 80
+SHOWN_ANNOTATORS = 10
+
+
+def show_values(console: Console, report: Report, config: ValueConfig) -> None:
+    """Print what a run found, what to read before acting on it, and where its report is."""
+    if console.is_quiet:
+        return
+    _summary(console, summarise_values(report))
+    _annotators(console, annotators_shown(report.verdict))
+    _notes(console, report.notes)
+    console.say("")
+    seconds = console.seconds
+    target = "" if config.output is None else f" -> {config.output.target}"
+    console.say(f"{len(report):,} rows ({count_statuses(report)}) in {seconds:.1f} s{target}")
+
+
+def show_suspects(console: Console, suspects: Suspects, config: DetectConfig) -> None:
+    """Print what was found out about labels, and where it was written."""
+    _noise(console, suspects.summary)
+    _annotators(console, annotators_shown(suspects.report.verdict))
+    console.say("")
+    _notes(console, suspects.report.notes)
+    if suspects.num_duplicates is not None:
+        console.say(f"{suspects.num_duplicates:,} samples have a near-duplicate with another label")
+    if config.output is not None:
+        rows = suspects.table.num_rows
+        console.say(f"{rows:,} of {suspects.num_rows:,} rows -> {config.output.target}")
+    if suspects.cleaned is not None:
+        console.say(suspects.cleaned)
+
+
+def show_selection(console: Console, selection: Selection, config: SelectConfig) -> None:
+    """Print what is kept of every class, and where it was written."""
+    hidden = max(0, len(selection.classes) - SHOWN_CLASSES)
+    _kept_classes(console, selection.classes[:SHOWN_CLASSES], hidden)
+    for warning in selection.warnings:
+        console.warn(warning)
+    console.say("")
+    if config.output is not None:
+        kept = f"{selection.kept_N.sum():,} of {len(selection.kept_N):,} rows kept"
+        console.say(f"{kept} -> {config.output.target}")
+    if selection.materialized is not None:
+        console.say(selection.materialized)
+
+
+def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> None:
+    """Print the last test, whether the target was reached, and where the model is."""
+    if trained.evaluation is not None:
+        _accuracies(console, trained.class_names, trained.evaluation)
+    console.say("")
+    if config.target_accuracy is not None:
+        reached = trained.target
+        console.say(
+            f"accuracy {config.target_accuracy:.1%} was not reached"
+            if reached is None
+            else f"accuracy {config.target_accuracy:.1%} reached in epoch {reached['epoch']}, after "
+            f"{reached['seconds']:.1f} s"
+        )
+    console.say(f"trained {len(trained.epochs)} epochs in {trained.seconds:.1f} s -> {trained.folder}")
+
+
+def _summary(console: Console, summary: RunSummary) -> None:
+    """Print what a run found: counts per class, extremes and a histogram."""
+    if console.is_quiet:
+        return
+    _classes(
+        console,
+        {"samples": "right", "mean value": "right", "agreement": "right"},
+        [
+            (line.name, f"{line.num_samples:,}", f"{line.mean_value:.3e}", f"{line.agreement:.0%}")
+            if line.num_samples
+            else (line.name, "0", "", "")
+            for line in summary.classes
+        ],
+        summary.hidden_classes,
+    )
+    console.say("agreement: share predicted, late in the run, as the label that they have")
+    _histogram(console, summary)
+    _samples(console, "Lowest values (look here first)", summary.lowest)
+    _samples(console, "Highest values", summary.highest)
+
+
+def _notes(console: Console, notes: Sequence[str]) -> None:
+    """Print sentences that a person should read, in lines that fit a terminal."""
+    for note in notes:
+        lines = textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        for line in lines:
+            console.say(line)
+
+
+def _annotators(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Print how often each annotator is wrong: share of wrong labels, number of labels and name."""
+    if rows and not console.is_quiet:
+        shown = [*rows[:SHOWN_ANNOTATORS]]
+        if len(rows) > SHOWN_ANNOTATORS:
+            shown.append(("", "", f"... and {len(rows) - SHOWN_ANNOTATORS:,} more"))
+        console.table("Annotators", {"wrong": "right", "labels": "right", "annotator": "left"}, shown)
+
+
+def _noise(console: Console, summary: NoiseSummary) -> None:
+    """Print what was found out about labels: the noise rate, flags per class, pairs and suspects."""
+    if console.is_quiet:
+        return
+    rate = summary.rate
+    console.say("")
+    noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
+    if rate.is_unknown:
+        noise = "unknown how many of the labels are wrong"
+    flagged = f"{summary.num_flagged:,} of {summary.num_assessed:,} flagged"
+    console.say(f"estimated noise: {noise}; {flagged}")
+    _classes(
+        console,
+        {"samples": "right", "flagged": "right", "noise": "right"},
+        [
+            (name, f"{samples:,}", f"{flagged:,}", f"{noise:.1%}")
+            for name, samples, flagged, noise in summary.classes
+        ],
+        summary.hidden_classes,
+    )
+    if not summary.num_flagged:
+        return
+    if summary.pairs:
+        console.table(
+            "Commonest corrections",
+            {"flagged": "right", "label": "left", "suggested": "left"},
+            [(f"{count:,}", given, suggested) for given, suggested, count in summary.pairs],
+        )
+    console.table(
+        "Most suspicious labels",
+        {"score": "right", "label": "left", "suggested": "left", "id": "left"},
+        [
+            (f"{line.noise_score:.3f}", line.label_name, line.suggested_name, line.id)
+            for line in summary.suspects
+        ],
+    )
+
+
+def _kept_classes(console: Console, classes: Sequence[SelectedClass], hidden_classes: int) -> None:
+    """Print what is kept of every class."""
+    if not console.is_quiet:
+        _classes(
+            console,
+            {"rows": "right", "dropped": "right", "kept": "right", "share": "right"},
+            [
+                (
+                    line.name,
+                    f"{line.num_rows:,}",
+                    f"{line.num_dropped:,}",
+                    f"{line.num_kept:,}",
+                    f"{line.num_kept / line.num_rows:.1%}",
+                )
+                for line in classes
+            ],
+            hidden_classes,
+        )
+
+
+def _accuracies(console: Console, class_names: Sequence[str], evaluation: Evaluation) -> None:
+    """Print the accuracy on every class that has test samples, the lowest first."""
+    if console.is_quiet:
+        return
+    known = [
+        (accuracy, name)
+        for name, accuracy in zip(class_names, evaluation.class_accuracies, strict=True)
+        if not np.isnan(accuracy)
+    ]
+    lines = [(name, f"{accuracy:.1%}") for accuracy, name in sorted(known)]
+    _classes(console, {"accuracy": "right"}, lines[:SHOWN_CLASSES], max(0, len(lines) - SHOWN_CLASSES))
+
+
+def _classes(
+    console: Console, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], hidden_classes: int
+) -> None:
+    last = f"... and {hidden_classes:,} more classes" if hidden_classes else ""
+    console.table("Classes", {"class": "left", **headings}, rows, last)
+
+
+def _histogram(console: Console, summary: RunSummary) -> None:
+    console.say("")
+    console.print(Text("Values", style="italic"))
+    most = max(summary.histogram_counts)
+    block, sliver = ("█", "▏") if console.encoding.startswith("utf") else ("#", "|")
+    edges = summary.histogram_edges
+    last = len(summary.histogram_counts) - 1
+    for number, count in enumerate(summary.histogram_counts):
+        low = "below" if number == 0 else f"{edges[number]:.2e}"
+        high = "or more" if number == last else f"{edges[number + 1]:.2e}"
+        bar = block * round(HISTOGRAM_WIDTH * count / most) or (sliver if count else "")
+        console.say(f"{low:>10} {high:>10} {count:>9,} {bar}")
+
+
+def _samples(console: Console, title: str, lines: Sequence[SampleLine]) -> None:
+    console.table(
+        title,
+        {"value": "right", "label": "left", "predicted": "left", "id": "left"},
+        [(f"{line.value:.3e}", line.label_name, line.predicted_name, line.id) for line in lines],
+    )
