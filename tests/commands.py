@@ -59,14 +59,14 @@ class Forked:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
             raise subprocess.TimeoutExpired("chgval", timeout)
         return code
 
-    def communicate(self, timeout: float = 120) -> tuple[bytes, str]:
+    def communicate(self, timeout: float = 600) -> tuple[bytes, str]:
         self.wait(timeout)
         stdout, stderr = (path.read_bytes() if path.exists() else b"" for path in self._paths)
         return stdout, stderr.decode()
@@ -112,7 +112,7 @@ def replace(target: str, new: object) -> None:
 
 def wait_for(path: Path, process: Forked | subprocess.Popen[str]) -> None:
     """Wait until a process has made a file."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)

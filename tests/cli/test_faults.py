@@ -82,7 +82,7 @@ def test_a_full_standard_output_is_an_error_of_one_line(image_folder, tmp_path):
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=600,
             cwd=tmp_path,
             # With it, nothing would be left to be written at the end of Python.
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
@@ -156,7 +156,7 @@ def test_an_output_folder_that_becomes_read_only(image_folder, tmp_path):
     )
     code += "; from chgval.cli import main; main()"
     changed = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
-    result = subprocess.run(changed, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(changed, capture_output=True, text=True, timeout=600)
     folder.chmod(0o700)
     assert_one_line(result, "v.parquet: cannot be written (Permission denied)")
     assert invoke(*args, "--resume").exit_code == 0
@@ -177,7 +177,7 @@ def test_a_folder_for_outputs_or_temporary_files_that_is_read_only_is_told_befor
         # Python takes the next folder where it can write nothing into the one that TMPDIR names.
         code = f"import tempfile; tempfile.tempdir = {str(temporary)!r}; from chgval.cli import main; main()"
         changed = obeying_permissions([sys.executable, "-c", code, *map(str, args)])
-        result = subprocess.run(changed, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        result = subprocess.run(changed, capture_output=True, text=True, timeout=600, cwd=tmp_path)
         assert_one_line(result, said)
         assert not out.exists()
 
@@ -220,7 +220,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(image_folder, tmp_path):
     os.close(other)
     wait_for(tmp_path / "v.checkpoint", process)
     os.close(terminal)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     assert pq.read_table(out).num_rows == 40
 
 
@@ -229,7 +229,7 @@ def test_a_terminal_that_closes_ends_the_run_with_its_state_kept(image_folder, t
     if process == 0:
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, command_line("value", image_folder, *LONG, "-o", tmp_path / "v.parquet"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "v.checkpoint").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -84,7 +84,7 @@ def test_odd_names_go_through_every_command_and_a_pipeline(tmp_path):
         stdout=subprocess.PIPE,
     )
     value.stdout.close()
-    paths, _ = select.communicate(timeout=120)
+    paths, _ = select.communicate(timeout=600)
     assert value.wait() == select.returncode == 0
     found = [path for path in paths.split(b"\0") if path]
     assert len(found) == 24
