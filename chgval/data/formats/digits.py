@@ -78,6 +78,8 @@ class Digits(Format):
             raise DataError(f"{config.source}: no such built-in dataset; there is {SOURCE}.")
         if config.names_columns or config.image_size is not None:
             raise SettingsError(f"{SOURCE} has no columns, and one image size; leave those options out.")
+        if config.split is not None:
+            raise SettingsError(f"--split {config.split}: {SOURCE} has no splits; leave it out.")
         return True
 
     def read(self, largest_size: int) -> Dataset:
