@@ -722,6 +722,8 @@ def test_sources_that_hold_nothing_are_named(tmp_path):
         read(tmp_path / "hollow")
     with pytest.raises(DataError, match="no such built-in dataset; there is builtin:digits"):
         read("builtin:letters")
+    with pytest.raises(SettingsError, match="--split test: builtin:digits has no splits; leave it out"):
+        read("builtin:digits", split="test")
     with pytest.raises(DataError, match="no rows"):
         read(write_rows(tmp_path / "none.parquet", pa.array([], pa.int64())))
     (tmp_path / "text.parquet").write_text("not Parquet")
