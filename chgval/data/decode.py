@@ -35,6 +35,9 @@ _SIXTEEN_TO_EIGHT_BITS = 257
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# Of what Pillow says then.
+_TOO_LARGE_TEXTS = ("MAX_TEXT_CHUNK", "text chunks")
+_MOST_PNG_BLOCKS = 1_000_000
 
 
 class _Pixels:
@@ -113,7 +116,10 @@ def decode_random_crop(
 
 def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(_without_texts(encoded)), formats=formats())
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=formats())
+        except ValueError as error:
+            image = Image.open(io.BytesIO(_spared(encoded, error)), formats=formats())
     except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
         raise UnreadableImageError(_reason(encoded, error)) from error
     pixels = image.width * image.height
@@ -125,16 +131,16 @@ def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
 @contextmanager
 def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image]:
     """Give the upright RGB image. JPEGs are decoded at a fraction of their size if that is large enough."""
-    image = _opened(encoded, max_pixels)
     with ExitStack() as stack:
         try:
-            whole = image.width * image.height
-            # The factor of two leaves the final scaling something to smooth.
-            image.draft("RGB", (2 * size, 2 * size))
-            # Of a progressive JPEG, all coefficients are held whatever the scale.
-            taken = whole if "progressive" in image.info else image.width * image.height
-            stack.enter_context(_pixels.taking(taken))
-            image = _to_rgb(_upright(image))
+            try:
+                image = _rgb(encoded, size, max_pixels, stack)
+            except ValueError as error:
+                spared = _spared(encoded, error)
+                stack.close()
+                image = _rgb(spared, size, max_pixels, stack)
+        except UnreadableImageError:
+            raise
         except Exception as error:
             raise UnreadableImageError(_reason(encoded, error)) from error
         # Whoever used it may still hold it when the next thread takes memory for its own.
@@ -142,14 +148,31 @@ def _decoded(encoded: bytes, size: int, max_pixels: int) -> Iterator[Image.Image
         yield image
 
 
-def _without_texts(encoded: bytes) -> bytes:
-    """Return a PNG without its texts and colour profile: Pillow refuses images for the size of these."""
-    if not encoded.startswith(_PNG_SIGNATURE):
-        return encoded
-    kept, start, end = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), len(encoded)
-    while start + 12 <= end:  # of each block: its length, its name, its contents, and a checksum
+def _rgb(encoded: bytes, size: int, max_pixels: int, stack: ExitStack) -> Image.Image:
+    image = _opened(encoded, max_pixels)
+    whole = image.width * image.height
+    # The factor of two leaves the final scaling something to smooth.
+    image.draft("RGB", (2 * size, 2 * size))
+    # Of a progressive JPEG, all coefficients are held whatever the scale.
+    taken = whole if "progressive" in image.info else image.width * image.height
+    stack.enter_context(_pixels.taking(taken))
+    return _to_rgb(_upright(image))
+
+
+def _spared(encoded: bytes, error: ValueError) -> bytes:
+    """Return a PNG that Pillow refuses for the size of its texts or colour profile without these.
+
+    Raises:
+        ValueError: it is refused for something else.
+    """
+    if not any(words in str(error) for words in _TOO_LARGE_TEXTS):
+        raise error
+    kept, start, name = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
+    # Of each block: its length, its name, its contents, and a checksum.
+    while start + 12 <= len(encoded) and name != b"IEND" and len(kept) < _MOST_PNG_BLOCKS:
         after = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
-        if encoded[start + 4 : start + 8] not in _PNG_TEXTS:
+        name = encoded[start + 4 : start + 8]
+        if name not in _PNG_TEXTS:
             kept.append(encoded[start:after])
         start = after
     return b"".join(kept)

@@ -261,8 +261,9 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     """
     try:
         data = metadata["settings"]["data"]
-        columns = ("image_column", "id_column", "features_column", "split")
+        columns = ("image_column", "id_column", "features_column")
         named, label_columns = {column: data[column] for column in columns}, data["label_columns"]
+        named["split"] = data.get("split")
         texts = [data["source"], *label_columns]
         if not (isinstance(label_columns, list) and all(isinstance(text, str) for text in texts)):
             raise TypeError("names are text")
@@ -272,7 +273,7 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "
-            "pass the report as Parquet or Arrow, or --dataset too."
+            "pass the report as Parquet or Arrow."
         ) from error
 
 

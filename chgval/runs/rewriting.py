@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DataConfig, Link
+from chgval.config import Link
 from chgval.data.formats import Format, format_of
 from chgval.data.formats.base import KnownRows, RowChanges
 from chgval.data.open import check_rewritable
@@ -44,10 +44,7 @@ def dataset_behind(
         ChgvalError: the report does not say, or names another machine, the dataset is not there or another
             by now, or the target is not free.
     """
-    if dataset is not None and "settings" not in metadata:  # CSV and JSON lines have no place for it
-        data = DataConfig(source=dataset)
-    else:
-        data = dataset_of(metadata, source)
+    data = dataset_of(metadata, source)
     if dataset is not None:
         data = dataclasses.replace(data, source=dataset)
     elif "://" in data.source and not data.source.startswith("file://"):

@@ -298,7 +298,7 @@ def _unwrapped(state: Any) -> Any:
     """Return the weights out of what trainings keep beside them, without the prefix of parallel models."""
     if isinstance(state, dict):
         for name in ("state_dict", "model_state_dict", "model"):
-            if _is_state_dict(state.get(name)):
+            if state.get(name) and _is_state_dict(state[name]):
                 state = state[name]
     if _is_state_dict(state) and all(name.startswith(PARALLEL_PREFIX) for name in state):
         state = {name.removeprefix(PARALLEL_PREFIX): value for name, value in state.items()}

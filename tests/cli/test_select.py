@@ -310,15 +310,3 @@ def test_a_folder_of_links_is_pruned_and_cleaned_with_links(tmp_path):
     for name in ("pruned", "clean"):
         files = list((tmp_path / name).glob("*/*.png"))
         assert files and all(file.resolve().parent == blobs for file in files)
-
-
-def test_a_report_as_csv_needs_only_to_be_told_its_dataset(tmp_path):
-    root, report = write_folder(tmp_path / "images", 6), tmp_path / "v.csv"
-    assert commands.invoke("value", root, "--epochs", 1, "-q", "-o", report).exit_code == 0
-    args = ["--fraction", 0.5, "-q", "-o", tmp_path / "m.csv", "--materialize", tmp_path / "pruned"]
-    refused = invoke(report, *args)
-    assert (
-        refused.exit_code == 1 and "pass the report as Parquet or Arrow, or --dataset too" in refused.stderr
-    )
-    assert invoke(report, *args, "--dataset", root).exit_code == 0
-    assert len(list((tmp_path / "pruned").glob("*/*.png"))) == 6

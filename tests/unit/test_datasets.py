@@ -110,6 +110,45 @@ def test_splits_in_any_spelling_are_no_classes(tmp_path, training, other):
     assert read(tmp_path, split=other.lower()).root == str(tmp_path / other)
 
 
+def test_years_and_exact_names_of_splits(tmp_path):
+    for split in ("train2017", "test", "eval"):
+        write_folder(tmp_path / "folder" / split, 2)
+        write_rows(tmp_path / "files" / f"{split}.parquet", [0, 1], file_name=[split, split])
+    assert read(tmp_path / "folder").root == str(tmp_path / "folder" / "train2017")
+    assert set(read(tmp_path / "files").ids) == {"train2017"}
+    for split in ("test", "eval"):
+        assert read(tmp_path / "folder", split=split).root == str(tmp_path / "folder" / split)
+        dataset = read(tmp_path / "files", split=split, id_column="file_name")
+        assert set(dataset.ids) == {split} and len(dataset) == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("split=train/0", "split=test/0"),
+        ("train_test_split/train", "train_test_split/test"),
+        ("train_sft-0", "test_sft-0"),
+    ],
+)
+def test_the_last_part_of_a_path_says_which_split(tmp_path, train, test):
+    for name, rows in ((train, 3), (test, 2)):
+        write_rows(tmp_path / f"{name}.parquet", [0, 1, 0][:rows])
+    assert len(read(tmp_path)) == 3 and len(read(tmp_path, split="test")) == 2
+
+
+def test_a_compound_split_can_be_chosen(tmp_path):
+    for name, rows in (("train_sft", 3), ("train_gen", 2)):
+        write_rows(tmp_path / f"{name}-00000-of-00001.parquet", [0, 1, 0][:rows])
+    assert len(read(tmp_path, split="train_sft")) == 3 and len(read(tmp_path, split="train_gen")) == 2
+
+
+def test_images_as_bytes_here_and_as_names_there_are_an_error(tmp_path):
+    pq.write_table(pa.table({"image": [png(), png()], "label": [0, 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"disagree about the type of 'image': .*a\.parquet has binary"):
+        read(tmp_path)
+
+
 def test_splits_without_class_folders_or_without_one_for_training_are_an_error(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "flat" / split).mkdir(parents=True)
@@ -569,6 +608,12 @@ def test_columns_that_a_file_has_twice_matter_only_where_they_are_asked_for(tmp_
     assert len(read(tmp_path / "d.parquet")) == 2
     with pytest.raises(DataError, match="has two columns called 'x'; rename one"):
         read(tmp_path / "d.parquet", label_columns=("x",))
+    for name in ("image", "label"):  # another one is not taken in its place
+        names = [name if column == "x" else column for column in table.column_names]
+        more = pa.Table.from_arrays([*table.columns, table["label"]], names=[*names, "target"])
+        pq.write_table(more, tmp_path / f"{name}.parquet")
+        with pytest.raises(DataError, match=f"has two columns called '{name}'; rename one"):
+            read(tmp_path / f"{name}.parquet")
 
 
 def test_columns_that_were_found_are_said_and_a_label_that_is_none_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from chgval.data.decode import UnreadableImageError, decode_centre, decode_random_crop, shorter_side
 
@@ -100,6 +100,19 @@ def test_png_with_texts_of_any_size_are_read(texts):
     for encoded in (before, after):
         np.testing.assert_array_equal(decode_centre(encoded, 16), decode_centre(plain, 16))
         assert shorter_side(encoded) == 16
+
+
+def test_orientation_in_a_text_of_a_png_is_applied():
+    """Where other programs keep EXIF in a PNG; Pillow turns the image as it says."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    raw = exif.tobytes()
+    lines = f"\nexif\n{len(raw):8d}\n{raw.hex()}\n".encode()
+    plain = encode(two_halves(), "PNG")
+    turned = plain[:33] + block(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(lines)) + plain[33:]
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
+    assert expected.getpixel((0, 0)) == RIGHT
+    np.testing.assert_array_equal(decode_centre(turned, 16), np.asarray(expected).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])

@@ -46,7 +46,7 @@ from chgval.data.images import (
     open_image_file,
     read_image_file,
 )
-from chgval.data.splits import is_split, split_of
+from chgval.data.splits import named, split_of
 from chgval.errors import DataError, OutputError, SettingsError
 from chgval.files import (
     EPOCHS_ENDING,
@@ -219,7 +219,7 @@ def _enter_split(root: Path, wanted: str | None) -> tuple[Path, list[str]]:
     """
     names = _subfolders(root)
     if wanted is not None:
-        found = [name for name in names if is_split(name, wanted)]
+        found = named(wanted, {name: name for name in names})
         if len(found) != 1:
             raise DataError(
                 f"{root}: --split {wanted}: {len(found) or 'none'} of its folders is that; there is "
@@ -252,7 +252,7 @@ def _look_beside_classes(root: Path, left_out: LeftOut) -> None:
     with os.scandir(root) as entries:
         for entry in entries:
             if _is_leftover(entry.name):
-                left_out.hide(str(root), entry.name, is_listed=entry.is_dir())
+                left_out.hide(str(root), entry.name, is_listed=_is_folder(entry))
             elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
                 left_out.num_loose += 1
 
@@ -303,7 +303,14 @@ def _subfolders(root: Path) -> list[str]:
 
 def _all_subfolders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not _is_leftover(entry.name))
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not _is_leftover(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def _is_output(folder: Path) -> bool:

@@ -27,6 +27,8 @@ from chgval.data.dataset import (
 )
 from chgval.data.decode import UnreadableImageError
 from chgval.data.formats.parquet.columns import (
+    IMAGE_NAMES,
+    LABEL_NAMES,
     check_column,
     find_id_column,
     find_image_column,
@@ -134,9 +136,10 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     """
     shards, notes = open_shards(source, config.split)
     schema = shards.schema
-    for asked in (*config.label_columns, config.id_column, config.image_column, config.features_column):
-        if asked in shards.doubled:
-            raise DataError(f"{source}: has two columns called '{asked}'; rename one.")
+    asked = (*(config.label_columns or LABEL_NAMES), config.id_column, config.features_column)
+    for name in (*asked, *((config.image_column,) if config.image_column else IMAGE_NAMES)):
+        if name in shards.doubled:
+            raise DataError(f"{source}: has two columns called '{name}'; rename one.")
     for name in config.label_columns or ("label",):
         if name in shards.partitions and name not in schema.names:
             raise DataError(
@@ -191,6 +194,7 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
         contents: Sequence[int] | bytes = vectors_ND.tobytes()
     else:
         image_column = find_image_column(source, shards.schema, config.image_column)
+        shards.check_types(source, [image_column])
         seen = SeenImages()
         size = config.image_size
         if size is None:
@@ -295,13 +299,7 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
 
 
 def _table(source: str, shards: Shards, columns: list[str]) -> pa.Table:
-    for name in columns:
-        if name in shards.conflicts:
-            first, first_type, second, second_type = shards.conflicts[name]
-            raise DataError(
-                f"{source}: the files disagree about the type of '{name}': {first} has {first_type}, "
-                f"{second} has {second_type}; give all files one type."
-            )
+    shards.check_types(source, columns)
     schema = pa.schema([shards.schema.field(name) for name in columns])
     parts = [pa.Table.from_batches([batch]) for _, batch in read_batches(shards, columns, COLUMN_ROWS)]
     try:

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from chgval.data.formats.parquet.columns import class_names, huggingface_features, is_image, is_text
-from chgval.data.splits import is_in_split, split_in
+from chgval.data.splits import named, split_in
 from chgval.errors import DataError, first_line
 from chgval.files import METADATA_KEY
 
@@ -99,6 +99,16 @@ class Shards:
                 )
         return names
 
+    def check_types(self, source: str, columns: Iterable[str | None]) -> None:
+        """Raise DataError where files have one of these columns in types without a common one."""
+        for name in columns:
+            if name is not None and name in self.conflicts:
+                first, first_type, second, second_type = self.conflicts[name]
+                raise DataError(
+                    f"{source}: the files disagree about the type of '{name}': {first} has {first_type}, "
+                    f"{second} has {second_type}; give all files one type."
+                )
+
     def _having(self, column: str) -> Iterable[tuple[str, pa.Schema]]:
         for file, schema in self.schemas.items():
             if column in schema.names and not pa.types.is_null(schema.field(column).type):
@@ -145,18 +155,18 @@ def _of_split(
     # What says which split a file is of lies below what the user named, not above it.
     names = {file: os.path.relpath(file, base).removesuffix(".parquet") for file in files}
     if wanted is not None:
-        chosen = [file for file in files if is_in_split(names[file], wanted)]
+        chosen = named(wanted, names)
         if not chosen:
             raise DataError(f"{source}: --split {wanted}: the name of no file says so; there is {files[0]}.")
         what = f"split {wanted}"
     else:
         splits = {file: split_in(names[file]) for file in files}
-        named = [split for split in splits.values() if split is not None]
+        found = [split for split in splits.values() if split is not None]
         chosen = [file for file in files if splits[file] == "train"]
-        if not chosen and len(set(named)) > 1:
+        if not chosen and len(set(found)) > 1:
             raise DataError(
-                f"{source}: its files are of the splits {', '.join(sorted(set(named)))}, and none is for "
-                f"training; pass --split {named[0]}."
+                f"{source}: its files are of the splits {', '.join(sorted(set(found)))}, and none is for "
+                f"training; pass --split {found[0]}."
             )
         chosen, what = chosen or list(files), "training split"
     if len(chosen) == len(files):
@@ -250,6 +260,8 @@ def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
         return second if pa.types.is_null(first) else first
     if is_text(first) and is_text(second):
         return pa.large_string()
+    if is_text(first) or is_text(second):
+        return None
     plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (first, second)]
     try:
         schemas = [pa.schema([pa.field("x", kind)]) for kind in plain]
