@@ -36,7 +36,7 @@ _SIXTEEN_TO_EIGHT_BITS = 257
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 # Of what Pillow says then.
-_TOO_LARGE_TEXTS = ("MAX_TEXT_CHUNK", "text chunks")
+_TOO_LARGE_TEXTS = ("decompressed data too large", "memory used in text chunks")
 _MOST_PNG_BLOCKS = 1_000_000
 
 
@@ -165,7 +165,7 @@ def _spared(encoded: bytes, error: ValueError) -> bytes:
     Raises:
         ValueError: it is refused for something else.
     """
-    if not any(words in str(error) for words in _TOO_LARGE_TEXTS):
+    if not any(words in str(error).lower() for words in _TOO_LARGE_TEXTS):
         raise error
     kept, start, name = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
     # Of each block: its length, its name, its contents, and a checksum.

@@ -188,23 +188,20 @@ def test_what_systems_leave_behind_is_left_out_and_said(tmp_path):
 
 def test_images_of_all_endings_are_read_and_other_files_are_counted(tmp_path):
     write_folder(tmp_path, 2)
-    for ending, kind in (
-        ("avif", "AVIF"),
-        ("jp2", "JPEG2000"),
-        ("tga", "TGA"),
-        ("jpe", "JPEG"),
-        ("apng", "PNG"),
-    ):
+    Image.init()
+    kinds = {"avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA", "jpe": "JPEG", "apng": "PNG"}
+    kinds = {ending: kind for ending, kind in kinds.items() if kind in Image.SAVE}  # older Pillow lacks AVIF
+    for ending, kind in kinds.items():
         make_image(0, 7).save(tmp_path / "dog" / f"x.{ending}", kind)
     for name in ("a.heic", "b.heic", "none"):
         (tmp_path / "cat" / name).write_bytes(b"x")
     make_image(0, 1).save(tmp_path / "loose.png")
     dataset = read(tmp_path)
-    assert len(dataset) == 9 and not dataset.problems
+    assert len(dataset) == 4 + len(kinds) and not dataset.problems
     assert dataset.notes == [
         "3 files in class folders have no ending of images and are left out (.heic 2, none 1)",
         "1 images outside of class folders are left out",
-        "positions are not those of torchvision's ImageFolder, which lacks 5 of these images",
+        f"positions are not those of torchvision's ImageFolder, which lacks {len(kinds)} of these images",
     ]
     assert len(ImageFolder(tmp_path)) == 4
 
