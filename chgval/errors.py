@@ -4,6 +4,10 @@ Every message names the input, says what was expected and what to do. The comman
 as one line and exits with 1; anything else that is raised is a fault of chgval and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class ChgvalError(Exception):
     """Base of every error that a user can cause."""
@@ -45,3 +49,8 @@ def first_line(error: Exception, longest: int = 200) -> str:
     """Return what another library's error says, short enough to stand inside a message of one line."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def first_few(names: Sequence[str], count: int) -> str:
+    """Return the first names as text, and whether there are more."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -35,6 +35,11 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
 
 
+def as_text(name: str) -> str:
+    """Return a name that every format can hold: bytes that are no UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def check_file(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a file cannot be written, or something is in the way; leave all as it is."""
     with output_errors(path):

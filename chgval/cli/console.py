@@ -64,10 +64,13 @@ class Console:
     @property
     def _rich(self) -> RichConsole:
         """What prints; what turns while nothing is printed ends with the first use."""
+        self._stop_loading()
+        return self._console
+
+    def _stop_loading(self) -> None:
         if self._loading is not None:
             self._loading.stop()
             self._loading = None
-        return self._console
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -78,9 +81,7 @@ class Console:
         try:
             yield
         finally:
-            if self._loading is not None:
-                self._loading.stop()
-                self._loading = None
+            self._stop_loading()
 
     @property
     def seconds(self) -> float:

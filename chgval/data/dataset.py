@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from chgval.data.decode import Pixels
 from chgval.data.pixel_file import PixelFile
 from chgval.detection.signals import Annotations
-from chgval.errors import DataError
+from chgval.errors import DataError, first_few
 from chgval.types import IntArray, State
 
 # Fewer samples say nothing about whether labels are ids.
@@ -243,7 +243,7 @@ def class_indices(
             if not isinstance(position, int) or not -1 <= position < len(names):
                 raise DataError(
                     f"{source}: row {row:,} ({ids[row]}) has the label {label!r}, outside the class list of "
-                    f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); fix "
+                    f"{len(names)} names ({first_few(names, 5)}); fix "
                     "the label, or set it to -1 if it is unknown."
                 )
             labels_N[row] = position

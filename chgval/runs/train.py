@@ -18,7 +18,7 @@ from chgval.config import DataConfig, TrainingConfig
 from chgval.data.dataset import Dataset, Embeddings, as_seen
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
-from chgval.errors import DataError, SettingsError
+from chgval.errors import DataError, SettingsError, first_few
 from chgval.files import output_errors
 from chgval.interruption import interruptible
 from chgval.reports.files import read_table, report_name
@@ -122,7 +122,7 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
         looks = f" It looks like {like[0]!a}, and is spelled {unknown[0]!a}." if like else ""
         raise DataError(
             f"{source}: the class '{unknown[0]}' is none of the training data's "
-            f"({', '.join(dataset.class_names[:5])}{', ...' if dataset.num_classes > 5 else ''}).{looks}"
+            f"({first_few(dataset.class_names, 5)}).{looks}"
         )
     labels_C = np.array([*(index[name] for name in test.class_names), -1])
     return dataclasses.replace(test, labels_N=labels_C[test.labels_N], class_names=dataset.class_names)

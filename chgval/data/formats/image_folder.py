@@ -47,11 +47,12 @@ from chgval.data.images import (
     read_image_file,
 )
 from chgval.data.splits import named, split_of
-from chgval.errors import DataError, OutputError, SettingsError
+from chgval.errors import DataError, OutputError, SettingsError, first_few
 from chgval.files import (
     EPOCHS_ENDING,
     TRAINING_FILE,
     TRAINING_STATE_FILE,
+    as_text,
     new_folder,
     output_errors,
     part_of,
@@ -263,8 +264,7 @@ def _is_leftover(name: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = ", ..." if len(names) > SHOWN_NAMES else ""
-    return ", ".join(map(as_text, names[:SHOWN_NAMES])) + more
+    return first_few([as_text(name) for name in names], SHOWN_NAMES)
 
 
 def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -> Dataset:
@@ -346,11 +346,6 @@ def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
         )
         folders.append((folder, images))
     return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
-
-
-def as_text(name: str) -> str:
-    """Return a name that every format can hold: bytes that are no UTF-8 are written out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def folder_fingerprint(rows: FolderRows) -> str:

@@ -49,7 +49,7 @@ from chgval.data.images import (
     read_image_file,
 )
 from chgval.detection.signals import Annotations
-from chgval.errors import DataError, first_line
+from chgval.errors import DataError, first_few, first_line
 from chgval.types import IntArray
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
         who = f"{len(annotators):,} annotators"
         if len(label_columns) == 1:
             who = f"up to {who} a row"
-        more = ", ..." if len(label_columns) > SHOWN_ANNOTATORS else ""
-        shown = ", ".join(label_columns[:SHOWN_ANNOTATORS]) + more
+        shown = first_few(label_columns, SHOWN_ANNOTATORS)
         notes.append(f"labels of {who} ({shown}); training on the majority")
     return ParquetRows(
         source=source,

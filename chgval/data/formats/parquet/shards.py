@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 
 from chgval.data.formats.parquet.columns import class_names, huggingface_features, is_image, is_text
 from chgval.data.splits import named, split_in
-from chgval.errors import DataError, first_line
-from chgval.files import METADATA_KEY
+from chgval.errors import DataError, first_few, first_line
+from chgval.files import METADATA_KEY, as_text
 
 READ_BUFFER = 65_536
+SHOWN_CLASSES = 5
 # Files whose ends are read at a time: on other machines, each is waited for.
 FILES_AT_A_TIME = 16
 # Google's library tries for a quarter of an hour by default, and hears no signal meanwhile.
@@ -188,13 +189,13 @@ def _shards(source: str, filesystem: pafs.FileSystem, files: Sequence[str]) -> S
         every[file] = once
         if num_rows:
             filled[file] = once
+    schemas = filled or every
     conflicts: dict[str, Conflict] = {}
     fields = [
-        _common_field(name, filled or every, conflicts)
+        _common_field(name, schemas, conflicts)
         for name in dict.fromkeys(name for schema in every.values() for name in schema.names)
-        if name not in doubled and any(name in schema.names for schema in (filled or every).values())
+        if name not in doubled and any(name in schema.names for schema in schemas.values())
     ]
-    schemas = filled or every
     best = max(schemas.values(), key=_described)
     schema = pa.schema(fields, best.metadata)
     partitions = {part.partition("=")[0] for file in files for part in Path(file).parts[:-1] if "=" in part}
@@ -212,8 +213,7 @@ def _schema_and_rows(source: str, filesystem: pafs.FileSystem, path: str) -> tup
             parquet = pq.ParquetFile(file, pre_buffer=False)
             return parquet.schema_arrow, parquet.metadata.num_rows
     except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise DataError(f"{shown}: its name is no UTF-8, and cannot be opened; rename it.") from error
+        raise DataError(f"{as_text(path)}: its name is no UTF-8, and cannot be opened; rename it.") from error
     except (OSError, pa.ArrowException) as error:
         begin = _first_bytes(filesystem, path)
         kind = next((kind for beginning, kind in BEGINNINGS.items() if begin.startswith(beginning)), None)
@@ -271,10 +271,7 @@ def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
 
 
 def _listed(names: list[str] | None) -> str:
-    if names is None:
-        return "no list"
-    more = ", ..." if len(names) > 5 else ""
-    return f"{len(names):,} ({', '.join(names[:5])}{more})"
+    return "no list" if names is None else f"{len(names):,} ({first_few(names, SHOWN_CLASSES)})"
 
 
 def parquet_files(folder: Path) -> list[str]:
