@@ -132,7 +132,8 @@ class DataConfig(Settings):
     """What to read and how."""
 
     source: str = argument(
-        "DATA", "Folder of class folders; Parquet file, glob, folder or URI; or builtin:digits."
+        "DATA",
+        "Folder of class folders, table (Parquet, CSV, ...), glob, URI, or builtin:digits.",
     )
     split: str | None = option(
         None, "Split to read where there are several. Default: that for training.", DATA_PANEL
@@ -152,6 +153,18 @@ class DataConfig(Settings):
     )
     features_column: str | None = option(
         None, "Parquet column of embeddings to value, not images.", DATA_PANEL
+    )
+    features: Path | None = option(
+        None,
+        "File of embeddings to value, a row per sample: .npy, .npz or .safetensors.",
+        DATA_PANEL,
+        metavar="FILE",
+    )
+    images_root: Path | None = option(
+        None,
+        "Folder that file names in a table are below. Default: that of the table.",
+        DATA_PANEL,
+        metavar="DIR",
     )
     image_size: int | None = option(None, "Side in pixels. Default: from the images.", DATA_PANEL, least=1)
     mean: tuple[float, float, float] | None = option(
@@ -186,16 +199,29 @@ class DataConfig(Settings):
                 )
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"--std {self.std}: standard deviations must be above 0.")
-        images_only = (self.image_column, self.image_size, self.mean, self.std)
-        if self.features_column is not None and any(given is not None for given in images_only):
-            raise SettingsError(
-                "--features-column: embeddings take no --image-column, -size, --mean or --std."
-            )
+        if self.features_column is not None and self.features is not None:
+            raise SettingsError("--features: is a file of embeddings; leave out --features-column.")
+        images_only: dict[str, object] = {
+            "--image-size": self.image_size,
+            "--mean": self.mean,
+            "--std": self.std,
+        }
+        if self.features_column is not None:
+            images_only["--image-column"] = self.image_column
+        wrong = next((name for name, value in images_only.items() if value is not None), None)
+        if self.takes_features and wrong is not None:
+            option = "--features" if self.features is not None else "--features-column"
+            raise SettingsError(f"{option}: embeddings take no {wrong}; leave it out.")
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether embeddings are valued, not images."""
+        return self.features_column is not None or self.features is not None
 
     @property
     def names_columns(self) -> bool:
-        """Whether the user named a column, as only tables have them."""
-        columns = (self.image_column, self.id_column, self.features_column)
+        """Whether the user named a column, or where its files are, as only tables have them."""
+        columns = (self.image_column, self.id_column, self.features_column, self.images_root)
         return bool(self.label_columns) or any(column is not None for column in columns)
 
 

@@ -8,15 +8,16 @@ import os
 import stat
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from chgval.data.dataset import EncodedImages, LargeImages, PixelImages
+from chgval.config import DataConfig
+from chgval.data.dataset import EncodedImages, LargeImages, PixelImages, digest
 from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
 from chgval.data.pixel_file import PixelFile, spooling
 from chgval.errors import DataError
@@ -42,6 +43,10 @@ DECODED_AT_A_TIME = 512
 WAITING_BYTES = 16 * 2**20
 # Bytes of a file: the most pixels that are accepted, at 16 bits in four channels, and some more.
 LARGEST_ENCODED = 2**31
+
+# Read of each end of a file for its digest.
+DIGESTED_BYTES = 4096
+DIGESTS_AT_A_TIME = 64
 
 Encoded = bytes | UnreadableImageError
 
@@ -94,6 +99,23 @@ def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels:
                 row += 1
             group.clear()  # it would be held until the next one is whole
     return LoadedImages(PixelImages(pixels_N3SS), problems)
+
+
+def load_files(images: ImageFiles, config: DataConfig, largest_size: int) -> LoadedImages:
+    """Make images in files of their own ready for a model.
+
+    Args:
+        images: the files.
+        config: the image size, where the user gave it, and how many pixels an image may have.
+        largest_size: the largest side to choose.
+    """
+    size, most = config.image_size, config.max_pixels
+    if size is None:
+        probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
+        size = choose_size(map(images.read_or_error, probed), largest_size, most)
+    if size <= LARGEST_KEPT_SIZE:
+        return decode_once(map(images.read_or_error, range(len(images))), len(images), size, most)
+    return keep_encoded(images, size, {}, most)
 
 
 def keep_encoded(images: EncodedImages, size: int, problems: dict[int, str], max_pixels: int) -> LoadedImages:
@@ -149,6 +171,58 @@ class SpooledImages:
     def __getstate__(self) -> dict[str, object]:
         # A worker process reads the file; it must not remove it.
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFiles:
+    """Encoded images in files of their own.
+
+    Attributes:
+        paths: of the files.
+        refused: why a file is not read, by row.
+    """
+
+    paths: Sequence[str]
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int) -> bytes:
+        """Return the file's bytes. Raises UnreadableImageError where it cannot be read."""
+        if row in self.refused:
+            raise UnreadableImageError(self.refused[row])
+        return read_image_file(Path(self.paths[row]))
+
+    def read_or_error(self, row: int) -> Encoded:
+        """Return the file's bytes, or the error."""
+        try:
+            return self.read(row)
+        except UnreadableImageError as error:
+            return error
+
+    def digests(self) -> list[int]:
+        """Return what stands for each file in a fingerprint, without reading large ones whole; 0 for none."""
+        starts = range(0, len(self), DIGESTS_AT_A_TIME)
+        with ThreadPoolExecutor() as pool:  # on a network's disk, each file is waited for
+            parts = pool.map(self._digests, starts)
+            return list(itertools.chain.from_iterable(parts))
+
+    def _digests(self, start: int) -> list[int]:
+        rows = range(start, min(start + DIGESTS_AT_A_TIME, len(self)))
+        return [0 if row in self.refused else _file_digest(self.paths[row]) for row in rows]
+
+
+def _file_digest(path: str) -> int:
+    """Return what stands for a file: of its size, its first and its last bytes; 0 where there are none."""
+    try:
+        with open_image_file(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(DIGESTED_BYTES)
+            file.seek(max(len(first), size - DIGESTED_BYTES))
+            return digest(size.to_bytes(8, "little"), first, file.read(DIGESTED_BYTES))
+    except (OSError, UnreadableImageError):
+        return 0
 
 
 def holds_images(root: Path) -> bool:

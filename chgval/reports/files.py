@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -173,16 +174,27 @@ def write_array(path: Path, array: NDArray[np.float32]) -> None:
 
 def is_report(source: str) -> bool:
     """Say whether the user named a report, and not a dataset: standard input, or a file of a report."""
-    if source == STANDARD_STREAM or Path(source).suffix in (".csv", ".jsonl", ".arrow"):
+    if source == STANDARD_STREAM:
         return True
     if not Path(source).is_file():
         return False
     try:
-        schema = pq.read_schema(source)
-    except (OSError, pa.ArrowException):
+        if not source.endswith((".csv", ".jsonl")):
+            if source.endswith(".arrow"):
+                return True  # no dataset is such a file
+            schema = pq.read_schema(source)
+            # Programs that rewrite a report may drop its metadata.
+            return METADATA_KEY in (schema.metadata or {}) or _are_of_report(schema.names)
+        with Path(source).open(encoding="utf-8-sig", newline="") as lines:
+            first = lines.readline(LONGEST_LINE)
+        return _are_of_report(next(csv.reader([first]), []) if source.endswith(".csv") else json.loads(first))
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException):
         return False  # whatever is wrong with it will be told when it is read as a dataset
-    # Programs that rewrite a report may drop its metadata.
-    return METADATA_KEY in (schema.metadata or {}) or {"index", "value", "status"} <= set(schema.names)
+
+
+def _are_of_report(names: Iterable[str]) -> bool:
+    """Say whether columns are those of a table that chgval writes."""
+    return {"index", "id"} <= set(names) and bool({"value", "noise_score", "kept"} & set(names))
 
 
 def report_name(source: str) -> str:
@@ -262,13 +274,17 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     try:
         data = metadata["settings"]["data"]
         columns = ("image_column", "id_column", "features_column")
-        named, label_columns = {column: data[column] for column in columns}, data["label_columns"]
-        named["split"] = data.get("split")
+        named: dict[str, Any] = {column: data[column] for column in columns}
+        label_columns = data["label_columns"]
+        for setting in ("split", "features", "images_root"):
+            named[setting] = data.get(setting)
         texts = [data["source"], *label_columns]
         if not (isinstance(label_columns, list) and all(isinstance(text, str) for text in texts)):
             raise TypeError("names are text")
         if not all(isinstance(name, str | None) for name in named.values()):
             raise TypeError("names are text")
+        for setting in ("features", "images_root"):
+            named[setting] = None if named[setting] is None else Path(named[setting])
         return DataConfig(source=data["source"], label_columns=tuple(label_columns), **named)
     except (KeyError, TypeError) as error:
         raise DataError(

@@ -23,8 +23,9 @@ from chgval.data.dataset import Dataset, Embeddings, LargeImages
 from chgval.data.formats import Format
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
-from chgval.errors import SettingsError
+from chgval.errors import DataError, SettingsError
 from chgval.interruption import interruptible
+from chgval.reports.files import is_report
 from chgval.reports.tables import InputRows
 from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
 from chgval.training.models import InputShape, SplitModel, build_model, check_names
@@ -80,6 +81,10 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
 
 def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:
     """Read the data, once all that can be checked without them is checked."""
+    if is_report(data.source):
+        raise DataError(
+            f"{data.source}: is a report of chgval, not a dataset; pass it to detect-noise or select."
+        )
     check_names(train.arch, train.weights)
     device = pick_device(train.device)
     progress.detail(f"reading {data.source}")

@@ -354,8 +354,8 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
         (["{report}", "--force"], 2, "--force: is about what --cleaned writes"),
         (["{old}"], 1, "no column 'noise_score'; expected a values report of this version"),
         (["{old_lines}"], 1, "no column 'noise_score'; expected a values report of this version"),
-        (["{empty}"], 1, "cannot be read as a values report"),
-        (["{other}"], 1, "cannot be read as a values report (Column 'index'"),
+        (["{empty}"], 1, "is empty; expected a first line that names the columns"),
+        (["{other}"], 1, "column 'label' not found; columns are name"),
         (["{report}", "-o", "{report}"], 1, "is the input itself"),
     ],
 )

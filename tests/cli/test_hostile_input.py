@@ -214,7 +214,7 @@ def test_parquet_paths_that_lead_away_are_not_opened(tmp_path):
     assert result.exit_code == 0, result.stderr
     rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["unreadable"] * 3 + ["valued"] * 9
-    assert "lies outside of the folder of the Parquet file" in rows[0]["reason"]
+    assert "lies outside of" in rows[0]["reason"]
     images = pq.read_table(tmp_path / "clean.parquet")["image"].to_pylist()
     assert [image["bytes"] for image in images if image["path"] in paths[:3]] == [None] * 3
 

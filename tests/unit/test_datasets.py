@@ -588,8 +588,15 @@ def test_what_is_no_parquet_is_said_and_not_called_truncated(tmp_path):
         DataError, match=r"a\.png: is an image, and no Parquet; pass the folder of its class folder"
     ):
         read(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"labels\.csv: is no Parquet file, as its first bytes tell"):
-        read(tmp_path / "labels.csv")
+    (tmp_path / "labels.txt").write_text("0.png ant\n")
+    with pytest.raises(DataError, match=r"labels\.txt: is no Parquet file, as its first bytes tell"):
+        read(tmp_path / "labels.txt")
+    np.save(tmp_path / "a.npy", np.zeros((2, 2)))
+    with pytest.raises(DataError, match=r"is a NumPy file, .* pass the dataset .* as --features"):
+        read(tmp_path / "a.npy")
+    (tmp_path / "a.tfrecord").write_bytes(b"123456789")
+    with pytest.raises(DataError, match="is a TFRecord file, which is not read; write its images"):
+        read(tmp_path / "a.tfrecord")
     whole = write_rows(tmp_path / "d.parquet", [0, 1]).read_bytes()
     (tmp_path / "d.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(

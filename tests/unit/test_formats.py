@@ -64,7 +64,10 @@ def test_embeddings_have_no_pictures(tmp_path):
 
 
 def test_formats_are_found_by_their_files():
-    assert sorted(REGISTRY) == ["digits", "image-folder", "parquet"]
+    assert sorted(REGISTRY) == [
+        *("csv", "digits", "image-folder", "json-lines", "metadata-folder", "parquet"),
+        *("save-to-disk", "webdataset"),
+    ]
     assert all(issubclass(found, Format) for found in REGISTRY.values())
     with pytest.raises(DataError, match="absent: no such file or folder"):
         format_of(DataConfig(source="absent"))

@@ -16,8 +16,8 @@ from torchvision.datasets import ImageFolder
 from chgval.config import DataConfig
 from chgval.data.formats import format_of
 from chgval.data.formats.base import KnownRows, RowChanges
-from chgval.data.formats.parquet import write as module
 from chgval.data.open import check_rewritable, open_dataset
+from chgval.data.tables import write as module
 from chgval.errors import DataError, OutputError, SettingsError
 from tests.pictures import make_image, write_folder
 

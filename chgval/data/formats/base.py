@@ -71,7 +71,11 @@ class Format(ABC):
 
     Args:
         config: the dataset, and how to read it.
+    Attributes:
+        is_fallback: whether it takes what no other format has claimed.
     """
+
+    is_fallback = False
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -140,9 +144,13 @@ class Format(ABC):
         """
 
 
+# What files end in that a whole dataset can be written to.
+FILE_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+
+
 def is_one_file(target: Path) -> bool:
     """Say whether a dataset is to be written as one file, not as a folder."""
-    return target.suffix == ".parquet"
+    return target.suffix.lower() in FILE_ENDINGS
 
 
 REGISTRY: dict[str, type[Format]] = {}

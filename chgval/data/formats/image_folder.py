@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +15,9 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from chgval.config import DataConfig, Link
-from chgval.data.dataset import Dataset, digest, fingerprint
+from chgval.data.dataset import Dataset, Embeddings, LargeImages, PixelImages, fingerprint
 from chgval.data.decode import UnreadableImageError
+from chgval.data.features import read_features
 from chgval.data.formats.base import (
     Format,
     KnownRows,
@@ -31,21 +30,17 @@ from chgval.data.formats.base import (
     is_one_file,
     rewritten,
 )
-from chgval.data.formats.parquet.shards import has_images, parquet_files
+from chgval.data.formats.parquet import has_images, parquet_files
 from chgval.data.images import (
     EXTENSIONS,
-    LARGEST_KEPT_SIZE,
-    PROBED_IMAGES,
     TORCHVISION_EXTENSIONS,
-    Encoded,
-    choose_size,
-    decode_once,
+    ImageFiles,
     holds_images,
-    keep_encoded,
     leads_into,
+    load_files,
     open_image_file,
-    read_image_file,
 )
+from chgval.data.sources import is_folder
 from chgval.data.splits import named, split_of
 from chgval.errors import DataError, OutputError, SettingsError, first_few
 from chgval.files import (
@@ -64,33 +59,11 @@ from chgval.types import IntArray
 RELABELLED_FILE = "relabelled.csv"
 # Bytes of a name that become part of another one.
 LONGEST_STEM = 50
-# Of each end of a file.
-DIGESTED_BYTES = 4096
-DIGESTS_AT_A_TIME = 64
 # What operating systems, file servers and archives put beside one's own files, besides hidden names.
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
 SHOWN_NAMES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFiles:
-    """Encoded images in files of their own."""
-
-    paths: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, row: int) -> bytes:
-        """Return the file's bytes. Raises UnreadableImageError where it cannot be read."""
-        return read_image_file(Path(self.paths[row]))
-
-    def read_or_error(self, row: int) -> Encoded:
-        """Return the file's bytes, or the error."""
-        try:
-            return self.read(row)
-        except UnreadableImageError as error:
-            return error
+# What tables of names and labels end in.
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +154,7 @@ def list_image_folder(root: Path, split: str | None = None) -> FolderRows:
     if not folders:
         raise DataError(
             f"{root}: no class folders and no Parquet files found; expected {root}/<class>/<image>, or a "
-            "folder of *.parquet files."
+            f"folder of *.parquet files.{_tables_in(root)}"
         )
     left_out = LeftOut()
     _look_beside_classes(root, left_out)
@@ -244,9 +217,15 @@ def _enter_split(root: Path, wanted: str | None) -> tuple[Path, list[str]]:
         expected = next((name for name in names if split_of(name) == "train"), names[0])
         raise DataError(
             f"{root}: its folders {', '.join(names)} are splits, and no class folders are in them; expected "
-            f"{root / expected}/<class>/<image>."
+            f"{root / expected}/<class>/<image>.{_tables_in(root)}"
         )
     return root, []
+
+
+def _tables_in(root: Path) -> str:
+    """Return what to pass where a folder holds a table that may name its images."""
+    tables = sorted(path for path in root.iterdir() if path.suffix.lower() in TABLE_ENDINGS)
+    return f" If {tables[0]} names images and labels, pass that." if tables else ""
 
 
 def _look_beside_classes(root: Path, left_out: LeftOut) -> None:
@@ -275,22 +254,22 @@ def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -
         config: the image size, where the user gave it, and how many pixels an image may have.
         largest_size: the largest side to choose.
     """
-    images, size, max_pixels = ImageFiles(rows.paths), config.image_size, config.max_pixels
-    if size is None:
-        probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
-        size = choose_size(map(images.read_or_error, probed), largest_size, max_pixels)
-    if size <= LARGEST_KEPT_SIZE:
-        loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size, max_pixels)
+    images = ImageFiles(rows.paths)
+    content: PixelImages | LargeImages | Embeddings
+    if config.features is not None:
+        vectors_ND, problems = read_features(config.features, len(images), config.source)
+        content = Embeddings(vectors_ND)
     else:
-        loaded = keep_encoded(images, size, {}, max_pixels)
+        loaded = load_files(images, config, largest_size)
+        content, problems = loaded.content, loaded.problems
     return Dataset(
         source=config.source,
         ids=rows.ids,
         labels_N=rows.labels_N,
         class_names=rows.class_names,
-        content=loaded.content,
-        problems=loaded.problems,
-        fingerprint=folder_fingerprint(rows),
+        content=content,
+        problems=problems,
+        fingerprint=folder_fingerprint(rows, config),
         notes=rows.notes,
         root=str(rows.root),
     )
@@ -348,29 +327,14 @@ def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
     return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
 
 
-def folder_fingerprint(rows: FolderRows) -> str:
+def folder_fingerprint(rows: FolderRows, config: DataConfig) -> str:
     """Return the fingerprint of a dataset of these rows, without reading large files whole."""
-    starts = range(0, len(rows.paths), DIGESTS_AT_A_TIME)
-    parts = (rows.paths[start : start + DIGESTS_AT_A_TIME] for start in starts)
-    with ThreadPoolExecutor() as pool:  # on a network's disk, each file is waited for
-        digests = list(itertools.chain.from_iterable(pool.map(_file_digests, parts)))
-    return fingerprint(rows.ids, rows.labels_N, rows.class_names, digests)
-
-
-def _file_digests(paths: Sequence[str]) -> list[int]:
-    return [_file_digest(path) for path in paths]
-
-
-def _file_digest(path: str) -> int:
-    """Return what stands for a file: of its size, its first and its last bytes; 0 where there are none."""
-    try:
-        with open_image_file(Path(path)) as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(DIGESTED_BYTES)
-            file.seek(max(len(first), size - DIGESTED_BYTES))
-            return digest(size.to_bytes(8, "little"), first, file.read(DIGESTED_BYTES))
-    except (OSError, UnreadableImageError):
-        return 0
+    contents: Sequence[int] | bytes
+    if config.features is not None:
+        contents = read_features(config.features, len(rows.paths), config.source)[0].tobytes()
+    else:
+        contents = ImageFiles(rows.paths).digests()
+    return fingerprint(rows.ids, rows.labels_N, rows.class_names, contents)
 
 
 @dataset_format
@@ -381,18 +345,20 @@ class ImageFolder(Format):
     relabelled.csv lists them.
     """
 
+    is_fallback = True
+
     @classmethod
     def matches(cls, config: DataConfig) -> bool:
         """Say whether it is a folder; Parquet files in it may be tables about its images."""
         path = Path(config.source)
-        if not config.source or not os.path.isdir(config.source):  # noqa: PTH112 (Path raises for odd names)
+        if not is_folder(config.source):
             return False
         files = parquet_files(path)
         if files and (config.names_columns or has_images(files[0]) or not holds_images(path)):
             return False
         if config.names_columns:
             raise SettingsError(
-                f"{config.source} is a folder of images; only Parquet files have columns to name."
+                f"{config.source} is a folder of images; only tables have columns to name, and --images-root."
             )
         return True
 
@@ -435,14 +401,15 @@ class ImageFolder(Format):
 
     def write(self, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> Rewritten:
         """See `Format`."""
-        return _write_folder(self.source, self.rows, known, changes, target, link)
+        return _write_folder(self.config, self.rows, known, changes, target, link)
 
 
 def _write_folder(
-    source: str, rows: FolderRows, known: KnownRows, changes: RowChanges, target: Path, link: Link
+    config: DataConfig, rows: FolderRows, known: KnownRows, changes: RowChanges, target: Path, link: Link
 ) -> Rewritten:
+    source = config.source
     check_rows(source, known, rows.ids, rows.labels_N)
-    check_fingerprint(source, known, folder_fingerprint(rows))
+    check_fingerprint(source, known, folder_fingerprint(rows, config))
     check_classes(source, changes, rows.class_names)
     readable_N = np.array([_is_readable(Path(path)) for path in rows.paths])
     is_moved_N = changes.new_labels_N >= 0

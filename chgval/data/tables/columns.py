@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyarrow as pa
 
-from chgval.errors import DataError
+from chgval.errors import DataError, first_line
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
-LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label")
-ID_NAMES = ("id", "image_id", "file_name", "filename")
+LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label", "cls")
+ID_NAMES = ("id", "image_id", "file_name", "filename", "__key__")
 
 
 def huggingface_features(schema: pa.Schema) -> dict[str, dict[str, object]]:
@@ -233,3 +234,13 @@ def is_vector(kind: pa.DataType) -> bool:
     return bool(
         is_list(kind) and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
     )
+
+
+def as_column(file: str, name: str, values: Sequence[Any]) -> pa.Array:
+    """Return values of a file as a column. Raises DataError where they are of several types."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError) as error:
+        raise DataError(
+            f"{file}: '{name}' holds values of several types ({first_line(error)}); give all one type."
+        ) from error

@@ -1,4 +1,4 @@
-"""Parquet files written anew: their schema and metadata stay, and so does what is not relabelled."""
+"""Tables written anew as Parquet: their schema and metadata stay, and so does what is not relabelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from chgval.config import DataConfig
@@ -19,69 +18,68 @@ from chgval.data.formats.base import (
     RowChanges,
     check_classes,
     check_fingerprint,
-    check_rows,
     is_one_file,
     rewritten,
 )
-from chgval.data.formats.parquet.columns import (
-    find_image_column,
+from chgval.data.images import Encoded
+from chgval.data.tables.columns import (
+    IMAGE_NAMES,
     huggingface_features,
     is_image,
     is_list,
     is_text,
     original_column,
 )
-from chgval.data.formats.parquet.read import (
+from chgval.data.tables.images import IMAGE_ROWS, ImageColumn, bytes_and_path, files_named, read_beside
+from chgval.data.tables.read import (
     COLUMN_ROWS,
-    IMAGE_ROWS,
     Labelled,
-    ParquetRows,
     SeenImages,
-    bytes_and_path,
+    TableRows,
     ids_from_paths,
-    open_parquet,
-    read_beside,
-    read_vectors,
+    images_of,
+    read_vectors_of,
 )
-from chgval.data.formats.parquet.shards import read_batches
 from chgval.errors import DataError, first_line
 from chgval.files import new_folder, output_errors, replacing, sync
 
 # Readers take a row group whole, and Hugging Face's own writer keeps files below half a gigabyte.
 ROW_GROUP_BYTES = 32 * 2**20
 SHARD_BYTES = 500 * 10**6
+# What images become that were only named.
+EMBEDDED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(data: DataConfig, known: KnownRows, changes: RowChanges, target: Path) -> Rewritten:
-    """Write the kept rows of a dataset to a folder of shards, or one file; see `Format.write`."""
-    rows, labelled = open_same(data, known)
+def write_parquet(
+    rows: TableRows,
+    data: DataConfig,
+    known: KnownRows,
+    changes: RowChanges,
+    target: Path,
+    *notes: str,
+) -> Rewritten:
+    """Write the kept rows of a table to a folder of shards, or one file; see `Format.write`."""
+    labelled = rows.labelled(rows.ids or rows.row_numbers())
     class_names = labelled.class_names
-    check_classes(data.source, changes, class_names)
-    schema = _new_schema(rows, relabels=bool((changes.new_labels_N >= 0).any()))
+    check_classes(rows.source, changes, class_names)
+    images = images_of(rows, data)
+    schema = _new_schema(rows, images, relabels=bool((changes.new_labels_N >= 0).any()))
     seen = SeenImages()
-    groups = _row_groups(_changed(data, rows, changes, schema, labelled, seen))
+    groups = _row_groups(_changed(rows, images, changes, schema, labelled, seen))
     with output_errors(target):
         if is_one_file(target):
             with replacing(target) as file:
                 _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
-                _check_seen(data, known, rows, labelled, seen)
+                check_contents(rows, data, known, labelled, seen)
         else:
             with new_folder(target) as folder:
                 _write_shards(folder, schema, groups)
-                _check_seen(data, known, rows, labelled, seen)
-    return rewritten(known, changes, changes.kept_N, class_names, rows.notes, [])
+                check_contents(rows, data, known, labelled, seen)
+    return rewritten(known, changes, changes.kept_N, class_names, [*rows.notes, *notes], [])
 
 
-def open_same(data: DataConfig, known: KnownRows) -> tuple[ParquetRows, Labelled]:
-    """Return the rows and their classes, if the rows are those that are known of."""
-    rows = open_parquet(data.source, data)
-    labelled = rows.labelled(rows.ids or rows.row_numbers())
-    check_rows(data.source, known, rows.ids, labelled.labels_N)
-    return rows, labelled
-
-
-def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
-    """Return the schema of all files, with a column of original labels where there will be other ones.
+def _new_schema(rows: TableRows, images: ImageColumn | None, *, relabels: bool) -> pa.Schema:
+    """Return the schema of all files, with images that were named, and original labels beside new ones.
 
     Raises:
         DataError: the files disagree about the types of their columns, or have columns twice.
@@ -97,6 +95,8 @@ def _new_schema(rows: ParquetRows, *, relabels: bool) -> pa.Schema:
             f"{rows.source}: has two columns called '{shards.doubled[0]}', and cannot be written anew so; "
             "rename one."
         )
+    if images is not None and images.holds_names:
+        schema = schema.append(pa.field(_embedded_column(schema), EMBEDDED_IMAGE))
     original = _original_column(schema, label)
     if not relabels or original in schema.names:
         return schema
@@ -117,10 +117,10 @@ def _original_column(schema: pa.Schema, label: str) -> str:
     return name
 
 
-def _stored_labels(kind: pa.DataType, rows: ParquetRows, labelled: Labelled) -> dict[int, object]:
+def stored_labels(kind: pa.DataType, rows: TableRows, labelled: Labelled) -> dict[int, object]:
     """Return what the files write for every class; for one without rows, its name or its index."""
     if is_list(kind):  # of one label each
-        stored = _stored_labels(kind.value_type, rows, labelled)
+        stored = stored_labels(kind.value_type, rows, labelled)
         return {label: [written] for label, written in stored.items()}
     names = labelled.class_names
     unseen: Sequence[object] = names if is_text(kind) else range(len(names))
@@ -129,8 +129,8 @@ def _stored_labels(kind: pa.DataType, rows: ParquetRows, labelled: Labelled) -> 
 
 
 def _changed(
-    data: DataConfig,
-    rows: ParquetRows,
+    rows: TableRows,
+    images: ImageColumn | None,
     changes: RowChanges,
     schema: pa.Schema,
     labelled: Labelled,
@@ -139,23 +139,24 @@ def _changed(
     """Yield the rows that are kept, a few at a time, with their new labels and all their images embedded."""
     label, original = rows.label_columns[0], _original_column(schema, rows.label_columns[0])
     adds_original = original in schema.names and original not in rows.shards.schema.names
-    stored = _stored_labels(schema.field(label).type, rows, labelled)
+    stored = stored_labels(schema.field(label).type, rows, labelled)
     image_columns = [field.name for field in schema if is_image(field.type)]
-    valued = None
-    if data.features_column is None:
-        valued = find_image_column(data.source, rows.shards.schema, data.image_column)
-    is_local = isinstance(rows.shards.filesystem, pafs.LocalFileSystem)
     start = 0
-    for path, batch in read_batches(rows.shards, None, IMAGE_ROWS if image_columns else COLUMN_ROWS):
+    for file, batch in rows.shards.batches(None, IMAGE_ROWS if image_columns else COLUMN_ROWS):
         stop = start + len(batch)
         kept_B, new_labels_B = changes.kept_N[start:stop], changes.new_labels_N[start:stop]
         start = stop
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        for name in image_columns if is_local else ():
-            if name in columns:
-                columns[name] = _embedded(columns[name], Path(path).parent)
-        if valued is not None:
-            _note_images(columns[valued], seen)
+        folder = rows.shards.folder_of(file)
+        for name in image_columns:
+            if name in columns and folder is not None:
+                columns[name] = _embedded(columns[name], folder)
+        if images is not None and images.holds_names:
+            columns[_embedded_column(rows.shards.schema)] = _read_named(columns[images.name], images, folder)
+        elif images is not None:
+            for cell in columns[images.name]:
+                encoded, path = bytes_and_path(cell)
+                seen.add(path, encoded)
         if adds_original:
             columns[original] = columns[label]
         try:
@@ -166,25 +167,35 @@ def _changed(
             table = pa.table({name: columns.get(name, pa.nulls(len(batch))) for name in schema.names})
             yield table.cast(schema).filter(pa.array(kept_B))
         except pa.ArrowException as error:
-            raise DataError(f"{path}: does not fit the other files ({first_line(error)}).") from error
-
-
-def _note_images(images: pa.Array, seen: SeenImages) -> None:
-    for cell in images:
-        encoded, path = bytes_and_path(cell)
-        seen.add(path, encoded)
+            raise DataError(f"{file}: does not fit the other files ({first_line(error)}).") from error
 
 
 def _embedded(images: pa.Array, folder: Path) -> pa.Array:
-    """Put images that lie beside their Parquet file into it: from elsewhere the path would not lead there."""
+    """Put images that lie beside their file into it: from elsewhere the path would not lead there."""
     if not pa.types.is_struct(images.type) or not images.field("bytes").null_count:
         return images
     items = images.to_pylist()
     for item in items:
         if item and item["bytes"] is None and item.get("path"):
-            encoded = read_beside(folder, item["path"])
-            item["bytes"] = encoded if isinstance(encoded, bytes) else None
+            item["bytes"] = _bytes_or_none(read_beside(folder, item["path"]))
     return pa.array(items, images.type)
+
+
+def _read_named(names: pa.Array, images: ImageColumn, folder: Path | None) -> pa.Array:
+    """Return the images that a column names."""
+    paths = [bytes_and_path(name, images.ending)[1] for name in names]
+    read = [_bytes_or_none(read_beside(folder, path)) if folder and path else None for path in paths]
+    items = [{"bytes": encoded, "path": path} for encoded, path in zip(read, paths, strict=True)]
+    return pa.array(items, EMBEDDED_IMAGE)
+
+
+def _bytes_or_none(encoded: Encoded) -> bytes | None:
+    return encoded if isinstance(encoded, bytes) else None
+
+
+def _embedded_column(schema: pa.Schema) -> str:
+    """Return what the column of images is called that is added to one of names."""
+    return next(name for name in (*IMAGE_NAMES, "embedded_image") if name not in schema.names)
 
 
 def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -251,15 +262,26 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     return {"compression": compression, "use_dictionary": others, "write_page_index": True}
 
 
-def _check_seen(
-    data: DataConfig, known: KnownRows, rows: ParquetRows, labelled: Labelled, seen: SeenImages
+def check_contents(
+    rows: TableRows, data: DataConfig, known: KnownRows, labelled: Labelled, seen: SeenImages | None = None
 ) -> None:
-    """Raise DataError where contents were not those of the report, although their labels were."""
-    if data.features_column is None:
-        ids = rows.ids or ids_from_paths(seen.paths)
-        contents: Sequence[int] | bytes = seen.digests
-    else:
-        ids = rows.ids or rows.row_numbers()
-        contents = read_vectors(data.source, rows.shards, data.features_column, len(rows))[0].tobytes()
+    """Raise DataError where contents are not those of the report, although their labels are.
+
+    Args:
+        rows: the table.
+        data: its settings.
+        known: what it must still be.
+        labelled: its labels.
+        seen: images that are embedded in it, if they have been read.
+    """
+    images, seen = images_of(rows, data), seen or SeenImages()
+    paths: Sequence[str | None] = seen.paths
+    contents: Sequence[int] | bytes = seen.digests
+    if images is not None and images.holds_names:
+        files, paths = files_named(rows.shards, images)
+        contents = [] if data.features else files.digests()
+    if data.takes_features:
+        contents = read_vectors_of(rows, data)[0].tobytes()
+    ids = rows.ids or ids_from_paths(paths) or rows.row_numbers()
     found = fingerprint(ids, labelled.labels_NA, labelled.class_names, contents)
-    check_fingerprint(data.source, known, found)
+    check_fingerprint(rows.source, known, found)

@@ -1,17 +1,15 @@
-"""Parquet files, in the conventions of Hugging Face datasets."""
+"""The rows of a table: their labels, ids and contents, in the conventions of Hugging Face datasets."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from chgval.config import DataConfig
@@ -25,18 +23,7 @@ from chgval.data.dataset import (
     digest,
     fingerprint,
 )
-from chgval.data.decode import UnreadableImageError
-from chgval.data.formats.parquet.columns import (
-    IMAGE_NAMES,
-    LABEL_NAMES,
-    check_column,
-    find_id_column,
-    find_image_column,
-    find_label_columns,
-    is_list,
-    is_vector,
-)
-from chgval.data.formats.parquet.shards import Shards, open_shards, read_batches
+from chgval.data.features import read_features
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
     PROBED_IMAGES,
@@ -45,18 +32,30 @@ from chgval.data.images import (
     choose_size,
     decode_once,
     keep_encoded,
-    leads_into,
-    read_image_file,
+    load_files,
 )
+from chgval.data.tables.columns import (
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    check_column,
+    find_id_column,
+    find_label_columns,
+    is_list,
+    is_vector,
+)
+from chgval.data.tables.images import (
+    ImageColumn,
+    encoded_images,
+    files_named,
+    find_images,
+    image_paths,
+)
+from chgval.data.tables.shards import Shards
 from chgval.detection.signals import Annotations
 from chgval.errors import DataError, first_few, first_line
 from chgval.types import IntArray
 
-if TYPE_CHECKING:
-    pass
-
 # Rows handed on at a time: what bounds the memory, whatever the size of a row group.
-IMAGE_ROWS = 16
 COLUMN_ROWS = 65_536
 SHOWN_ANNOTATORS = 5
 
@@ -73,14 +72,20 @@ class SeenImages:
         self.paths.append(path)
         self.digests.append(digest(encoded) if isinstance(encoded, bytes) else 0)
 
+    def noting(self, images: Iterable[tuple[Encoded, str | None]]) -> Iterator[Encoded]:
+        """Take in images, and hand them on."""
+        for encoded, path in images:
+            self.add(path, encoded)
+            yield encoded
+
 
 @dataclass(frozen=True, slots=True)
-class ParquetRows:
-    """All rows of Parquet files, in order, without their contents.
+class TableRows:
+    """All rows of a table, in order, without their contents.
 
     Attributes:
         source: what the user named.
-        shards: the files.
+        shards: its files.
         label_columns: names of the columns of labels.
         id_column: name of the column of ids, if there is one.
         raw_labels_A: labels as they are stored, None for null and NaN, of each of A annotators.
@@ -125,16 +130,18 @@ class Labelled(NamedTuple):
     annotations: Annotations | None
 
 
-def open_parquet(source: str, config: DataConfig) -> ParquetRows:
-    """Read labels and ids of a Parquet file, a glob, a folder of shards, or a URI of any of these.
+def open_rows(source: str, shards: Shards, notes: Sequence[str], config: DataConfig) -> TableRows:
+    """Read labels and ids of a table.
 
     Args:
         source: what the user named.
+        shards: its files.
+        notes: what a person should know of them.
         config: names of columns, where the user gave them.
     Raises:
         DataError: nothing to read, or a column is missing or of the wrong type.
     """
-    shards, notes = open_shards(source, config.split)
+    notes = list(notes)
     schema = shards.schema
     asked = (*(config.label_columns or LABEL_NAMES), config.id_column, config.features_column)
     for name in (*asked, *((config.image_column,) if config.image_column else IMAGE_NAMES)):
@@ -159,7 +166,7 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
             who = f"up to {who} a row"
         shown = first_few(label_columns, SHOWN_ANNOTATORS)
         notes.append(f"labels of {who} ({shown}); training on the majority")
-    return ParquetRows(
+    return TableRows(
         source=source,
         shards=shards,
         label_columns=label_columns,
@@ -172,55 +179,34 @@ def open_parquet(source: str, config: DataConfig) -> ParquetRows:
     )
 
 
-def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
-    """Read all rows of what `open_parquet` takes, with their contents.
+def read_rows(rows: TableRows, config: DataConfig, largest_size: int) -> Dataset:
+    """Read the contents of all rows.
 
     Args:
-        source: what the user named.
+        rows: the table.
         config: names of columns and the image size, where the user gave them.
         largest_size: the largest image size to choose.
     Raises:
-        DataError: nothing to read, a column is missing or of the wrong type, or a label is out of range.
+        DataError: a column is missing or of the wrong type, or a label is out of range.
     """
-    rows = open_parquet(source, config)
-    shards = rows.shards
-    problems: dict[int, str]
-    image_column = None
-    if config.features_column is not None:
-        vectors_ND, problems = read_vectors(source, shards, config.features_column, len(rows))
-        ids = rows.ids or rows.row_numbers()
-        content: PixelImages | LargeImages | Embeddings = Embeddings(vectors_ND)
-        contents: Sequence[int] | bytes = vectors_ND.tobytes()
-    else:
-        image_column = find_image_column(source, shards.schema, config.image_column)
-        shards.check_types(source, [image_column])
-        seen = SeenImages()
-        size = config.image_size
-        if size is None:
-            probed = _encoded(shards, image_column, SeenImages(), limit=PROBED_IMAGES)
-            size = choose_size(probed, largest_size, config.max_pixels)
-        stream = _encoded(shards, image_column, seen)
-        if size <= LARGEST_KEPT_SIZE:
-            loaded = decode_once(stream, len(rows), size, config.max_pixels)
-        else:
-            spooled = SpooledImages(stream)
-            loaded = keep_encoded(spooled, size, spooled.problems, config.max_pixels)
-        content, problems, contents = loaded.content, loaded.problems, seen.digests
-        ids = rows.ids or ids_from_paths(seen.paths)
-
+    images = images_of(rows, config)
+    if images is not None:
+        rows.shards.check_types(rows.source, [images.name])
+    read = _read_contents(rows, images, config, largest_size)
+    ids = rows.ids or ids_from_paths(read.paths) or rows.row_numbers()
     labelled = rows.labelled(ids)
     return Dataset(
-        source=source,
+        source=rows.source,
         ids=ids,
         labels_N=labelled.labels_N,
         class_names=labelled.class_names,
-        content=content,
-        problems=problems,
-        fingerprint=fingerprint(ids, labelled.labels_NA, labelled.class_names, contents),
+        content=read.content,
+        problems=read.problems,
+        fingerprint=fingerprint(ids, labelled.labels_NA, labelled.class_names, read.digests),
         notes=rows.notes,
         annotations=labelled.annotations,
         columns={
-            "image_column": image_column,
+            "image_column": None if images is None else images.name,
             "features_column": config.features_column,
             "label_columns": rows.label_columns,
             "id_column": rows.id_column,
@@ -228,25 +214,79 @@ def read_parquet(source: str, config: DataConfig, largest_size: int) -> Dataset:
     )
 
 
-def pictures_of(source: str, config: DataConfig, rows: Sequence[int]) -> Iterator[bytes | None]:
+class Contents(NamedTuple):
+    """What a model is fed of all rows, why some have none, what the fingerprint is made of, and paths."""
+
+    content: PixelImages | LargeImages | Embeddings
+    problems: dict[int, str]
+    digests: Sequence[int] | bytes
+    paths: Sequence[str | None]
+
+
+def images_of(rows: TableRows, config: DataConfig) -> ImageColumn | None:
+    """Return the column of images, if the rows have images; see `find_images`."""
+    if config.features_column is not None:
+        return None
+    return find_images(rows.source, rows.shards, config.image_column, may_lack=config.features is not None)
+
+
+def read_vectors_of(rows: TableRows, config: DataConfig) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Return the embeddings of a column, or of a file beside the rows, and why some rows have none."""
+    if config.features is not None:
+        return read_features(config.features, len(rows), rows.source)
+    if config.features_column is None:
+        raise ValueError("no embeddings were asked for")
+    return read_vectors(rows.source, rows.shards, config.features_column, len(rows))
+
+
+def _read_contents(
+    rows: TableRows, images: ImageColumn | None, config: DataConfig, largest_size: int
+) -> Contents:
+    shards, size, most = rows.shards, config.image_size, config.max_pixels
+    if config.takes_features:
+        vectors_ND, problems = read_vectors_of(rows, config)
+        paths = [] if images is None or rows.ids else image_paths(shards, images)
+        return Contents(Embeddings(vectors_ND), problems, vectors_ND.tobytes(), paths)
+    if images is None:
+        raise ValueError("neither images nor embeddings")
+    if images.holds_names:
+        files, names = files_named(shards, images)
+        loaded = load_files(files, config, largest_size)
+        return Contents(loaded.content, loaded.problems, files.digests(), names)
+    seen = SeenImages()
+    if size is None:
+        probed = encoded_images(shards, images, limit=PROBED_IMAGES)
+        size = choose_size((encoded for encoded, _ in probed), largest_size, most)
+    stream = seen.noting(encoded_images(shards, images))
+    if size <= LARGEST_KEPT_SIZE:
+        loaded = decode_once(stream, len(rows), size, most)
+    else:
+        spooled = SpooledImages(stream)
+        loaded = keep_encoded(spooled, size, spooled.problems, most)
+    return Contents(loaded.content, loaded.problems, seen.digests, seen.paths)
+
+
+def pictures_of(rows: TableRows, config: DataConfig, wanted: Sequence[int]) -> Iterator[bytes | None]:
     """Yield the encoded images of rows, in their order; None where there is none to read.
 
     Reads as far as the last of the rows, a few at a time.
     """
-    shards, _ = open_shards(source, config.split)
-    column = find_image_column(source, shards.schema, config.image_column)
-    wanted = set(rows)
-    stream = _encoded(shards, column, SeenImages(), limit=max(wanted, default=-1) + 1)
-    found = {row: encoded for row, encoded in enumerate(stream) if row in wanted}
-    for row in rows:
+    images = images_of(rows, config)
+    if images is None:
+        yield from [None] * len(wanted)
+        return
+    stream = encoded_images(rows.shards, images, limit=max(wanted, default=-1) + 1)
+    numbers = set(wanted)
+    found = {row: encoded for row, (encoded, _) in enumerate(stream) if row in numbers}
+    for row in wanted:
         encoded = found.get(row)
         yield encoded if isinstance(encoded, bytes) else None
 
 
 def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
-    """Return the paths inside the image column if they tell all rows apart, else the rows' numbers."""
+    """Return the paths inside the image column if they tell all rows apart, else nothing."""
     names = [path for path in paths if path]
-    return names if len(set(names)) == len(paths) else [str(row) for row in range(len(paths))]
+    return names if len(set(names)) == len(paths) else []
 
 
 def _common_class_names(source: str, shards: Shards, columns: Sequence[str]) -> list[str] | None:
@@ -300,52 +340,13 @@ def _plain_labels(source: str, name: str, column: pa.ChunkedArray) -> list[objec
 def _table(source: str, shards: Shards, columns: list[str]) -> pa.Table:
     shards.check_types(source, columns)
     schema = pa.schema([shards.schema.field(name) for name in columns])
-    parts = [pa.Table.from_batches([batch]) for _, batch in read_batches(shards, columns, COLUMN_ROWS)]
+    parts = [pa.Table.from_batches([batch]) for _, batch in shards.batches(columns, COLUMN_ROWS)]
     try:
         return pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
             f"{source}: the files disagree about the types of {', '.join(columns)} ({first_line(error)})."
         ) from error
-
-
-def _encoded(shards: Shards, column: str, seen: SeenImages, limit: int | None = None) -> Iterator[Encoded]:
-    """Yield every image's bytes, and note them."""
-    is_local = isinstance(shards.filesystem, pafs.LocalFileSystem)
-    rows = (
-        (Path(file).parent, cell)
-        for file, batch in read_batches(shards, [column], IMAGE_ROWS)
-        for cell in batch.column(0)
-    )
-    for folder, cell in itertools.islice(rows, limit):
-        embedded, path = bytes_and_path(cell)
-        if embedded is not None:
-            encoded: Encoded = embedded
-        elif path and is_local:
-            encoded = read_beside(folder, path)
-        else:
-            encoded = UnreadableImageError("no image in this row")
-        seen.add(path, encoded)
-        yield encoded
-
-
-def bytes_and_path(cell: pa.Scalar) -> tuple[bytes | None, str | None]:
-    """Return what one cell of an image column holds; asked for one at a time, as images may be large."""
-    image = cell.as_py()
-    return (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-
-
-def read_beside(folder: Path, path: str) -> Encoded:
-    """Return an image that was not embedded: its path is relative to the folder of the file that names it.
-
-    One that leads out of that folder is none: a file from a stranger could name any.
-    """
-    try:
-        if not leads_into(folder / path, folder):
-            return UnreadableImageError(f"{path}: lies outside of the folder of the Parquet file")
-        return read_image_file(folder / path)
-    except (ValueError, UnreadableImageError) as error:  # ValueError: a path with a zero byte
-        return UnreadableImageError(f"{path}: {error}")
 
 
 def read_vectors(
@@ -360,7 +361,7 @@ def read_vectors(
     vectors_ND: NDArray[np.float32] | None = None
     problems: dict[int, str] = {}
     start = 0
-    for _, batch in read_batches(shards, [column], COLUMN_ROWS):
+    for _, batch in shards.batches([column], COLUMN_ROWS):
         lists = batch.column(0)
         lengths = pc.list_value_length(lists)
         for offset in pc.indices_nonzero(pc.is_null(lists)).to_pylist():

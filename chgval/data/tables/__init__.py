@@ -1,0 +1,1 @@
+"""Tables of samples, whatever files they are in: their columns, their rows, and writing them anew."""

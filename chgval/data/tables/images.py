@@ -1,0 +1,201 @@
+"""The column of images of a table: encoded images themselves, or names of files."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from chgval.data.decode import UnreadableImageError
+from chgval.data.images import EXTENSIONS, Encoded, ImageFiles, leads_into
+from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text
+from chgval.data.tables.shards import Shards
+from chgval.errors import DataError
+
+# Names that columns of file names have; the last ones also when the names lack their endings.
+PATH_NAMES = ("file_name", "filename", "image_path", "img_path", "filepath", "file_path", "path", "file")
+BARE_NAMES = (*IMAGE_NAMES, "image_name", "image_id", "img_id", "id", "id_code")
+# Rows handed on at a time: what bounds the memory, whatever the size of a row group.
+IMAGE_ROWS = 16
+# Rows whose names are looked at to see what a column holds.
+PROBED_NAMES = 100
+SHOWN_PLACES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ImageColumn:
+    """A column of images.
+
+    Attributes:
+        name: of the column.
+        holds_names: whether it holds names of files, not images.
+        ending: what the names lack to be those of files.
+    """
+
+    name: str
+    holds_names: bool = False
+    ending: str = ""
+
+
+def find_images(
+    source: str, shards: Shards, name: str | None, *, may_lack: bool = False
+) -> ImageColumn | None:
+    """Return the column of images: the named one, or by metadata, type, name and what it holds.
+
+    None is returned only where there is none and there `may_lack` one.
+
+    Raises:
+        DataError: there is none, several could be it, the named one cannot be, or it names files that are
+            not there.
+    """
+    schema = shards.schema
+    if name is not None and name in schema.names and is_text(schema.field(name).type):
+        return _names_in(source, shards, [name], name)
+    if name is None and not any(is_image(field.type) for field in schema):
+        texts = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
+        known = [name for name in (*PATH_NAMES, *BARE_NAMES) if name in texts]
+        found = _names_in(source, shards, [*known, *(name for name in texts if name not in known)], None)
+        if found is not None or may_lack:
+            return found
+    return ImageColumn(find_image_column(source, schema, name))
+
+
+def _names_in(source: str, shards: Shards, columns: Sequence[str], asked: str | None) -> ImageColumn | None:
+    """Return the first of these columns that holds names of images."""
+    if not columns:
+        return None
+    folder, names = _first_names(shards, columns)
+    if folder is None:
+        return None  # on another machine, where no names are followed
+    for column in columns:
+        given = names[column]
+        if given and all(name.lower().endswith(EXTENSIONS) for name in given):
+            _check_there(source, folder, column, given)
+            return ImageColumn(column, holds_names=True)
+    for column in columns:
+        if column != asked and column not in BARE_NAMES:
+            continue
+        for ending in EXTENSIONS if names[column] else ():
+            if (folder / f"{names[column][0]}{ending}").is_file():
+                return ImageColumn(column, holds_names=True, ending=ending)
+    if asked is not None:
+        _check_there(source, folder, asked, names[asked])
+        return ImageColumn(asked, holds_names=True)
+    return None
+
+
+def _first_names(shards: Shards, columns: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
+    """Return the folder below which the first names lie, and the first names of every column."""
+    for file, batch in shards.batches(list(columns), PROBED_NAMES):
+        if len(batch):
+            values = {name: batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns}
+            return shards.folder_of(file), {
+                name: [str(value) for value in column if value is not None] for name, column in values.items()
+            }
+    return None, {name: [] for name in columns}
+
+
+def _check_there(source: str, folder: Path, column: str, names: Sequence[str]) -> None:
+    """Raise DataError where none of these names is one of a file in the folder; say where they may be."""
+    try:
+        if not names or any((folder / name).exists() and leads_into(folder / name, folder) for name in names):
+            return
+        first = folder / names[0]
+        if first.exists():
+            common = os.path.commonpath([os.path.dirname(folder / name) for name in names])  # noqa: PTH120
+            advice = f"; pass --images-root {common}"
+        else:
+            places = [str(place.parent) for place in itertools.islice(folder.glob(f"*/{names[0]}"), 2)]
+            places = places or [str(folder / "...")]
+            advice = f"; pass the folder that they are in as --images-root, such as {places[0]}"
+    except (OSError, ValueError, NotImplementedError):  # names that can be none of files
+        advice = ""
+    raise DataError(
+        f"{source}: column '{column}' names no file in {folder} (the first is {names[0]!r}){advice}."
+    )
+
+
+def files_named(shards: Shards, images: ImageColumn) -> tuple[ImageFiles, list[str | None]]:
+    """Return the files that a column names, and the names with their endings.
+
+    A name that leads out of the folder is none: a table from a stranger could name any file.
+    """
+    paths: list[str] = []
+    names: list[str | None] = []
+    refused: dict[int, str] = {}
+    for file, batch in shards.batches([images.name], PROBED_NAMES):
+        folder = shards.folder_of(file)
+        for value in batch.column(0).to_pylist():
+            name = None if value is None or value == "" else f"{value}{images.ending}"
+            if name is None or folder is None:
+                refused[len(paths)] = "no image in this row"
+            else:
+                reason = why_not_beside(folder, name)
+                if reason is not None:
+                    refused[len(paths)] = reason
+            names.append(name)
+            paths.append(os.path.join(folder or "", name or ""))  # noqa: PTH118 (many)
+    return ImageFiles(paths, refused), names
+
+
+def why_not_beside(folder: Path, name: str) -> str | None:
+    """Return why a name is none of a file below the folder of its table, if it is not."""
+    try:
+        if not leads_into(folder / name, folder):
+            return f"{name}: lies outside of {folder}"
+    except ValueError as error:  # a name with a zero byte
+        return f"{name}: {error}"
+    return None
+
+
+def image_paths(shards: Shards, images: ImageColumn) -> list[str | None]:
+    """Return the path inside the column of every image."""
+    if images.holds_names:
+        return files_named(shards, images)[1]
+    return [path for _, path in encoded_images(shards, images)]
+
+
+def encoded_images(
+    shards: Shards, images: ImageColumn, limit: int | None = None
+) -> Iterator[tuple[Encoded, str | None]]:
+    """Yield every image's bytes, and its path inside the column."""
+    cells = (
+        (shards.folder_of(file), cell)
+        for file, batch in shards.batches([images.name], IMAGE_ROWS)
+        for cell in batch.column(0)
+    )
+    for folder, cell in itertools.islice(cells, limit):
+        embedded, path = bytes_and_path(cell, images.ending)
+        if embedded is not None:
+            encoded: Encoded = embedded
+        elif path and folder is not None:
+            encoded = read_beside(folder, path)
+        else:
+            encoded = UnreadableImageError("no image in this row")
+        yield encoded, path
+
+
+def bytes_and_path(cell: pa.Scalar, ending: str = "") -> tuple[bytes | None, str | None]:
+    """Return what one cell of an image column holds; asked for one at a time, as images may be large."""
+    image = cell.as_py()
+    if isinstance(image, dict):
+        return image.get("bytes"), image.get("path")
+    if isinstance(image, str | int):
+        return None, f"{image}{ending}" if image != "" else None
+    return image, None
+
+
+def read_beside(folder: Path, path: str) -> Encoded:
+    """Return an image that was not embedded: its path is relative to the folder of the file that names it.
+
+    One that leads out of that folder is none: a file from a stranger could name any.
+    """
+    reason = why_not_beside(folder, path)
+    if reason is not None:
+        return UnreadableImageError(reason)
+    found = ImageFiles([str(folder / path)]).read_or_error(0)
+    return UnreadableImageError(f"{path}: {found}") if isinstance(found, UnreadableImageError) else found
