@@ -7,7 +7,6 @@ KeyboardInterrupt; a run with an output keeps its state first, and resume=True r
 
 from __future__ import annotations
 
-import difflib
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.errors import SettingsError
 from chgval.interruption import Interrupted
-from chgval.settings import SettingPath, build, settings_in
+from chgval.settings import build, check_known, keywords_of
 
 if TYPE_CHECKING:
     from chgval.reports.report import Report
@@ -106,12 +105,8 @@ def _config(
     config_class: type[ConfigT], data: str | Path, output: str | Path | None, given: dict[str, Any]
 ) -> ConfigT:
     """Make settings from keywords, which are called as the options are."""
-    paths = {_keyword(path, setting.name): path for path, setting in settings_in(config_class)}
-    unknown = [name for name in given if name not in paths]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], paths, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted(paths))}."
-        raise SettingsError(f"{unknown[0]}: no such setting; {advice}")
+    paths = keywords_of(config_class)
+    check_known(given, paths)
     about_output = [name for name, path in paths.items() if path[0] == "output" and name in given]
     if output is None and about_output:
         raise SettingsError(f"{about_output[0]}: is about the output; pass output= too.")
@@ -120,11 +115,3 @@ def _config(
         given["output"] = str(output)
     values = {paths[name]: value for name, value in given.items()}
     return build(config_class, values, without=() if output is not None else ("output",))
-
-
-def _keyword(path: SettingPath, name: str) -> str:
-    """Return what a setting is called in Python: as its option, if that can be a name."""
-    if path[-1] == "source":
-        return "data"
-    keyword = name.lstrip("-").replace("-", "_")
-    return keyword if keyword.isidentifier() else path[-1]

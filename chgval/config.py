@@ -8,11 +8,12 @@ once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from chgval.errors import SettingsError
 from chgval.files import EPOCHS_ENDING, STATE_ENDING, TRAINING_STATE_FILE
@@ -48,6 +49,7 @@ class Option:
         metavar: what stands for its value in the help; None shows its type.
         least, most, above, below: bounds of its value.
         plugins: package whose plug-ins are its values.
+        is_common: whether the short help shows it.
         affects_results: whether it changes what a run computes; else it may change while a run is unfinished.
     """
 
@@ -62,6 +64,12 @@ class Option:
     below: float | None = None
     plugins: str = ""
     affects_results: bool = True
+    is_common: bool = False
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a number from 0 to 1, which may also be given as 30%."""
+        return self.most == 1 or self.below == 1
 
     def check(self, name: str, value: Any) -> None:
         """Raise SettingsError where a value is none of those that it may be."""
@@ -136,35 +144,34 @@ class DataConfig(Settings):
         "Folder of class folders, table (Parquet, CSV, ...), glob, URI, or builtin:digits.",
     )
     split: str | None = option(
-        None, "Split to read where there are several. Default: that for training.", DATA_PANEL
+        None, "Split to read where there are several. Default: that for training.", DATA_PANEL, is_common=True
     )
     image_column: str | None = option(
-        None, "Parquet column of images. Default: by type and name.", DATA_PANEL
+        None, "Column of images, or of file names. Default: by type and name.", DATA_PANEL
     )
     label_columns: tuple[str, ...] = option(
         (),
-        "Parquet column of labels. Again for each annotator, or one of lists. Default: label, or by name.",
+        "Column of labels. Again for each annotator, or one of lists. Default: label, or by name.",
         DATA_PANEL,
         "--label-column",
         metavar="<str>",
+        is_common=True,
     )
-    id_column: str | None = option(
-        None, "Parquet column of ids. Default: id, paths, or row numbers.", DATA_PANEL
-    )
-    features_column: str | None = option(
-        None, "Parquet column of embeddings to value, not images.", DATA_PANEL
-    )
+    id_column: str | None = option(None, "Column of ids. Default: id, paths, or row numbers.", DATA_PANEL)
+    features_column: str | None = option(None, "Column of embeddings to value, not images.", DATA_PANEL)
     features: Path | None = option(
         None,
         "File of embeddings to value, a row per sample: .npy, .npz or .safetensors.",
         DATA_PANEL,
         metavar="FILE",
+        is_common=True,
     )
     images_root: Path | None = option(
         None,
         "Folder that file names in a table are below. Default: that of the table.",
         DATA_PANEL,
         metavar="DIR",
+        is_common=True,
     )
     image_size: int | None = option(None, "Side in pixels. Default: from the images.", DATA_PANEL, least=1)
     mean: tuple[float, float, float] | None = option(
@@ -234,9 +241,12 @@ class TrainConfig(Settings):
         "resnet8, resnet20, any torchvision classifier; linear or mlp for embeddings. Default: by image size "
         "and device.",
         MODEL_PANEL,
+        is_common=True,
     )
     weights: Path | None = option(None, "Pretrained weights (safetensors or state dict).", MODEL_PANEL)
-    epochs: int | None = option(None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1)
+    epochs: int | None = option(
+        None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1, is_common=True
+    )
     batch_size: int | None = option(
         None, "Samples per step. Default: 128, fewer for small data.", MODEL_PANEL, least=2
     )
@@ -259,6 +269,31 @@ class TrainConfig(Settings):
             raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
 
 
+# What names of outputs leave out of the name of their input.
+_INPUT_ENDINGS = re.compile(
+    r"(\.(values|suspects|subset))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
+    re.IGNORECASE,
+)
+
+
+def default_name(source: str, what: str) -> str:
+    """Return what an output is called by default, without ending: photos.values for the folder photos/.
+
+    Args:
+        source: what the command is about: a dataset, or a table that chgval wrote.
+        what: the output holds.
+    """
+    if source in ("", STANDARD_STREAM):
+        return what
+    plain = re.split(r"[*?\[]", source.removeprefix("builtin:"), maxsplit=1)[0]
+    name = Path(plain).name if plain.rstrip("/") == source.rstrip("/") or not plain.endswith("/") else ""
+    name = _INPUT_ENDINGS.sub("", name).rstrip("-_. ") or Path(os.path.abspath(plain)).name  # noqa: PTH100
+    return f"{name}.{what}" if name else what
+
+
+OutputT = TypeVar("OutputT", bound="OutputConfig")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig(Settings):
     """Where a command's table goes."""
@@ -268,21 +303,23 @@ class OutputConfig(Settings):
 
     path: str = option(
         "",
-        "File to write; - is standard output. Default: {name}.parquet.",
+        "File to write; - is standard output. Default: NAME.{name}.parquet, with the name of the input.",
         OUTPUT_PANEL,
         "--output",
         "-o",
         affects_results=False,
+        is_common=True,
     )
     format: ReportFormat | None = option(
         None, "Default: by the ending, or parquet.", OUTPUT_PANEL, affects_results=False
     )
-    overwrite: bool = option(False, "Replace existing files.", OUTPUT_PANEL, affects_results=False)
+    overwrite: bool = option(
+        False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
+    )
 
     def __post_init__(self) -> None:
         if not self.path:
-            default = "txt" if self.listing else self.format or "parquet"
-            object.__setattr__(self, "path", f"{self.name}.{default}")
+            return  # until the input is known: see `named_after`
         if self.path.endswith(STATE_ENDING):
             raise SettingsError(
                 f"--output {self.path}: runs keep their state under such names; pass another ending."
@@ -293,6 +330,13 @@ class OutputConfig(Settings):
                 f"--output {self.path}: the ending says no format; end it in one of "
                 f"{', '.join(f'.{name}' for name in REPORT_FORMATS)}, or pass --format."
             )
+
+    def named_after(self: OutputT, source: str) -> OutputT:
+        """Return the output with the name that it has by default, if the user gave none."""
+        if self.path:
+            return self
+        ending = "txt" if self.listing else self.format or "parquet"
+        return dataclasses.replace(self, path=f"{default_name(source, self.name)}.{ending}")
 
     @property
     def listing(self) -> Listing | None:
@@ -357,7 +401,9 @@ class ManifestOutput(OutputConfig):
 class ResumeConfig(Settings):
     """What becomes of unfinished runs; their state is kept after each epoch in any case."""
 
-    resume: bool = option(False, "Resume an unfinished run.", OUTPUT_PANEL, affects_results=False)
+    resume: bool = option(
+        False, "Resume an unfinished run.", OUTPUT_PANEL, affects_results=False, is_common=True
+    )
     minutes: float = option(
         10.0,
         "Keep the state of a run so often inside an epoch; it is kept after each.",
@@ -376,7 +422,7 @@ class ValueConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    pred_probs: Path | None = option(
+    write_probs: Path | None = option(
         None,
         "Write averaged probabilities of all classes, as .npy.",
         VALUES_PANEL,
@@ -395,13 +441,14 @@ class ValueConfig(Settings):
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
-        if self.pred_probs is not None and self.pred_probs.suffix != ".npy":
-            raise SettingsError(f"--pred-probs {self.pred_probs}: is written as NumPy; end it in .npy.")
+        _name_output(self, self.data.source)
+        if self.write_probs is not None and self.write_probs.suffix != ".npy":
+            raise SettingsError(f"--write-probs {self.write_probs}: is written as NumPy; end it in .npy.")
 
     @property
     def outputs(self) -> list[Path]:
         """Files that the command writes."""
-        return _files(self.output, self.pred_probs)
+        return _files(self.output, self.write_probs)
 
     @property
     def state_file(self) -> Path | None:
@@ -415,7 +462,7 @@ class ValueConfig(Settings):
 
 
 REPORT_OR_DATASET = "Values report, - for one on standard input, or a dataset, which is valued first."
-KEPT_VALUES = "Keep the values report of a dataset here."
+KEPT_VALUES = "Values report of a dataset: read if it is there, else written."
 DATASET_OF_REPORT = "Where the dataset of a report is now. Default: where it was valued."
 
 
@@ -449,6 +496,24 @@ class FromValues(Settings):
     def values_output(self) -> OutputConfig | None:
         """Where the values report of a dataset is kept, if it is."""
         return self.second_output(self.values)
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the values report of a dataset is there already, and is not to be made anew."""
+        is_resumed = self.resume.resume or (self.state_file is not None and self.state_file.exists())
+        anew = self.overwrites or is_resumed
+        return not anew and self.values is not None and self.values.is_file()
+
+    def check_report_is_enough(self, why: str) -> None:
+        """Raise SettingsError where options are given that only matter when a dataset is valued."""
+        for group in (self.data, self.train, self.resume):
+            for setting in dataclasses.fields(group):
+                is_own = group is self.data and setting.name == "source"
+                # The seed also draws random choices; where runs keep their state does no harm.
+                if is_own or setting.name in ("seed", "resume") or option_of(setting) is None:
+                    continue
+                if getattr(group, setting.name) != setting.default:
+                    raise SettingsError(f"{option_name(setting)}: has no effect, as {why}; leave it out.")
 
     @property
     def state_file(self) -> Path | None:
@@ -485,6 +550,7 @@ class DetectConfig(FromValues):
         "more).",
         DETECTION_PANEL,
         metavar="RULE|SCORE",
+        is_common=True,
     )
     expected_noise: float | None = option(
         None, "Flag this share of the samples instead.", DETECTION_PANEL, least=0, most=1
@@ -497,28 +563,33 @@ class DetectConfig(FromValues):
     )
     fail_over: float | None = option(
         None,
-        "Exit with 3 if more of the labels are estimated to be wrong.",
+        "Exit with 3 if more labels are estimated to be wrong.",
         DETECTION_PANEL,
         least=0,
         most=1,
         affects_results=False,
+        is_common=True,
     )
     all_rows: bool = option(False, "Write every row, not only flagged ones.", ROWS_PANEL, "--all")
     top: int | None = option(None, "Write at most so many rows.", ROWS_PANEL, least=1)
-    values: Path | None = option(None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False)
+    values: Path | None = option(
+        None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False, is_common=True
+    )
     cleaned: Path | None = option(
         None,
         "Write the dataset without the flagged rows: to a new folder, or one .parquet file.",
         DATASET_PANEL,
         metavar="DIR|FILE",
         affects_results=False,
+        is_common=True,
     )
     relabel: float | None = option(
         None,
-        "Keep flagged rows in it under their suggested label if that is right with this probability.",
+        "Keep flagged rows under suggestions this probable.",
         DATASET_PANEL,
         least=0,
         most=1,
+        is_common=True,
     )
     link: Link | None = option(None, "How images of a folder get there. Default: copy.", DATASET_PANEL)
     force: bool = option(
@@ -533,6 +604,7 @@ class DetectConfig(FromValues):
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
+        _name_output(self, self.source)
         self.check_needs("cleaned", "relabel", "link", "force", "dataset")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":
@@ -586,8 +658,10 @@ class SelectConfig(FromValues):
     """Settings of `chgval select`; train.seed draws random choices."""
 
     output: ManifestOutput | None = field(default_factory=ManifestOutput)
-    fraction: float | None = option(None, "Share of ALL rows to keep.", SELECTION_PANEL, above=0, most=1)
-    count: int | None = option(None, "Rows to keep.", SELECTION_PANEL, least=1)
+    fraction: float | None = option(
+        None, "Share of ALL rows to keep.", SELECTION_PANEL, above=0, most=1, is_common=True
+    )
+    count: int | None = option(None, "Rows to keep.", SELECTION_PANEL, least=1, is_common=True)
     min_value: float | None = option(
         None, "Keep rows of at least this value (with --lowest, at most).", SELECTION_PANEL
     )
@@ -603,28 +677,32 @@ class SelectConfig(FromValues):
     lowest: bool = option(False, "Keep the lowest, not the highest.", SELECTION_PANEL)
     drop: str | None = option(
         None,
-        "Leave out what detect-noise flagged in this table, or - for standard input.",
+        "Leave out what detect-noise flagged: its table, or - for standard input.",
         SELECTION_PANEL,
         metavar="SUSPECTS",
         affects_results=False,
+        is_common=True,
     )
-    weights: bool = option(
+    weigh: bool = option(
         False, "Weigh kept rows from 0 (lowest) to 1 (highest), not all by 1.", SELECTION_PANEL
     )
-    with_random: Path | None = option(
+    write_random: Path | None = option(
         None,
         "Also write a random manifest with as many rows of each class.",
         SELECTION_PANEL,
         metavar="FILE",
         affects_results=False,
     )
-    values: Path | None = option(None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False)
+    values: Path | None = option(
+        None, KEPT_VALUES, OUTPUT_PANEL, metavar="FILE", affects_results=False, is_common=True
+    )
     materialize: Path | None = option(
         None,
         "Write the kept rows as a dataset: to a new folder, or one .parquet file.",
         DATASET_PANEL,
         metavar="DIR|FILE",
         affects_results=False,
+        is_common=True,
     )
     link: Link | None = option(None, "How images of a folder get there. Default: copy.", DATASET_PANEL)
     dataset: str | None = option(
@@ -636,6 +714,7 @@ class SelectConfig(FromValues):
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
+        _name_output(self, self.source)
         given = [name for name in ("fraction", "count", "min_value") if getattr(self, name) is not None]
         if len(given) != 1:
             raise SettingsError(
@@ -649,18 +728,18 @@ class SelectConfig(FromValues):
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
         self.check_needs("materialize", "link", "dataset")
         _check_one_stream(
-            {"--output": self.output, "--values": self.values_output, "--with-random": self.random_output}
+            {"--output": self.output, "--values": self.values_output, "--write-random": self.random_output}
         )
 
     @property
     def random_output(self) -> OutputConfig | None:
         """Where the random manifest goes, if there shall be one."""
-        return self.second_output(self.with_random)
+        return self.second_output(self.write_random)
 
     @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
-        return _files(self.output, self.values, self.with_random, self.materialize)
+        return _files(self.output, self.values, self.write_random, self.materialize)
 
     @property
     def tables(self) -> list[OutputConfig]:
@@ -680,7 +759,7 @@ class SelectConfig(FromValues):
     @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the pruned dataset."""
-        tables = (self.output, self.values, self.with_random)
+        tables = (self.output, self.values, self.write_random)
         return _files(self.source, *tables, self.drop, _epochs_of(self.values_output))
 
 
@@ -691,42 +770,50 @@ class TrainingConfig(Settings):
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    folder: Path = option(
-        Path("trained"),
-        "Folder for the model, its settings and metrics.",
+    output_folder: Path | None = option(
+        None,
+        "Folder for the model, its settings and metrics. Default: NAME.trained, with the name of DATA.",
         OUTPUT_PANEL,
         "--output",
         "-o",
         metavar="DIR",
         affects_results=False,
+        is_common=True,
     )
-    overwrite: bool = option(False, "Replace an earlier training there.", OUTPUT_PANEL, affects_results=False)
+    overwrite: bool = option(
+        False, "Replace an earlier training there.", OUTPUT_PANEL, affects_results=False, is_common=True
+    )
     subset: str | None = option(
         None,
         "Train on what select kept, with its weights.",
         SELECTION_PANEL,
-        metavar="MANIFEST",
+        metavar="SUBSET",
         affects_results=False,
+        is_common=True,
     )
     fraction: float | None = option(
-        None, "Share of the samples to train on at a time.", SELECTION_PANEL, above=0, most=1
+        None, "Share of the samples to train on at a time.", SELECTION_PANEL, above=0, most=1, is_common=True
     )
     strategy: str | None = option(
         None,
         "What chooses them: {strategies}. Default: auto with --fraction, else full.",
         SELECTION_PANEL,
         metavar="NAME",
+        is_common=True,
     )
     select_every: int | None = option(
         None, "Epochs from one choice to the next. Default: a fifteenth of all.", SELECTION_PANEL, least=1
     )
-    test: str | None = option(None, "Dataset to test on.", TEST_PANEL, metavar="DATA", affects_results=False)
+    test: str | None = option(
+        None, "Dataset to test on.", TEST_PANEL, metavar="DATA", affects_results=False, is_common=True
+    )
     holdout: float | None = option(
         None,
         "Share of the samples that is not trained on; it is tested on, unless --test is given.",
         TEST_PANEL,
         above=0,
         below=1,
+        is_common=True,
     )
     test_every: int = option(1, "Epochs from one test to the next.", TEST_PANEL, least=1)
     target_accuracy: float | None = option(
@@ -754,6 +841,11 @@ class TrainingConfig(Settings):
     def chooses(self) -> bool:
         """Whether a strategy chooses what is trained on."""
         return self.strategy != FULL
+
+    @property
+    def folder(self) -> Path:
+        """Where the model, its settings and metrics go."""
+        return self.output_folder or Path(default_name(self.data.source, "trained"))
 
     @property
     def outputs(self) -> list[Path]:
@@ -787,6 +879,21 @@ def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
 
 def _epochs_of(output: OutputConfig | None) -> Path | None:
     return None if output is None else output.epochs_folder
+
+
+def writes_to_stdout(config: ValueConfig | DetectConfig | SelectConfig | TrainingConfig) -> bool:
+    """Return whether a table goes to standard output."""
+    if isinstance(config, TrainingConfig):
+        return False
+    tables = [config.output]
+    if not isinstance(config, ValueConfig):
+        tables += [*config.tables, config.values_output]
+    return any(table is not None and table.to_stdout for table in tables)
+
+
+def _name_output(config: ValueConfig | DetectConfig | SelectConfig, source: str) -> None:
+    if config.output is not None:
+        object.__setattr__(config, "output", config.output.named_after(source))
 
 
 def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:

@@ -6,10 +6,11 @@ Nothing here may import torch, or numpy: `chgval --help` must start at once.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import numbers
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -113,10 +114,50 @@ def converted(setting: Setting, value: Any) -> Any:
             return str(value)
         if kind is bool and isinstance(value, bool):
             return value
+        if kind is float and setting.option.is_share and isinstance(value, str):
+            return as_share(setting.name, value)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if is_number and (kind is float or (kind is int and float(value).is_integer())):
             return kind(value)
     raise SettingsError(f"{setting.name} {value}: expected {_described(setting)}.")
+
+
+def as_share(name: str, text: str) -> float:
+    """Return the number that a text such as 0.3 or 30% says.
+
+    Raises:
+        SettingsError: it says none.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        if rest:
+            raise ValueError("text behind the sign")
+        return float(number) / (100 if percent else 1)
+    except ValueError as error:
+        raise SettingsError(f"{name} {text}: expected a share, such as 0.3 or 30%.") from error
+
+
+def keywords_of(config_class: type) -> dict[str, SettingPath]:
+    """Return what settings are called where no dashes are possible, and where each is in its class."""
+    return {_keyword(path, setting.name): path for path, setting in settings_in(config_class)}
+
+
+def _keyword(path: SettingPath, name: str) -> str:
+    """Return what a setting is called in Python and in files: as its option, if that can be a name."""
+    if path[-1] == "source":
+        return "data"
+    keyword = name.lstrip("-").replace("-", "_")
+    return keyword if keyword.isidentifier() else path[-1]
+
+
+def check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise SettingsError where a setting is none of those that there are."""
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted(known))}."
+        raise SettingsError(f"{unknown[0]}: no such setting; {advice}")
 
 
 def _as_tuple(setting: Setting, kind: Any, value: Any) -> tuple[Any, ...]:

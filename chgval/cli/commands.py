@@ -49,11 +49,14 @@ def _root(
     """
 
 
-def command(name: str, config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, config_class: type, *, hidden: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as the command of that name, with the settings of a class as its options."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
-        return app.command(name=name, cls=PanelCommand)(with_settings(config_class, run))
+        app.command(name=name, cls=PanelCommand, hidden=hidden)(with_settings(config_class, run))
+        return run
 
     return register
 
@@ -74,10 +77,10 @@ def value(
     \b
     Examples:
       chgval value builtin:digits
-      chgval value photos/ -o photos.parquet        # photos/CLASS/IMAGE
+      chgval value photos/                          # photos/CLASS/IMAGE
+      chgval value train.csv --images-root train/   # file names and labels
       chgval value "shards/*.parquet" --arch resnet18 --epochs 20
       chgval value embeddings.parquet --features-column embedding
-      chgval value crowd.parquet --label-column ann --label-column bob
       chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     if plan:
@@ -91,6 +94,8 @@ def value(
     show_values(console, run_value(config), config)
 
 
+# Noise may sound like grain in an image; it is wrong labels.
+@command("find-label-errors", DetectConfig, hidden=True)
 @command("detect-noise", DetectConfig)
 def detect_noise(console: "Console", config: DetectConfig) -> None:
     """List the samples of INPUT whose label is probably wrong, worst first.
@@ -100,12 +105,11 @@ def detect_noise(console: "Console", config: DetectConfig) -> None:
 
     \b
     Examples:
-      chgval detect-noise values.parquet
-      chgval detect-noise photos/ --values values.parquet  # values it first
-      chgval detect-noise values.parquet --all --threshold 0.9 -o scores.csv
+      chgval detect-noise photos.values.parquet
+      chgval detect-noise photos/                   # values it first
+      chgval detect-noise photos/ --fail-over 5%    # exit code 3: too noisy
+      chgval detect-noise photos.values.parquet --cleaned clean/ --relabel 0.9
       chgval value photos/ -o - | chgval detect-noise - -o - --format csv
-      chgval detect-noise photos/ --fail-over 0.05        # exit code 3: too noisy
-      chgval detect-noise values.parquet --cleaned clean/ --relabel 0.9
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     from chgval.cli.results import show_suspects
     from chgval.runs.detect_noise import run_detect_noise
@@ -132,9 +136,8 @@ def select(console: "Console", config: SelectConfig) -> None:
 
     \b
     Examples:
-      chgval select values.parquet --fraction 0.3
-      chgval select values.parquet --fraction 0.5 --drop suspects.parquet
-      chgval select values.parquet --count 5000 --with-random random.parquet
+      chgval select photos.values.parquet --fraction 30%
+      chgval select photos.values.parquet --count 5000 --write-random random.parquet
       chgval select photos/ --fraction 0.3 --materialize pruned/ --link hard
       chgval select v.parquet --fraction 0.3 --format paths -0 -o - | xargs -0 du
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
@@ -155,7 +158,7 @@ def train(console: "Console", config: TrainingConfig) -> None:
     \b
     Examples:
       chgval train photos/ --test more-photos/
-      chgval train photos/ --subset subset.parquet --holdout 0.1
+      chgval train photos/ --subset photos.subset.parquet --holdout 0.1
       chgval train photos/ --fraction 0.3 --holdout 0.1
       chgval train photos/ --strategy chg --fraction 0.1 --select-every 10
       chgval train photos/ --test more-photos/ --target-accuracy 0.9

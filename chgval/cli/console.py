@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.text import Text
 
@@ -19,6 +21,10 @@ from chgval.training.records import Record, StepRecord
 
 Side = Literal["left", "right"]
 
+# Rows of each list of samples, unless the user says otherwise.
+SHOWN_SAMPLES = 5
+# A terminal shows more of a training the wider it is.
+WIDTH_FOR_STATE, WIDTH_FOR_BAR = 72, 90
 NARROWEST_NAME = 8
 GAP = "  "
 
@@ -49,9 +55,19 @@ class Console:
         command: the command line, which reports name.
         quiet: whether to print errors only.
         verbose: whether to print details too, such as a line every few steps where there is no bar.
+        shown: rows of each list of samples.
+        as_json: whether results also go to standard output, as JSON.
     """
 
-    def __init__(self, command: str = "chgval", *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        command: str = "chgval",
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        shown: int = SHOWN_SAMPLES,
+        as_json: bool = False,
+    ) -> None:
         # As a text stream it has what rich asks for; rich itself would end the run with the terminal.
         stream = cast(TextIO, _Unfailing(sys.stderr))
         self._console = RichConsole(file=stream, highlight=False, soft_wrap=True)
@@ -60,6 +76,8 @@ class Console:
         self._started = time.perf_counter()
         self.is_quiet = quiet
         self._verbose = verbose and not quiet
+        self.shown = shown
+        self.as_json = as_json
 
     @property
     def _rich(self) -> RichConsole:
@@ -97,31 +115,46 @@ class Console:
         """Print text that has a style."""
         self._rich.print(text)
 
+    def _print(self, text: Text) -> None:
+        """Print a line: wrapped at spaces on a terminal, whole elsewhere."""
+        self._rich.print(text, soft_wrap=not self._rich.is_terminal)
+
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.is_quiet:
-            self._rich.print(Text(printable(text)))
+            self._print(Text(printable(text)))
+
+    def say_next(self, command: str) -> None:
+        """Print a command to run, in one piece whatever the width: it is to be copied."""
+        if not self.is_quiet:
+            self._rich.print(Text("next: ", style="bold") + Text(printable(command)))
+
+    def hand_over(self, result: Mapping[str, object]) -> None:
+        """Print a result as JSON on standard output, if that was asked for."""
+        if self.as_json:
+            self._stop_loading()
+            sys.stdout.write(json.dumps(result, ensure_ascii=False, default=_plain, indent=1) + "\n")
 
     def detail(self, text: str) -> None:
         """Print one line that only --verbose shows."""
         if self._verbose:
-            self._rich.print(Text(printable(text), style="dim"))
+            self._print(Text(printable(text), style="dim"))
 
     def warn(self, text: str) -> None:
         """Print one line about something that the user should look at."""
         if not self.is_quiet:
-            self._rich.print(Text("warning: ", style="yellow") + Text(printable(text)))
+            self._print(Text("warning: ", style="yellow") + Text(printable(text)))
 
     def fail(self, text: str) -> None:
         """Print why the command could not do what it was asked."""
-        self._rich.print(Text("error: ", style="bold red") + Text(printable(text)))
+        self._print(Text("error: ", style="bold red") + Text(printable(text)))
 
     def settings(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print names and values in two columns."""
         if not self.is_quiet:
             width = max(len(name) for name, _ in pairs)
             for name, value in pairs:
-                self._rich.print(Text(f"{name:<{width}}  ", style="bold") + Text(printable(value)))
+                self._print(Text(f"{name:<{width}}  ", style="bold") + Text(printable(value)))
 
     @contextmanager
     def following(self, total_steps: int) -> Iterator[Callable[[Record], None]]:
@@ -129,15 +162,17 @@ class Console:
         if self.is_quiet or not self._rich.is_terminal:
             yield lambda record: tell_record(self, record)
             return
-        with Progress(
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[state]}"),
-            console=self._rich,
-            transient=True,
-        ) as progress:
+            TextColumn("left"),
+        ]
+        if self._rich.width >= WIDTH_FOR_STATE:
+            columns.append(TextColumn("{task.fields[state]}"))
+        if self._rich.width >= WIDTH_FOR_BAR:
+            columns.insert(1, BarColumn(bar_width=None))
+        with Progress(*columns, console=self._rich, transient=True) as progress:
             task = progress.add_task("training", total=total_steps, state="")
 
             def show(record: Record) -> None:
@@ -188,6 +223,16 @@ class Console:
             self._rich.print(Text(GAP.join(cells).rstrip(), style="" if number else "bold"))
         if last:
             self._rich.print(Text(last, style="dim"))
+
+
+def _plain(value: object) -> object:
+    """Return a number of NumPy, or a path, as JSON can have it."""
+    if isinstance(value, Path):
+        return str(value)
+    item = getattr(value, "item", None)
+    if item is None:
+        raise TypeError(f"{type(value).__name__} is no value of a result")
+    return item()
 
 
 def share_room(widths: Sequence[int], room: int) -> list[int]:

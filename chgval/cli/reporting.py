@@ -19,19 +19,22 @@ EXIT_FAILED, EXIT_USAGE, EXIT_TOO_NOISY = 1, 2, 3
 
 
 @contextmanager
-def reporting(*, quiet: bool, verbose: bool, debug: bool) -> "Iterator[Console]":
+def reporting(*, quiet: bool, verbose: bool, debug: bool, shown: int, as_json: bool) -> "Iterator[Console]":
     """Print what runs in the block say, and how they fail.
 
     Args:
         quiet: whether to print errors only.
         verbose: whether to print details too.
+        shown: rows of each list of samples.
+        as_json: whether results also go to standard output, as JSON.
         debug: whether to show tracebacks of errors.
     """
     from chgval.cli.console import Console  # imported here so that --help stays fast
     from chgval.progress import listening
 
     ignore_warnings()
-    console = Console(shlex.join(["chgval", *sys.argv[1:]]), quiet=quiet, verbose=verbose)
+    command = shlex.join(["chgval", *sys.argv[1:]])
+    console = Console(command, quiet=quiet, verbose=verbose, shown=shown, as_json=as_json)
     try:
         with raising_interruptions(), listening(console):
             yield console

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +16,14 @@ from chgval.cli.console import Console, Side
 from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.detection.verdict import annotators_shown
 from chgval.reports.report import Report
+from chgval.runs.detect_noise import summarise_labels
 from chgval.runs.summaries import (
     SHOWN_CLASSES,
     NoiseSummary,
     RunSummary,
-    SampleLine,
     SelectedClass,
     count_statuses,
+    statuses,
     summarise_values,
 )
 from chgval.training.records import Evaluation
@@ -36,21 +40,44 @@ SHOWN_ANNOTATORS = 10
 
 def show_values(console: Console, report: Report, config: ValueConfig) -> None:
     """Print what a run found, what to read before acting on it, and where its report is."""
-    if console.is_quiet:
+    if console.is_quiet and not console.as_json:
         return
-    _summary(console, summarise_values(report))
+    summary, labels = summarise_values(report, console.shown), summarise_labels(report)
+    _summary(console, summary, labels)
     _annotators(console, annotators_shown(report.verdict))
-    _notes(console, report.notes)
     console.say("")
-    seconds = console.seconds
+    if labels is not None:
+        console.say(_rate_line(labels))
+    _notes(console, report.notes)
     target = "" if config.output is None else f" -> {config.output.target}"
-    console.say(f"{len(report):,} rows ({count_statuses(report)}) in {seconds:.1f} s{target}")
+    console.say(f"{len(report):,} rows ({count_statuses(report)}) in {console.seconds:.1f} s{target}")
+    following = None
+    if config.output is not None and not config.output.to_stdout:
+        following = _next(console, "detect-noise", config.output.path)
+    result = {
+        **_outputs(config.outputs),
+        "rows": len(report),
+        "statuses": statuses(report),
+        **dataclasses.asdict(summary),
+        "labels": None if labels is None else _labels_json(console, labels),
+        "notes": list(report.notes),
+        "seconds": console.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
 
 
 def show_suspects(console: Console, suspects: Suspects, config: DetectConfig) -> None:
     """Print what was found out about labels, and where it was written."""
-    _noise(console, suspects.summary)
+    summary = suspects.summary
+    _noise(console, summary)
     _annotators(console, annotators_shown(suspects.report.verdict))
+    if suspects.num_duplicates:
+        console.table(
+            "Near-duplicates with another label",
+            {"id": "left", "label": "left", "other label": "left", "other id": "left"},
+            summary.duplicates[: console.shown],
+        )
     console.say("")
     _notes(console, suspects.report.notes)
     if suspects.num_duplicates is not None:
@@ -58,8 +85,24 @@ def show_suspects(console: Console, suspects: Suspects, config: DetectConfig) ->
     if config.output is not None:
         rows = suspects.table.num_rows
         console.say(f"{rows:,} of {suspects.num_rows:,} rows -> {config.output.target}")
+    following = None
     if suspects.cleaned is not None:
         console.say(suspects.cleaned)
+        following = _next(console, "train", str(config.cleaned), "--holdout", "0.1")
+    elif suspects.values is not None:
+        is_file = config.output is not None and not config.output.to_stdout and suspects.table.num_rows
+        drop = ["--drop", config.output.path] if config.output is not None and is_file else []
+        following = _next(console, "select", suspects.values, "--fraction", "0.5", *drop)
+    result = {
+        **_outputs(config.outputs),
+        "rows": suspects.num_rows,
+        "labels": _labels_json(console, summary),
+        "num_duplicates": suspects.num_duplicates,
+        "notes": list(suspects.report.notes),
+        "seconds": console.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
 
 
 def show_selection(console: Console, selection: Selection, config: SelectConfig) -> None:
@@ -72,8 +115,23 @@ def show_selection(console: Console, selection: Selection, config: SelectConfig)
     if config.output is not None:
         kept = f"{selection.kept_N.sum():,} of {len(selection.kept_N):,} rows kept"
         console.say(f"{kept} -> {config.output.target}")
+    following = None
     if selection.materialized is not None:
         console.say(selection.materialized)
+        following = _next(console, "train", str(config.materialize), "--holdout", "0.1")
+    elif config.output is not None and not config.output.to_stdout and config.output.listing is None:
+        dataset = selection.report.dataset or "DATA"
+        following = _next(console, "train", dataset, "--subset", config.output.path, "--holdout", "0.1")
+    result = {
+        **_outputs(config.outputs),
+        "rows": len(selection.kept_N),
+        "kept": int(selection.kept_N.sum()),
+        "classes": [dataclasses.asdict(line) for line in selection.classes],
+        "warnings": selection.warnings,
+        "seconds": console.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
 
 
 def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> None:
@@ -90,27 +148,95 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
             f"{reached['seconds']:.1f} s"
         )
     console.say(f"trained {len(trained.epochs)} epochs in {trained.seconds:.1f} s -> {trained.folder}")
+    following = None
+    if trained.evaluation is None:
+        tested = f"{trained.folder}-tested"
+        following = _next(console, "train", config.data.source, "--holdout", "0.1", "-o", tested)
+    result = {
+        **_outputs(config.outputs),
+        "epochs": len(trained.epochs),
+        "test": None if trained.evaluation is None else dataclasses.asdict(trained.evaluation),
+        "class_names": trained.class_names,
+        "target": trained.target,
+        "seconds": trained.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
 
 
-def _summary(console: Console, summary: RunSummary) -> None:
-    """Print what a run found: counts per class, extremes and a histogram."""
+def _next(console: Console, *words: str) -> str:
+    """Print the command that most people want to run next, and return it."""
+    command = shlex.join(["chgval", *words])
+    console.say_next(command)
+    return command
+
+
+def _outputs(paths: Sequence[Path]) -> dict[str, object]:
+    return {"outputs": [str(path) for path in paths]}
+
+
+def _labels_json(console: Console, summary: NoiseSummary) -> dict[str, object]:
+    """Return what was found out about labels, with as many samples as a person is shown."""
+    shown = {"suspects": summary.suspects[: console.shown], "duplicates": summary.duplicates[: console.shown]}
+    return dataclasses.asdict(dataclasses.replace(summary, **shown))  # type: ignore[arg-type]
+
+
+def _rate_line(summary: NoiseSummary) -> str:
+    rate = summary.rate
+    noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
+    if rate.is_unknown:
+        noise = "unknown how many of the labels are wrong"
+    return f"estimated noise: {noise}; {summary.num_flagged:,} of {summary.num_assessed:,} flagged"
+
+
+def _summary(console: Console, summary: RunSummary, labels: NoiseSummary | None) -> None:
+    """Print what a run found: counts per class, a histogram, the lowest values and likely wrong labels."""
     if console.is_quiet:
         return
+    flagged = {} if labels is None else {name: count for name, _, count, _ in labels.classes}
     _classes(
         console,
-        {"samples": "right", "mean value": "right", "agreement": "right"},
+        {"samples": "right", "mean value": "right", "agreement": "right", "suspects": "right"},
         [
-            (line.name, f"{line.num_samples:,}", f"{line.mean_value:.3e}", f"{line.agreement:.0%}")
+            (
+                line.name,
+                f"{line.num_samples:,}",
+                f"{line.mean_value:.3g}",
+                f"{line.agreement:.0%}",
+                f"{flagged[line.name]:,}" if line.name in flagged else "",
+            )
             if line.num_samples
-            else (line.name, "0", "", "")
+            else (line.name, "0", "", "", "")
             for line in summary.classes
         ],
         summary.hidden_classes,
     )
     console.say("agreement: share predicted, late in the run, as the label that they have")
     _histogram(console, summary)
-    _samples(console, "Lowest values (look here first)", summary.lowest)
-    _samples(console, "Highest values", summary.highest)
+    console.table(
+        "Lowest values",
+        {"value": "right", "percentile": "right", "label": "left", "predicted": "left", "id": "left"},
+        [
+            (f"{line.value:.3g}", f"{line.percentile:.1f}", line.label_name, line.predicted_name, line.id)
+            for line in summary.lowest
+        ],
+    )
+    if labels is not None:
+        _suspects(console, labels)
+
+
+def _suspects(console: Console, summary: NoiseSummary) -> None:
+    """Print the likeliest wrong labels, with as many digits as tell their scores apart."""
+    lines = summary.suspects[: console.shown]
+    if not lines:
+        return
+    scores = [line.noise_score for line in lines]
+    digits = next((n for n in range(3, 9) if len({f"{s:.{n}f}" for s in scores}) == len(set(scores))), 9)
+    console.table(
+        "Most suspicious labels (look here first)",
+        {"score": "right", "label": "left", "suggested": "left", "id": "left"},
+        [(f"{line.noise_score:.{digits}f}", line.label_name, line.suggested_name, line.id) for line in lines],
+    )
 
 
 def _notes(console: Console, notes: Sequence[str]) -> None:
@@ -134,13 +260,8 @@ def _noise(console: Console, summary: NoiseSummary) -> None:
     """Print what was found out about labels: the noise rate, flags per class, pairs and suspects."""
     if console.is_quiet:
         return
-    rate = summary.rate
     console.say("")
-    noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
-    if rate.is_unknown:
-        noise = "unknown how many of the labels are wrong"
-    flagged = f"{summary.num_flagged:,} of {summary.num_assessed:,} flagged"
-    console.say(f"estimated noise: {noise}; {flagged}")
+    console.say(_rate_line(summary))
     _classes(
         console,
         {"samples": "right", "flagged": "right", "noise": "right"},
@@ -158,14 +279,7 @@ def _noise(console: Console, summary: NoiseSummary) -> None:
             {"flagged": "right", "label": "left", "suggested": "left"},
             [(f"{count:,}", given, suggested) for given, suggested, count in summary.pairs],
         )
-    console.table(
-        "Most suspicious labels",
-        {"score": "right", "label": "left", "suggested": "left", "id": "left"},
-        [
-            (f"{line.noise_score:.3f}", line.label_name, line.suggested_name, line.id)
-            for line in summary.suspects
-        ],
-    )
+    _suspects(console, summary)
 
 
 def _kept_classes(console: Console, classes: Sequence[SelectedClass], hidden_classes: int) -> None:
@@ -216,15 +330,7 @@ def _histogram(console: Console, summary: RunSummary) -> None:
     edges = summary.histogram_edges
     last = len(summary.histogram_counts) - 1
     for number, count in enumerate(summary.histogram_counts):
-        low = "below" if number == 0 else f"{edges[number]:.2e}"
-        high = "or more" if number == last else f"{edges[number + 1]:.2e}"
+        low = "below" if number == 0 else f"{edges[number]:.3g}"
+        high = "or more" if number == last else f"{edges[number + 1]:.3g}"
         bar = block * round(HISTOGRAM_WIDTH * count / most) or (sliver if count else "")
         console.say(f"{low:>10} {high:>10} {count:>9,} {bar}")
-
-
-def _samples(console: Console, title: str, lines: Sequence[SampleLine]) -> None:
-    console.table(
-        title,
-        {"value": "right", "label": "left", "predicted": "left", "id": "left"},
-        [(f"{line.value:.3e}", line.label_name, line.predicted_name, line.id) for line in lines],
-    )

@@ -94,6 +94,12 @@ class Report:
         return verdict
 
     @property
+    def dataset(self) -> str | None:
+        """The dataset that it is about, as it was named when it was valued; None where that is not known."""
+        source = self.metadata.get("settings", {}).get("data", {}).get("source")
+        return source if isinstance(source, str) else None
+
+    @property
     def notes(self) -> list[str]:
         """Sentences to read before acting on noise scores; none if all is well."""
         return notes_on(self.verdict)

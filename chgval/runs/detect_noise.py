@@ -46,6 +46,7 @@ class Suspects:
         num_rows: of the dataset.
         report: the values report; of a file, the columns that were needed.
         summary: what a person wants to see.
+        values: file of the values report, if there is one.
         num_duplicates: samples with a near-duplicate of another label; None if none were looked for.
         cleaned: what became of the dataset that was written, if one was.
     """
@@ -55,6 +56,7 @@ class Suspects:
     num_rows: int
     report: Report
     summary: NoiseSummary
+    values: str | None = None
     num_duplicates: int | None = None
     cleaned: str | None = None
 
@@ -80,7 +82,10 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
 
     if is_report(config.source):
         _check_needs_no_dataset(config, trains=trains)
-    with values_of("detect-noise", config, COLUMNS, in_order=False, on_dataset=check) as given:
+    needs_training = trains or config.duplicates
+    with values_of(
+        "detect-noise", config, COLUMNS, in_order=False, on_dataset=check, needs_training=needs_training
+    ) as given:
         if given.valued is None:
             _check_relabel(config, several=bool(given.report.verdict.get("annotators")))
         below_threshold_N = _threshold_flags(config, given) if trains else None
@@ -108,11 +113,25 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
             num_rows=len(report),
             report=report,
             summary=summarise_noise(
-                report.table, assessment.score_N, assessment.flagged_N, assessment.order, assessment.rate
+                report.table,
+                assessment.score_N,
+                assessment.flagged_N,
+                assessment.order,
+                assessment.rate,
+                duplicates_N,
             ),
+            values=given.values,
             num_duplicates=None if duplicates_N is None else int((duplicates_N >= 0).sum()),
             cleaned=cleaned,
         )
+
+
+def summarise_labels(report: Report) -> NoiseSummary | None:
+    """Return what detection with all its defaults finds in a report; None if nothing can be said."""
+    if not (np.isfinite(report.noise_scores) & np.isfinite(report.values)).any():
+        return None
+    found = assess(report, DetectConfig(output=None))
+    return summarise_noise(report.table, found.score_N, found.flagged_N, found.order, found.rate)
 
 
 def _check_needs_no_dataset(config: DetectConfig, *, trains: bool) -> None:

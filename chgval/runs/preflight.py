@@ -36,7 +36,10 @@ def check_at_once(
             pass  # the run says it, once it has tried
     if not writes or config.overwrites or config.resume.resume:
         return
+    read = config.values if isinstance(config, DetectConfig | SelectConfig) and config.reads_values else None
     for path in config.outputs:
+        if path == read:
+            continue
         with output_errors(path):
             state = config.state_file
             is_unfinished = state is not None and state.exists()

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import Link
+from chgval.config import DetectConfig, Link, SelectConfig
 from chgval.data.formats import Format, format_of
 from chgval.data.formats.base import KnownRows, RowChanges
 from chgval.data.open import check_rewritable
@@ -63,6 +63,26 @@ def dataset_behind(
         message = f"{error} {report_name(source)} was made from it; pass --dataset if it has moved."
         raise DataError(message) from error
     return source_of_rows
+
+
+def dataset_of_values(
+    config: DetectConfig | SelectConfig, report: pa.Table, metadata: dict[str, Any]
+) -> Format:
+    """Return the dataset that the user named, if a report that is there already is about it.
+
+    Raises:
+        ChgvalError: it is about another, or the dataset cannot be written anew as was asked.
+    """
+    source = format_of(config.value.data)
+    if config.target is not None:
+        check_rewritable(source, config.target, overwrite=config.overwrites, link=config.link or "copy")
+    try:
+        source.check_same(_known(report, metadata))
+    except DataError as error:
+        raise DataError(
+            f"{error} The report is {config.values}; pass --overwrite, or another name as --values."
+        ) from error
+    return source
 
 
 def _known(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:

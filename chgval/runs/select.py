@@ -79,7 +79,7 @@ def run_select(config: SelectConfig) -> Selection:
                 "kept by."
             )
         weight_N = np.ones(len(report))
-        if config.weights:
+        if config.weigh:
             weight_N[kept_N] = min_max_weights(-score_N[kept_N] if config.lowest else score_N[kept_N])
         metadata = {**report.metadata, "command": progress.command(), "selection": _settings(config)}
         manifest = with_metadata(_manifest(report, score_N, rank_N, kept_N, weight_N), metadata)

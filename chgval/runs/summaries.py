@@ -13,21 +13,23 @@ from chgval.detection.signals import NoiseRate
 from chgval.reports.report import Report
 from chgval.types import FloatArray, IntArray
 
-SHOWN_SAMPLES = 5
 SHOWN_CLASSES = 20
 SHOWN_PAIRS = 5
 HISTOGRAM_BINS = 12
+# Rows of lists that a caller may show a part of.
+MOST_SHOWN = 1000
 NO_LABEL = "(no label)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLine:
-    """One sample in a summary."""
+    """One sample in a summary. `percentile`: share of all values that are at most its own, 0 to 100."""
 
     id: str
     label_name: str
     predicted_name: str
     value: float
+    percentile: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class RunSummary:
     Attributes:
         classes: one line per class, the largest first where there are too many to show.
         hidden_classes: classes left out of `classes`.
-        lowest, highest: the samples of the lowest and of the highest value, the most extreme first.
+        lowest: the samples of the lowest value, the lowest first.
         histogram_counts, histogram_edges: of the values; one more edge than counts. The first and last bin
             are open.
     """
@@ -55,7 +57,6 @@ class RunSummary:
     classes: list[ClassLine]
     hidden_classes: int
     lowest: list[SampleLine]
-    highest: list[SampleLine]
     histogram_counts: list[int]
     histogram_edges: list[float]
 
@@ -82,6 +83,7 @@ class NoiseSummary:
         hidden_classes: classes left out of `classes`.
         pairs: given name, suggested name and flagged samples, the commonest first.
         suspects: the most suspicious flagged samples, the worst first.
+        duplicates: id, given name, the other's given name and its id, of near-duplicates that disagree.
     """
 
     rate: NoiseRate
@@ -91,6 +93,7 @@ class NoiseSummary:
     hidden_classes: int
     pairs: list[tuple[str, str, int]]
     suspects: list[SuspectLine]
+    duplicates: list[tuple[str, str, str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +106,8 @@ class SelectedClass:
     num_kept: int
 
 
-def summarise_values(report: Report) -> RunSummary:
-    """Pick counts per class, extremes and a histogram out of a report."""
+def summarise_values(report: Report, shown_samples: int) -> RunSummary:
+    """Pick counts per class, the lowest values and a histogram out of a report."""
     value_N, predicted_N, label_N = (
         report.values,
         report.integers("predicted_label"),
@@ -132,6 +135,7 @@ def summarise_values(report: Report) -> RunSummary:
                 label_name=row["label_name"],
                 predicted_name=row["predicted_name"] or "",
                 value=row["value"],
+                percentile=row["percentile"],
             )
             for row in report.table.take(rows).to_pylist()
         ]
@@ -147,8 +151,7 @@ def summarise_values(report: Report) -> RunSummary:
             for label in shown
         ],
         hidden_classes=num_classes - len(shown),
-        lowest=lines(order[:SHOWN_SAMPLES]),
-        highest=lines(order[::-1][:SHOWN_SAMPLES]),
+        lowest=lines(order[:shown_samples]),
         histogram_counts=histogram_counts,
         histogram_edges=edges,
     )
@@ -164,14 +167,24 @@ def histogram(values: FloatArray) -> tuple[list[int], list[float]]:
     return counts.tolist(), edges.tolist()
 
 
+def statuses(report: Report) -> dict[str, int]:
+    """Return how many rows there are of each status, the valued first."""
+    counts = {row["values"]: row["counts"] for row in report.table["status"].value_counts().to_pylist()}
+    return {name: counts.get(name, 0) for name in dict.fromkeys(["valued", *sorted(counts)])}
+
+
 def count_statuses(report: Report) -> str:
     """Return how many rows there are of each status, as text."""
-    counts = {row["values"]: row["counts"] for row in report.table["status"].value_counts().to_pylist()}
-    return ", ".join(f"{counts.get(name, 0):,} {name}" for name in dict.fromkeys(["valued", *sorted(counts)]))
+    return ", ".join(f"{count:,} {name}" for name, count in statuses(report).items())
 
 
 def summarise_noise(
-    report: pa.Table, score_N: FloatArray, flagged_N: NDArray[np.bool_], order: IntArray, rate: NoiseRate
+    report: pa.Table,
+    score_N: FloatArray,
+    flagged_N: NDArray[np.bool_],
+    order: IntArray,
+    rate: NoiseRate,
+    duplicates_N: IntArray | None = None,
 ) -> NoiseSummary:
     """Pick the noise rate, flags per class, pairs of labels and the worst suspects out of a verdict.
 
@@ -181,6 +194,7 @@ def summarise_noise(
         flagged_N: which rows are flagged.
         order: rows, the most suspicious first.
         rate: estimated share of wrong labels.
+        duplicates_N: row of the near-duplicate with another label, -1 for none; None if none were looked for.
     """
     known_N = np.isfinite(score_N)
     scored = pa.table(
@@ -201,7 +215,10 @@ def summarise_noise(
     counted = pairs.aggregate([([], "count_all")]).sort_by(
         [("count_all", "descending"), ("label_name", "ascending"), ("suggested_name", "ascending")]
     )
-    worst = order[flagged_N[order]][:SHOWN_SAMPLES]
+    worst = order[flagged_N[order]][:MOST_SHOWN]
+    names, labels = report["id"], report["label_name"]
+    others_N = np.full(len(score_N), -1) if duplicates_N is None else duplicates_N
+    doubled = np.flatnonzero(others_N >= 0)[:MOST_SHOWN].tolist()
     return NoiseSummary(
         rate=rate,
         num_assessed=int(known_N.sum()),
@@ -220,6 +237,10 @@ def summarise_noise(
                 noise_score=float(score_N[row]),
             )
             for row, line in zip(worst, report.take(worst).to_pylist(), strict=True)
+        ],
+        duplicates=[
+            (str(names[row]), str(labels[row]), str(labels[other]), str(names[other]))
+            for row, other in zip(doubled, others_N[doubled].tolist(), strict=True)
         ],
     )
 

@@ -92,8 +92,8 @@ def value_dataset(
     report.metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     if writer is not None:
         writer.write(report.table, report.metadata)
-    if config.pred_probs is not None:
-        write_array(config.pred_probs, accumulator.averaged_probabilities())
+    if config.write_probs is not None:
+        write_array(config.write_probs, accumulator.averaged_probabilities())
     tell_problems(dataset, "they have no value (status 'unreadable' in the report)")
     return Valued(run, average, report)
 
@@ -105,8 +105,8 @@ def check_outputs(
     if output is not None:
         ReportWriter.check(output, config.data.source, resumes=unfinished.resumes)
         check_not_read(source, output)
-    if config.pred_probs is not None and not unfinished.is_own(config.pred_probs):
-        check_file(config.pred_probs, overwrite=config.overwrites)
+    if config.write_probs is not None and not unfinished.is_own(config.write_probs):
+        check_file(config.write_probs, overwrite=config.overwrites)
 
 
 def observe_average(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chgval.config import DetectConfig, SelectConfig
-from chgval.errors import SettingsError
+from chgval import progress
+from chgval.config import STANDARD_STREAM, DataConfig, DetectConfig, SelectConfig
+from chgval.errors import OutputError, SettingsError
 from chgval.files import check_apart, locked
-from chgval.reports.files import check_output, in_input_order, is_report, read_table
+from chgval.reports.files import check_output, in_input_order, is_report, read_table, report_name
 from chgval.reports.report import Report
 
 if TYPE_CHECKING:  # these import torch, which reports do without
@@ -26,11 +28,13 @@ class Input:
 
     Attributes:
         report: its columns that were asked for.
+        values: file of the report; None if it is in none.
         source: the dataset that it is about; None unless it will be written anew.
         valued: the run behind it, and its unfinished state, if it was valued now.
     """
 
     report: Report
+    values: str | None
     source: Format | None
     valued: tuple[Valued, Unfinished] | None = None
 
@@ -43,6 +47,7 @@ def values_of(
     *,
     in_order: bool,
     on_dataset: Callable[[Dataset], None] = lambda _: None,
+    needs_training: bool = False,
 ) -> Iterator[Input]:
     """Read the report that the user named, or value the dataset; what is written meanwhile is locked.
 
@@ -54,12 +59,17 @@ def values_of(
         columns: of the report.
         in_order: whether rows must be all there, and are then in the order of the input.
         on_dataset: is given the dataset before it is valued, to check it.
+        needs_training: whether a report that is there already is not enough.
     Raises:
         ChgvalError: the input is neither, or an output is in the way.
     """
     if is_report(config.source):
+        config.check_report_is_enough(f"{report_name(config.source)} is a report, and nothing is trained")
         with locked(*config.outputs, config.state_file):
             yield _read(config, columns, in_order=in_order)
+    elif config.reads_values and not needs_training:
+        with locked(*config.outputs, config.state_file):
+            yield _read_values(config, columns)
     else:
         with _value(command, config, columns, on_dataset) as given:
             yield given
@@ -86,7 +96,28 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
             overwrite=config.overwrites,
             link=config.link or "copy",
         )
-    return Input(Report(table, metadata), source)
+    return Input(Report(table, metadata), None if config.source == STANDARD_STREAM else config.source, source)
+
+
+def _read_values(config: DetectConfig | SelectConfig, columns: Sequence[str]) -> Input:
+    """Read the report that is kept of a dataset, once it is known to be of that dataset, as it is now."""
+    values = str(config.values)
+    if not is_report(values):
+        raise OutputError(
+            f"{values}: is there, and is no values report; pass --overwrite, or another name as --values."
+        )
+    data = dataclasses.replace(config, data=DataConfig())  # columns are those of the dataset
+    data.check_report_is_enough(f"{values} is there and is read")
+    if config.target is not None:
+        check_apart(config.target, config.files)
+    for output in config.tables:
+        check_output(output, config.source, values, config.also_read)
+    table, metadata = read_table(values, columns)
+    table = in_input_order(table, values)
+    from chgval.runs.rewriting import dataset_of_values  # imports torch
+
+    progress.say(f"note: reading the values report {values}; --overwrite values the dataset anew")
+    return Input(Report(table, metadata), values, dataset_of_values(config, table, metadata))
 
 
 @contextmanager
@@ -126,4 +157,5 @@ def _value(
         on_dataset(dataset)
         valued = value_dataset(value, dataset, kept, unfinished)
         report = Report(valued.report.table.select(columns), valued.report.metadata)
-        yield Input(report, source, (valued, unfinished))
+        is_file = kept is not None and not kept.to_stdout
+        yield Input(report, kept.path if kept is not None and is_file else None, source, (valued, unfinished))

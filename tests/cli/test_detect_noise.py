@@ -30,7 +30,7 @@ def report(tmp_path_factory):
     """The digits valued once, and the truth that their ids end in."""
     path = tmp_path_factory.mktemp("digits") / "values.parquet"
     probabilities = path.with_name("probabilities.npy")
-    arguments = ["value", "builtin:digits", "-q", "-o", str(path), "--pred-probs", str(probabilities)]
+    arguments = ["value", "builtin:digits", "-q", "-o", str(path), "--write-probs", str(probabilities)]
     result = commands.invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     return path

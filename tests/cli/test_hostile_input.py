@@ -285,7 +285,7 @@ def test_descriptions_of_columns_that_nest_without_end_are_passed_over(tmp_path)
 def test_a_label_of_any_size_takes_no_memory(label, tmp_path):
     report = write_report(tmp_path / "v.parquet", label)
     out, random = tmp_path / "s.parquet", tmp_path / "r.parquet"
-    code, said, peak = run_measured("select", report, "--fraction", 0.5, "-o", out, "--with-random", random)
+    code, said, peak = run_measured("select", report, "--fraction", 0.5, "-o", out, "--write-random", random)
     assert code == 0 and peak < 0.5, (said, peak)
     for manifest in (out, random):
         kept = pq.read_table(manifest).filter(pa.compute.field("kept"))

@@ -51,8 +51,8 @@ def into_a_closed_pipe(*args):
     ("args", "code", "others"),
     [
         (["detect-noise", "v.parquet", "--all", "--fail-over", 0], 3, []),
-        ([*SELECT, "--with-random", "r.parquet"], 0, ["r.parquet"]),
-        ([*VALUE, "--pred-probs", "p.npy"], 0, ["p.npy"]),
+        ([*SELECT, "--write-random", "r.parquet"], 0, ["r.parquet"]),
+        ([*VALUE, "--write-probs", "p.npy"], 0, ["p.npy"]),
         (
             [*DETECT, "--all", "--values", "w.parquet", "--cleaned", "c.parquet"],
             0,
@@ -92,21 +92,25 @@ def test_no_output_replaces_a_file_of_the_dataset(source, here):
     ("args", "code", "message"),
     [
         (
-            [*VALUE, "--format", "parquet", "--pred-probs", "x.npy", "-o", "./x.npy"],
+            [*VALUE, "--format", "parquet", "--write-probs", "x.npy", "-o", "./x.npy"],
             1,
             "x.npy: is named as two outputs",
         ),
-        ([*SELECT, "--with-random", "s.parquet", "-o", "s.parquet"], 1, "s.parquet: is named as two outputs"),
+        (
+            [*SELECT, "--write-random", "s.parquet", "-o", "s.parquet"],
+            1,
+            "s.parquet: is named as two outputs",
+        ),
         ([*DETECT, "--values", "s.parquet", "-o", "s.parquet"], 1, "s.parquet: is named as two outputs"),
         ([*DETECT, "--values", "-", "-o", "-"], 2, "--output, --values: only one"),
-        ([*SELECT, "--with-random", "-", "-o", "-"], 2, "--output, --with-random: only one"),
+        ([*SELECT, "--write-random", "-", "-o", "-"], 2, "--output, --write-random: only one"),
         (
             [*SELECT, "--drop", "drop.parquet", "-o", "drop.parquet", "--overwrite"],
             1,
             "drop.parquet: is the input itself",
         ),
         (
-            [*VALUE, "--pred-probs", "folder.npy", "--overwrite", "-o", "w.parquet"],
+            [*VALUE, "--write-probs", "folder.npy", "--overwrite", "-o", "w.parquet"],
             1,
             "folder.npy: is a folder; pass the name of a file",
         ),

@@ -630,7 +630,7 @@ def test_only_what_the_run_wrote_is_replaced(image_folder, tmp_path, monkeypatch
         assert invoke(*args, "-o", "v.parquet").exit_code == 143
     for name in ("v.csv", "mine.npy"):
         (tmp_path / name).write_text("precious")
-    for more in (["-o", "v.csv"], ["-o", "v.parquet", "--pred-probs", "mine.npy"]):
+    for more in (["-o", "v.csv"], ["-o", "v.parquet", "--write-probs", "mine.npy"]):
         refused = invoke(*args, *more, "--resume")
         assert refused.exit_code == 1 and "exists already" in refused.stderr
     (tmp_path / "v.parquet").write_text("precious")
@@ -644,7 +644,7 @@ def test_only_what_the_run_wrote_is_replaced(image_folder, tmp_path, monkeypatch
 def test_a_command_that_failed_after_its_first_outputs_is_resumed(image_folder, tmp_path, monkeypatch):
     """The random manifest and the pruned dataset are there when the disk gets full for good."""
     monkeypatch.chdir(tmp_path)
-    args = ["select", image_folder, *SMALL, "--fraction", 0.5, "--with-random", "r.parquet",
+    args = ["select", image_folder, *SMALL, "--fraction", 0.5, "--write-random", "r.parquet",
             "--materialize", "pruned", "-o", "s.parquet"]  # fmt: skip
 
     def full(self, *_):

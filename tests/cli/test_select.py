@@ -103,7 +103,7 @@ def test_equal_figures_are_kept_by_index(report):
 
 
 def test_weights_are_the_scaled_values_of_the_kept(report):
-    manifest = select(report, "--count", "5", "--global", "--weights")
+    manifest = select(report, "--count", "5", "--global", "--weigh")
     chosen = manifest.filter(manifest["kept"])
     np.testing.assert_allclose(chosen["weight"].to_numpy(), (np.array([5, 9, 7, 6, 8]) - 5) / 4)
     assert manifest["weight"].null_count == 10
@@ -131,7 +131,7 @@ def test_flagged_rows_are_dropped_before(report, tmp_path):
 
 def test_the_random_manifest_has_the_same_class_counts(report, tmp_path):
     random = tmp_path / "random.parquet"
-    manifest = select(report, "--fraction", "0.4", "--with-random", random)
+    manifest = select(report, "--fraction", "0.4", "--write-random", random)
     counts = [
         np.bincount(table.filter(table["kept"])["label"].to_numpy(), minlength=3).tolist()
         for table in (manifest, pq.read_table(random))
