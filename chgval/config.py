@@ -260,6 +260,13 @@ class TrainConfig(Settings):
         None, "Random shifts and mirroring. Default: crop-flip.", MODEL_PANEL
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", MODEL_PANEL)
+    threads: int | None = option(
+        None,
+        "CPU threads. Default: one per core, or as OMP_NUM_THREADS says; 1 for embeddings.",
+        MODEL_PANEL,
+        least=1,
+        affects_results=False,
+    )
     compile_model: bool = option(False, "Compile the model first.", MODEL_PANEL, "--compile")
     seed: int = option(0, "Of all randomness in the run.", MODEL_PANEL, least=0, below=2**63)
 
@@ -688,7 +695,7 @@ class SelectConfig(FromValues):
     )
     write_random: Path | None = option(
         None,
-        "Also write a random manifest with as many rows of each class.",
+        "Also write a random subset with as many rows of each class.",
         SELECTION_PANEL,
         metavar="FILE",
         affects_results=False,

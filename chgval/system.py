@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -10,9 +11,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # Ctrl-C, what a scheduler sends before it kills, and a terminal that closes (which Windows does not tell).
 END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# What a container is limited to.
+CGROUPS = Path("/sys/fs/cgroup")
 # Positions in files are the process's: threads that read take turns.
 _file_lock = threading.Lock()
 
@@ -23,16 +27,58 @@ def start_method() -> str:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, which a container can limit below what the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def total_memory() -> int | None:
-    """Return the memory of this machine, in bytes; None where the system does not say."""
+    """Return the memory that this process may use, in bytes; None where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+    limit = memory_limit()
+    return memory if limit is None else min(memory, limit)
+
+
+def cpu_quota(root: Path = CGROUPS) -> float | None:
+    """Return to how many cores' time a container is limited; None is no limit.
+
+    Args:
+        root: where Linux tells of control groups, of either version.
+    """
+    quota, period = _words(root / "cpu.max", 2)
+    if quota is None:
+        (quota,), (period,) = (_words(root / "cpu" / f"cpu.cfs_{name}_us", 1) for name in ("quota", "period"))
+    return quota / period if quota is not None and quota > 0 and period else None
+
+
+def memory_limit(root: Path = CGROUPS) -> int | None:
+    """Return to how many bytes of memory a container is limited; None is no limit."""
+    (limit,) = _words(root / "memory.max", 1)
+    if limit is None:
+        (limit,) = _words(root / "memory" / "memory.limit_in_bytes", 1)
+    return limit
+
+
+def _words(path: Path, count: int) -> list[int | None]:
+    """Return the numbers in a file of the system; None for each that is not there, or is "max"."""
+    try:
+        words = path.read_text("ascii").split()
+    except (OSError, ValueError):
+        words = []
+    numbers = [int(word) if word.lstrip("-").isdigit() else None for word in words[:count]]
+    return [*numbers, *[None] * (count - len(numbers))]
+
+
+def wait_without_spinning() -> None:
+    """Let threads of OpenMP sleep while they wait for each other; of use before torch is loaded only.
+
+    Threads that spin take the time of those that they wait for, as soon as another process runs beside them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def peak_memory() -> int | None:

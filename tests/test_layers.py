@@ -16,6 +16,7 @@ LAYERS = [
     {"files", "spreadsheets", "interruption"},
     {"config"},
     {"settings"},
+    {"settings_file"},
     {"valuation"},
     {"detection"},
     {"data", "reports"},

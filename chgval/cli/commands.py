@@ -17,6 +17,7 @@ from chgval.cli.options import PanelCommand, with_settings
 from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
 from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.interruption import end_at_signals
+from chgval.system import wait_without_spinning
 
 if TYPE_CHECKING:
     from chgval.cli.console import Console
@@ -131,13 +132,13 @@ def detect_noise(console: "Console", config: DetectConfig) -> None:
 def select(console: "Console", config: SelectConfig) -> None:
     """Keep the part of a dataset that is worth most, and write down which it is.
 
-    The manifest has one row per input row: whether it is kept, its rank and its weight. Other tools take the
+    The subset has one row per input row: whether it is kept, its rank and its weight. Other tools take the
     kept paths or indices, or the pruned dataset itself.
 
     \b
     Examples:
       chgval select photos.values.parquet --fraction 30%
-      chgval select photos.values.parquet --count 5000 --write-random random.parquet
+      chgval select v.parquet --count 5000 --write-random random.parquet
       chgval select photos/ --fraction 0.3 --materialize pruned/ --link hard
       chgval select v.parquet --fraction 0.3 --format paths -0 -o - | xargs -0 du
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
@@ -171,6 +172,7 @@ def train(console: "Console", config: TrainingConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    wait_without_spinning()
     end_at_signals()
     for descriptor in range(3):  # a file that got the number of a closed stream would be written to as that
         try:

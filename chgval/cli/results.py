@@ -183,7 +183,7 @@ def _labels_json(console: Console, summary: NoiseSummary) -> dict[str, object]:
 
 def _rate_line(summary: NoiseSummary) -> str:
     rate = summary.rate
-    noise = f"{rate.rate:.1%} of the labels are wrong (between {rate.low:.1%} and {rate.high:.1%})"
+    noise = f"{rate.rate:.1%} of the labels ({rate.low:.1%} to {rate.high:.1%})"
     if rate.is_unknown:
         noise = "unknown how many of the labels are wrong"
     return f"estimated noise: {noise}; {summary.num_flagged:,} of {summary.num_assessed:,} flagged"

@@ -128,7 +128,7 @@ class TableKind:
 
 VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
 SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
-MANIFEST = TableKind(MANIFEST_SCHEMA, "a manifest", "select")
+MANIFEST = TableKind(MANIFEST_SCHEMA, "a subset", "select")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,9 @@ def check_at_once(
             Path(source).stat()
         except FileNotFoundError as error:
             raise DataError(f"{source}: no such file or folder.") from error
-        except (OSError, ValueError):
+        except OSError as error:
+            raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
+        except ValueError:
             pass  # the run says it, once it has tried
     if not writes or config.overwrites or config.resume.resume:
         return

@@ -212,7 +212,7 @@ def _write(output: ManifestOutput, manifest: pa.Table, metadata: dict[str, Any],
 
 
 def _settings(config: SelectConfig) -> dict[str, object]:
-    names = ("fraction", "count", "min_value", "per_class", "by", "lowest", "drop", "weights")
+    names = ("fraction", "count", "min_value", "per_class", "by", "lowest", "drop", "weigh")
     return {name: getattr(config, name) for name in names}
 
 

@@ -27,6 +27,7 @@ from chgval.errors import DataError, SettingsError
 from chgval.interruption import interruptible
 from chgval.reports.files import is_report
 from chgval.reports.tables import InputRows
+from chgval.system import usable_cores
 from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
 from chgval.training.models import InputShape, SplitModel, build_model, check_names
 from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
@@ -36,6 +37,8 @@ from chgval.valuation.accumulator import ValueAccumulator
 SHOWN_PROBLEMS = 5
 # Share of a GPU's free memory that the accumulator's buffers may take; beyond it they stay on the host.
 ACCUMULATOR_MEMORY_SHARE = 0.25
+# An epoch that takes so many times as long as the fastest one is told.
+SLOWNESS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,16 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
     num_threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if isinstance(dataset.content, Embeddings):
-                torch.set_num_threads(1)
+            torch.set_num_threads(_threads(train, dataset))
             yield prepare(data, train, dataset)
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _threads(train: TrainConfig, dataset: Dataset) -> int:
+    if train.threads is not None:
+        return train.threads
+    return 1 if isinstance(dataset.content, Embeddings) else min(torch.get_num_threads(), usable_cores())
 
 
 def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:
@@ -221,9 +229,20 @@ def train_to_end(
         records: of its trainer.
         after_epoch: is given each epoch's record; it ends the training by returning True.
     """
+    fastest = float("inf")
+    is_told = False
     with closing(records), progress.following(run.total_steps) as tell:
         for record in records:
             tell(record)
+            if isinstance(record, EpochRecord):
+                seconds_a_sample = 1 / max(record.speed, 1e-9)
+                fastest = min(fastest, seconds_a_sample)
+                if not is_told and record.seconds > 1 and seconds_a_sample > SLOWNESS * fastest:
+                    is_told = True
+                    progress.warn(
+                        f"epoch {record.epoch} took {seconds_a_sample / fastest:.0f} times as long as the "
+                        "fastest one; if other programs keep the cores busy, --threads 1 may be faster."
+                    )
             if isinstance(record, EpochRecord) and after_epoch is not None and after_epoch(record):
                 break
 

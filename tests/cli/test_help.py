@@ -1,6 +1,7 @@
 """The command line as a contract: its help, its documentation, its start-up and its completion."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"]]
 
 
-def help_of(command):
-    """The help at 80 columns, as `COLUMNS=80 chgval COMMAND --help` prints it."""
-    result = CliRunner().invoke(app, [*command, "--help"], prog_name="chgval")
+def help_of(command, option="--help-all"):
+    """The help at 80 columns, as `COLUMNS=80 chgval COMMAND --help-all` prints it."""
+    result = CliRunner().invoke(app, [*command, option if command else "--help"], prog_name="chgval")
     assert result.exit_code == 0
     return result.stdout
 
@@ -47,6 +48,14 @@ def test_help_fits_80_columns_and_shows_examples(command):
     text = help_of(command)
     assert max(map(len, text.splitlines())) <= 80
     assert f"chgval {' '.join(command) or 'value'} " in text.split("Usage:")[1].split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_short_help_is_a_screen_of_options_that_the_whole_help_has(command):
+    short = help_of(command, "--help")
+    assert len(short.splitlines()) <= 35 and max(map(len, short.splitlines())) <= 80
+    for name in re.findall(r"^  (?:-\w, )?(--[\w-]+)", short, re.MULTILINE):
+        assert name in help_of(command) or name == "--help", name
 
 
 def test_help_groups_every_option_of_value():

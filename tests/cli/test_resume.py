@@ -138,7 +138,7 @@ def test_trainings_are_the_same_to_the_last_bit(strategy, image_folder, tmp_path
 def test_a_subset_goes_on_with_its_weights(image_folder, tmp_path, monkeypatch):
     values, subset, other = tmp_path / "v.parquet", tmp_path / "s.parquet", tmp_path / "o.parquet"
     assert invoke("value", image_folder, *SMALL, "-o", values).exit_code == 0
-    assert invoke("select", values, "--fraction", 0.6, "--weights", "-q", "-o", subset).exit_code == 0
+    assert invoke("select", values, "--fraction", 0.6, "--weigh", "-q", "-o", subset).exit_code == 0
     assert invoke("select", values, "--fraction", 0.6, "-q", "-o", other).exit_code == 0
     args = ["train", image_folder, *SMALL, "--subset"]
     assert invoke(*args, subset, "-o", tmp_path / "whole").exit_code == 0

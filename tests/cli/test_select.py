@@ -168,7 +168,7 @@ def test_standard_output_carries_the_listing_and_nothing_else(report, form, flag
 def test_a_listing_has_a_default_name(report, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke(report, "--count", "1", "--format", "indices", "-q").exit_code == 0
-    assert (tmp_path / "subset.txt").read_text() == "5\n"
+    assert (tmp_path / f"{report.stem}.subset.txt").read_text() == "5\n"
 
 
 def in_shell(pipeline, folder):

@@ -239,7 +239,7 @@ def test_training_stops_at_the_accuracy_asked_for(photos, tmp_path):
 def test_a_subset_is_trained_on_with_its_weights(photos, tmp_path):
     values, manifest = tmp_path / "values.parquet", tmp_path / "subset.parquet"
     assert invoke("value", photos, *FAST, "-o", values, "-q").exit_code == 0
-    assert invoke("select", values, "--fraction", 0.5, "--weights", "-o", manifest, "-q").exit_code == 0
+    assert invoke("select", values, "--fraction", 0.5, "--weigh", "-o", manifest, "-q").exit_code == 0
     train(photos, tmp_path / "trained", *FAST, "--subset", manifest, "-q")
     metrics = pq.read_table(tmp_path / "trained" / "metrics.parquet")
     assert set(metrics["num_samples"].to_pylist()) == {20}

@@ -52,7 +52,7 @@ def test_a_folder_of_images_gives_a_report_and_its_epochs(image_folder, tmp_path
     assert facts["libraries"].keys() >= {"torch", "python"} and facts["wall_seconds"] > 0
     assert len(facts["fingerprint"]) == 32 and facts["device"] == "cpu"
 
-    for line in ("epoch 2/2", "Classes", "Lowest values", "Highest values", "40 rows (40 valued)"):
+    for line in ("epoch 2/2", "Classes", "Lowest values", "estimated noise: ", "40 rows (40 valued)"):
         assert line in result.stderr
     assert max(len(line) for line in result.stderr.splitlines() if str(tmp_path.parent) not in line) <= 80
 
@@ -316,7 +316,7 @@ def test_a_failed_run_does_not_stand_in_the_way_of_the_next(image_folder, tmp_pa
 def test_the_format_names_the_default_report(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke(image_folder, *FAST, "--format", "csv").exit_code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"values.csv", "values.epochs"}
+    assert {path.name for path in tmp_path.iterdir()} == {"images.values.csv", "images.values.epochs"}
 
 
 def test_reports_inside_the_data_are_not_data(tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_reports_inside_the_data_are_not_data(tmp_path, monkeypatch):
         for _ in range(2):
             result = invoke(".", *FAST, "--overwrite")
             assert result.exit_code == 0, result.stderr
-            values.append(pq.read_table("values.parquet")["value"])
+            values.append(pq.read_table(f"{folder.name}.values.parquet")["value"])
         assert values[0] == values[1]
     result = invoke("data.parquet", *FAST, "-o", "data.parquet", "--overwrite")
     assert result.exit_code == 1 and "is the input itself" in result.stderr

@@ -127,7 +127,7 @@ def test_settings_may_be_what_python_has(image_folder, tmp_path):
         Path(image_folder),
         mean=(0.5, 0.5, 0.5),
         std=[0.2, 0.2, 0.2],
-        pred_probs=str(tmp_path / "p.npy"),
+        write_probs=str(tmp_path / "p.npy"),
         **FAST,
     )
     assert np.load(tmp_path / "p.npy").shape == (len(report), 2)
