@@ -88,7 +88,8 @@ def show_suspects(console: Console, suspects: Suspects, config: DetectConfig) ->
     following = None
     if suspects.cleaned is not None:
         console.say(suspects.cleaned)
-        following = _next(console, "train", str(config.cleaned), "--holdout", "0.1")
+        if config.cleaned is not None and config.cleaned.suffix in ("", ".parquet"):  # needs no other option
+            following = _next(console, "train", str(config.cleaned), "--holdout", "0.1")
     elif suspects.values is not None:
         is_file = config.output is not None and not config.output.to_stdout and suspects.table.num_rows
         drop = ["--drop", config.output.path] if config.output is not None and is_file else []
@@ -118,7 +119,8 @@ def show_selection(console: Console, selection: Selection, config: SelectConfig)
     following = None
     if selection.materialized is not None:
         console.say(selection.materialized)
-        following = _next(console, "train", str(config.materialize), "--holdout", "0.1")
+        if config.materialize is not None and config.materialize.suffix in ("", ".parquet"):
+            following = _next(console, "train", str(config.materialize), "--holdout", "0.1")
     elif config.output is not None and not config.output.to_stdout and config.output.listing is None:
         dataset = selection.report.dataset or "DATA"
         following = _next(console, "train", dataset, "--subset", config.output.path, "--holdout", "0.1")

@@ -23,6 +23,8 @@ from chgval.types import IntArray, State
 
 # Fewer samples say nothing about whether labels are ids.
 SMALLEST_TO_JUDGE = 20
+# What programs write where there is no label.
+UNKNOWN_NAMES = {"na", "n/a", "nan", "none", "null", "<na>"}
 
 
 class EncodedImages(Protocol):
@@ -175,6 +177,10 @@ class Dataset:
             if len(names) > 1:
                 shown = " and ".join(map(ascii, names[:2]))
                 notes.append(f"classes {shown} look the same; they differ in spaces or in Unicode's spelling")
+        unknown = [name for name in self.class_names if name.lower() in UNKNOWN_NAMES]
+        if unknown and len(self.class_names) > 2:
+            shown = first_few(unknown, 3)
+            notes.append(f"{shown}: taken for classes; if these labels are unknown, leave them empty")
         if "" in self.class_names:
             count = int((self.labels_N == list(self.class_names).index("")).sum())
             notes.append(f"{count:,} labels are empty text, a class of its own; unknown labels are null")

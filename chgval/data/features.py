@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ def read_features(path: Path, num_rows: int, source: str) -> tuple[NDArray[np.fl
     """
     try:
         array = _load(path)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"--features {path}: cannot be read ({first_line(error)}); expected an array of numbers as .npy, "
             ".npz or .safetensors."
@@ -40,7 +42,8 @@ def read_features(path: Path, num_rows: int, source: str) -> tuple[NDArray[np.fl
             f"--features {path}: has {len(array):,} rows where {source} has {num_rows:,}; expected one for "
             "each, in the same order."
         )
-    vectors_ND = np.array(array, dtype=np.float32, order="C")
+    with np.errstate(over="ignore"):  # what is too large is told below
+        vectors_ND = np.array(array, dtype=np.float32, order="C")
     problems = {}
     for row in np.flatnonzero(~np.isfinite(vectors_ND).all(1)).tolist():
         problems[row] = "features are not finite numbers"
@@ -59,8 +62,9 @@ def _load(path: Path) -> NDArray[np.generic]:
             from safetensors import SafetensorError, safe_open
 
             try:
-                with safe_open(path, "numpy") as tensors:
-                    found: NDArray[np.generic] = tensors.get_tensor(_only(path, list(tensors.keys())))
+                with safe_open(path, "pt") as tensors:  # NumPy has no bfloat16
+                    tensor = tensors.get_tensor(_only(path, list(tensors.keys())))
+                    found: NDArray[np.generic] = tensor.float().numpy()
                     return found
             except SafetensorError as error:
                 raise ValueError(str(error)) from error

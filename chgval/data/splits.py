@@ -37,6 +37,9 @@ def named(wanted: str, names: Mapping[str, str]) -> list[str]:
         wanted: the split.
         names: of folders, or paths of files, by what is returned of them.
     """
+    whole = [key for key, name in names.items() if name.lower() == wanted.lower()]
+    if whole:
+        return whole
     edge = r"(^|$|[-._ =])"
     very = re.compile(f"{edge}{re.escape(wanted.lower())}{edge}")
 

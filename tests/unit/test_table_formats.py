@@ -231,7 +231,9 @@ def test_csv_is_written_anew_line_by_line(tmp_path):
     assert list(read(tmp_path / "n.csv").class_names) == ["c"]
     (tmp_path / "x").mkdir()
     new = rewrite(tmp_path / "t.csv", tmp_path / "x" / "n.csv", [True] * 4, [-1] * 4)
-    assert (tmp_path / "x" / "n.csv").read_text().splitlines()[0] == 'file_name;label;"said ""by"""'
+    assert (tmp_path / "x" / "n.csv").read_text().splitlines() == [
+        line for text in lines for line in text.split("\n")
+    ]
     assert any(f"read it with --images-root {tmp_path}" in note for note in new.notes)
 
 
@@ -316,3 +318,130 @@ def test_features_that_do_not_fit_are_refused(forms, tmp_path):
             read(forms / "folder", features=tmp_path / name)
     with pytest.raises(SettingsError, match="--features: embeddings take no --image-size; leave it out"):
         DataConfig(source="d", features=tmp_path / "a.npy", image_size=3)
+
+
+def test_what_beside_images_looks_like_a_table_is_none(tmp_path):
+    """An archive left where it was unpacked, metadata of one class folder, and state of another program."""
+    root = write_folder(tmp_path / "d", 2)
+    with tarfile.open(root / "images.tar", "w") as tar:
+        tar.add(root / "cat", "cat")
+    (root / "cat" / "metadata.jsonl").write_text('{"file_name": "000.png", "label": "x"}\n')
+    (root / "state.json").write_text("{}")
+    (root / "metadata.csv").write_bytes(b"caption\n\xff\n")
+    assert list(read(root).class_names) == CLASS_NAMES and len(read(root)) == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "column"),
+    [
+        ("image_id,label,mask", "{0},x,0001.png", "image_id"),
+        ("Id,label,url", "{0},x,https://host/{0}.jpg", "Id"),
+        ("filename,label,other", "{0},x,text", "filename"),
+        ("id,label,where", "r{0},x,{0}.png", "where"),
+        ("image,x,y,label", "{0}.png,3,4,x", "image"),
+    ],
+)
+def test_which_column_names_images(tmp_path, header, row, column):
+    folder = write_folder(tmp_path, 6) / "cat"
+    rows = [row.format(f"{number:03d}") for number in range(6)]
+    (folder / "0001.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "t.csv").write_text("\n".join([header, *rows]))
+    found = read(folder / "t.csv")
+    assert found.columns["image_column"] == column and not found.problems
+    assert found.columns["label_columns"] == ("label",)
+
+
+def test_text_of_csv_stays_what_it_is(tmp_path):
+    write_folder(tmp_path, 3)
+    names = ["cat/000.png", "cat/001.png", "cat/002.png", "dog/000.png"]
+
+    def classes(*labels):
+        lines = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label", *lines]))
+        found = read(tmp_path / "t.csv")
+        return list(found.class_names), found
+
+    assert classes("1.10", "1.20", "1.1", "")[0] == ["1.1", "1.10", "1.20"]
+    assert classes("01", "02", "1", "2")[0] == ["01", "02", "1", "2"]
+    assert classes("1e5", "2e5", "1e5", "")[0] == ["1e5", "2e5"]
+    assert classes("0.0", "1.0", "nan", "")[0] == ["0", "1"]
+    long = [f"1234567890123456000{number}" for number in range(3)]
+    assert classes(*long, "")[0] == long
+    assert any("NA: taken for classes" in note for note in classes("NA", "a", "b", "a")[1].notes)
+
+
+def test_csv_keeps_its_bytes_where_nothing_is_relabelled(tmp_path):
+    write_folder(tmp_path, 2)
+    text = '\ufefffile_name,label,"all"\r\n"cat/000.png","a",""\r\ndog/000.png,b,x"y\r\ncat/001.png,"",z\r\n'
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    rewrite(tmp_path / "t.csv", tmp_path / "n.csv", [True, True, True], [-1, -1, -1])
+    assert (tmp_path / "n.csv").read_bytes() == text.encode()
+    assert list(read(tmp_path / "n.csv").class_names) == ["", "a", "b"]
+    rewrite(tmp_path / "t.csv", tmp_path / "r.csv", [True, False, True], [2, -1, -1])
+    lines = (tmp_path / "r.csv").read_bytes().decode("utf-8-sig").split("\r\n")
+    assert lines == [
+        'file_name,label,"all",original_label', "cat/000.png,b,,a", 'cat/001.png,"",z,""', "",
+    ]  # fmt: skip
+
+
+def test_relabelled_numbers_are_written_as_the_others_are(tmp_path):
+    write_folder(tmp_path, 2)
+    names = ["cat/000.png", "cat/001.png", "dog/000.png"]
+    text = "path,label\n" + "".join(
+        f"{name},{label}\n" for name, label in zip(names, ("0.0", "0.0", "1.0"), strict=True)
+    )
+    (tmp_path / "t.csv").write_text(text)
+    rewrite(tmp_path / "t.csv", tmp_path / "n.csv", [True] * 3, [1, -1, 0])
+    assert (tmp_path / "n.csv").read_text().splitlines()[1:] == [
+        "cat/000.png,1.0,0.0", "cat/001.png,0.0,0.0", "dog/000.png,0.0,1.0",
+    ]  # fmt: skip
+
+
+def test_names_are_looked_for_below_the_folder_only(tmp_path):
+    """A table from a stranger could have a whole disk searched."""
+    (tmp_path / "in").mkdir()
+    write_folder(tmp_path / "out", 2)
+    for name in ("../**/000.png", "**/000.png", "[!x]*/000.png", "cat\\000.png", "https://host/a.png"):
+        (tmp_path / "in" / "t.csv").write_text(f"path,label\n{name},a\n")
+        with pytest.raises(DataError, match="column 'path' names no file") as raised:
+            read(tmp_path / "in" / "t.csv")
+        assert "out" not in str(raised.value).replace("without", "")
+    (tmp_path / "in" / "state.json").write_text('{"_data_files": [{"filename": "../out/a.arrow"}]}')
+    with pytest.raises(DataError, match="names no files in its folder"):
+        read(tmp_path / "in")
+
+
+def test_tar_files_of_other_contents(tmp_path):
+    folder = write_folder(tmp_path / "d", 4)
+
+    def write(members, mode="w:gz"):
+        with tarfile.open(tmp_path / "t.tar.gz", mode) as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        return tmp_path / "t.tar.gz"
+
+    images = [(folder / name / "000.png").read_bytes() for name in CLASS_NAMES]
+    large = json.dumps({"label": "a", "vector": [0.5] * 20_000, "id": "x"}).encode()
+    found = read(write([("a.mask.png", images[1]), ("a.png", images[0]), ("a.json", large)]))
+    assert found.labels_N.tolist() == [0] and list(found.class_names) == ["a"] and list(found.ids) == ["x"]
+    assert any("one is taken, such as a.png" in note for note in found.notes)
+    np.testing.assert_array_equal(found.content.pixels_N3SS[0], read(folder).content.pixels_N3SS[0])
+    with pytest.raises(DataError, match=r"a\.json cannot be read \(.*fix it or leave it out"):
+        read(write([("a.png", images[0]), ("a.json", b"{")]))
+    with pytest.raises(DataError, match="label"):
+        read(write([]))
+
+
+def test_json_with_what_no_column_can_hold(tmp_path):
+    write_folder(tmp_path, 2)
+    rows = [
+        {"path": "cat/000.png", "label": "a", "width": 12, "meta": {}, "text": "\ud83d"},
+        {"path": "dog/000.png", "label": "b", "width": "12", "meta": {}, "text": "x"},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read(tmp_path / "t.jsonl").class_names) == ["a", "b"]
+    with pytest.raises(DataError, match=r"cannot be written as Parquet .*; leave that column out"):
+        rewrite(tmp_path / "t.jsonl", tmp_path / "n", [True] * 2, [-1] * 2)
+    assert not (tmp_path / "n").exists()

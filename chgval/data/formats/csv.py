@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-from collections.abc import Iterator
+import io
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, TextIO
 
@@ -50,24 +53,53 @@ class Csv(TextTable):
         return pa.table([_typed(column) for column in text.columns], text.column_names)
 
     def rewrite(self, source: str, target: TextIO, changes: NewLabels) -> None:
-        """See `TextTable`."""
+        """See `TextTable`. What is not relabelled is copied letter by letter."""
         names, delimiter = _header(source)
-        writer = csv.writer(target, delimiter=delimiter, lineterminator="\n")
         label = names.index(changes.column)
-        writer.writerow(names if changes.original is None else [*names, changes.original])
-        for fields, kept, new in zip(_rows(source, delimiter), changes.kept, changes.labels, strict=True):
+        records = _records(source, delimiter)
+        first, _ = next(records)
+        newline = "\r\n" if first.endswith("\r\n") else "\n"
+        if Path(source).read_bytes()[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
+            target.write("\ufeff")
+        target.write(_extended(first, changes.original, delimiter, newline))
+        stored = {row: fields[label] for row, (_, fields) in zip(changes.classes, records, strict=True)}
+        records = itertools.islice(_records(source, delimiter), 1, None)
+        for (text, fields), kept, new in zip(records, changes.kept, changes.new, strict=True):
             if kept:
-                more = [] if changes.original is None else [fields[label]]
-                if new is not None:
-                    fields[label] = str(new)
-                writer.writerow([*fields, *more])
+                given = fields[label] if changes.original is not None else None
+                if new >= 0:
+                    fields[label] = stored.get(new, changes.class_names[new])
+                    text = _as_line(fields, delimiter, newline)
+                target.write(_extended(text, given, delimiter, newline))
 
 
-def _rows(file: str, delimiter: str) -> Iterator[list[str]]:
+def _records(file: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the text of each record, and its fields."""
+    csv.field_size_limit(2**31 - 1)
+    read: list[str] = []
+
+    def noted(lines: TextIO) -> Iterator[str]:
+        for line in lines:
+            read.append(line)
+            yield line
+
     with Path(file).open(encoding=ENCODING, newline="") as lines:
-        rows = (fields for fields in csv.reader(lines, delimiter=delimiter) if fields)
-        next(rows)
-        yield from rows
+        for fields in csv.reader(noted(lines), delimiter=delimiter):
+            if fields:
+                yield "".join(read), fields
+            read.clear()
+
+
+def _as_line(fields: Sequence[str], delimiter: str, newline: str) -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator=newline).writerow(fields)
+    return text.getvalue()
+
+
+def _extended(text: str, more: str | None, delimiter: str, newline: str) -> str:
+    """Return a record with one more field, if there is one."""
+    bare = text.rstrip("\r\n")
+    return f"{bare}{newline}" if more is None else f"{bare}{delimiter}{_as_line([more], delimiter, newline)}"
 
 
 def _header(file: str) -> tuple[list[str], str]:
@@ -102,7 +134,15 @@ def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column  # 007 is a name
     except pa.ArrowInvalid:
         pass
-    try:
+    # 1.10 may be a version, and digits of long numbers would be lost.
+    texts = (text for text in column.to_pylist() if text is not None)
+    if all(_is_plain_number(text) for text in texts):
         return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return column
+    return column
+
+
+def _is_plain_number(text: str) -> bool:
+    try:
+        return text == "nan" or (repr(float(text)) == text and "e" not in text)
+    except ValueError:
+        return False

@@ -34,10 +34,12 @@ class JsonLines(TextTable):
         """See `TextTable`."""
         rows, is_list = _objects(source)
         kept = []
-        for row, is_kept, new in zip(rows, changes.kept, changes.labels, strict=True):
+        stored = {label: row.get(changes.column) for label, row in zip(changes.classes, rows, strict=True)}
+        for row, is_kept, new in zip(rows, changes.kept, changes.new, strict=True):
             if is_kept:
                 more = {} if changes.original is None else {changes.original: row.get(changes.column)}
-                kept.append({**row, **({} if new is None else {changes.column: new}), **more})
+                label = stored.get(new, changes.class_names[new])
+                kept.append({**row, **({} if new < 0 else {changes.column: label}), **more})
         texts = (json.dumps(row, ensure_ascii=False) for row in kept)
         if is_list:
             target.write("[\n" + ",\n".join(texts) + "\n]\n")

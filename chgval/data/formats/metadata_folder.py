@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +15,10 @@ from chgval.data.formats.csv import Csv
 from chgval.data.formats.json_lines import JsonLines
 from chgval.data.images import EXTENSIONS, holds_images
 from chgval.data.sources import is_folder
+from chgval.data.splits import split_of
 from chgval.data.tables.columns import find_label_columns
 from chgval.data.tables.format import TableFormat
+from chgval.data.tables.images import ImageColumn, files_named
 from chgval.data.tables.shards import Shards, files_of_split, open_shards
 from chgval.data.tables.text import WholeTables
 from chgval.errors import DataError, first_line
@@ -39,14 +42,12 @@ class MetadataFolder(TableFormat):
         files = _metadata_files(Path(config.source))
         if not files:
             return False
-        schema = _load(files[0]).schema
-        if FILE_NAME not in schema.names:
-            return False
         try:
+            schema = _load(files[0]).schema
             find_label_columns(config.source, schema, config.label_columns)
-        except DataError:
+        except DataError:  # class folders do without
             return bool(config.label_columns) or not holds_images(Path(config.source))
-        return True
+        return FILE_NAME in schema.names
 
     def files(self) -> list[str]:
         """Return the files of metadata."""
@@ -61,18 +62,23 @@ class MetadataFolder(TableFormat):
     def read(self, largest_size: int) -> Dataset:
         """Read all rows; images without one are counted."""
         dataset = super().read(largest_size)
-        folders = [Path(file).parent for file in self.open()[0].files]
-        paths = (path for folder in folders for path in folder.rglob("*"))
-        lacking = sum(path.suffix.lower() in EXTENSIONS for path in paths) - len(dataset)
-        return dataset.with_notes([f"{lacking:,} images have no row and are left out"] if lacking > 0 else [])
+        shards = self.open()[0]
+        named = {os.path.normpath(path) for path in files_named(shards, ImageColumn(FILE_NAME))[0].paths}
+        paths = (path for file in shards.files for path in Path(file).parent.rglob("*"))
+        images = {os.path.normpath(path) for path in paths if path.suffix.lower() in EXTENSIONS}
+        lacking = len(images - named)
+        return dataset.with_notes([f"{lacking:,} images have no row and are left out"] if lacking else [])
 
 
 def _metadata_files(folder: Path) -> list[str]:
-    """Return the metadata of a folder, or of each folder in it."""
+    """Return the metadata of a folder, or of its folders of splits; metadata in class folders are none."""
     for name in NAMES:
-        found = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
-        if found:
-            return [str(path) for path in found]
+        if (folder / name).is_file():
+            return [str(folder / name)]
+        found = [*folder.glob(f"*/{name}"), *folder.glob(f"data/*/{name}")]
+        of_splits = sorted(str(path) for path in found if split_of(path.parent.name))
+        if of_splits:
+            return of_splits
     return []
 
 

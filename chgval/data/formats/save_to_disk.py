@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from chgval.config import DataConfig
 from chgval.data.formats.base import dataset_format
+from chgval.data.images import leads_into
 from chgval.data.sources import is_folder
 from chgval.data.splits import named, split_of
 from chgval.data.tables.format import TableFormat
@@ -62,18 +63,23 @@ class SaveToDisk(TableFormat):
     def matches(cls, config: DataConfig) -> bool:
         """Say whether the folder holds what the library writes."""
         folder = Path(config.source)
-        marks = (folder / name for name in (STATE_FILE, SPLITS_FILE))
-        return is_folder(config.source) and any(mark.is_file() for mark in marks)
+        if not is_folder(config.source):
+            return False
+        is_dataset = (folder / STATE_FILE).is_file() and "_data_files" in _json(folder / STATE_FILE)
+        return is_dataset or (folder / SPLITS_FILE).is_file()
 
     def files(self) -> list[str]:
         """Return the Arrow files of the split that is read."""
         folder, _ = self._split()
         found = _json(folder / STATE_FILE)
         try:
-            return [str(folder / part["filename"]) for part in found["_data_files"]]
+            files = [folder / part["filename"] for part in found["_data_files"]]
+            if not files or not all(leads_into(file, folder) for file in files):
+                raise KeyError("_data_files")
+            return list(map(str, files))
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"{folder / STATE_FILE}: does not say which files the dataset consists of; save it anew."
+                f"{folder / STATE_FILE}: names no files in its folder; save the dataset anew."
             ) from error
 
     def open(self) -> tuple[Shards, list[str]]:
@@ -89,7 +95,8 @@ class SaveToDisk(TableFormat):
             if wanted is not None and wanted != own:
                 raise DataError(f"{root}: --split {wanted}: it is {own or 'no split'}; leave --split out.")
             return root, []
-        splits = [str(name) for name in _json(root / SPLITS_FILE).get("splits", [])]
+        splits = [str(name) for name in _json(root / SPLITS_FILE).get("splits") or []]
+        splits = [name for name in splits if leads_into(root / name, root)]
         if wanted is not None:
             chosen = named(wanted, {name: name for name in splits})
         else:

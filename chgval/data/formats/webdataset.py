@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tarfile
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from chgval.config import DataConfig
 from chgval.data.formats.base import dataset_format
-from chgval.data.images import EXTENSIONS, LARGEST_ENCODED
+from chgval.data.images import EXTENSIONS, LARGEST_ENCODED, holds_images
 from chgval.data.sources import before_magic, is_folder, matching
 from chgval.data.tables.columns import as_column
 from chgval.data.tables.format import TableFormat
@@ -37,6 +38,11 @@ class Sample:
     images: list[tarfile.TarInfo] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def image(self) -> tarfile.TarInfo | None:
+        """The image; of several the one with the plainest ending: KEY.jpg, not KEY.mask.png."""
+        return min(self.images, key=lambda image: image.name.rpartition("/")[2].count("."), default=None)
+
 
 def _samples_in(file: str) -> list[Sample]:
     samples: dict[str, Sample] = {}
@@ -48,8 +54,13 @@ def _samples_in(file: str) -> list[Sample]:
                 if not member.isfile() or not stem or not ending:
                     continue
                 sample = samples.setdefault(f"{folder}{slash}{stem}", Sample(f"{folder}{slash}{stem}"))
-                _take(tar, member, ending.lower(), sample)
-    except (OSError, EOFError, tarfile.TarError, UnicodeError, ValueError) as error:
+                try:
+                    _take(tar, member, ending.lower(), sample)
+                except (ValueError, RecursionError) as error:  # of JSON, or of text that is no UTF-8
+                    raise DataError(
+                        f"{file}: {member.name} cannot be read ({first_line(error)}); fix it or leave it out."
+                    ) from error
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DataError(
             f"{file}: cannot be read as a tar file of samples ({first_line(error)}); it may be truncated."
         ) from error
@@ -62,7 +73,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, sample: Sa
         sample.images.append(member)
         return
     opened = tar.extractfile(member)
-    if opened is None or member.size > LONGEST_TEXT:
+    if opened is None or (ending in TEXT_ENDINGS and member.size > LONGEST_TEXT):
         return
     if ending == JSON_ENDING:
         found = json.loads(opened.read())
@@ -101,12 +112,13 @@ class TarReader:
         missing = [name for name in names if name not in schema.names]
         if missing:
             raise DataError(f"{file}: has no '{missing[0]}', as other files of the dataset have.")
+        images = _read_images(file, samples) if IMAGE in names else None
         for start in range(0, len(samples), rows):
             part = table.slice(start, rows)
             arrays = {name: part[name].combine_chunks() for name in names if name != IMAGE}
-            if IMAGE in names:
-                images = _read_images(file, samples[start : start + rows])
-                arrays[IMAGE] = pa.array(images, schema.field(IMAGE).type)
+            if images is not None:
+                read = list(itertools.islice(images, rows))
+                arrays[IMAGE] = pa.array(read, schema.field(IMAGE).type)
             yield pa.record_batch([arrays[name] for name in names], names)
 
     def _without_images(self, file: str) -> pa.Table:
@@ -119,21 +131,19 @@ class TarReader:
         return pa.table(columns)
 
 
-def _read_images(file: str, samples: list[Sample]) -> list[dict[str, object] | None]:
-    """Return the images of samples; of one with several, the first."""
-    found: list[dict[str, object] | None] = []
+def _read_images(file: str, samples: list[Sample]) -> Iterator[dict[str, object] | None]:
+    """Yield the image of each sample; opened once, as a compressed file is read from its start again."""
     try:
         with tarfile.open(file) as tar:
             for sample in samples:
-                if not sample.images or sample.images[0].size > LARGEST_ENCODED:
-                    found.append(None)
+                member = sample.image
+                if member is None or member.size > LARGEST_ENCODED:
+                    yield None
                     continue
-                opened = tar.extractfile(sample.images[0])
-                encoded = None if opened is None else opened.read()
-                found.append({"bytes": encoded, "path": sample.images[0].name})
+                opened = tar.extractfile(member)
+                yield {"bytes": None if opened is None else opened.read(), "path": member.name}
     except (OSError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{file}: reading its images failed ({first_line(error)}).") from error
-    return found
 
 
 def _column(file: str, name: str, values: list[Any]) -> pa.Array:
@@ -155,7 +165,7 @@ class WebDataset(TableFormat):
         """Say whether the source is called as tar files are, or is a folder of them."""
         source = config.source
         if is_folder(source):
-            return bool(_tars_in(source))
+            return bool(_tars_in(source)) and not holds_images(Path(source))
         return "://" not in source and source.lower().endswith(ENDINGS)
 
     def files(self) -> list[str]:
@@ -173,9 +183,10 @@ class WebDataset(TableFormat):
         chosen, notes = files_of_split(self.source, base, files, self.config.split)
         reader = TarReader()
         shards = open_shards(reader, chosen, images_root=None)
-        several = sum(len(sample.images) > 1 for file in chosen for sample in reader.samples(file))
-        if several:
-            notes = [*notes, f"{several:,} samples have several images; the first of each is taken"]
+        several = [s for file in chosen for s in reader.samples(file) if len(s.images) > 1]
+        if several and several[0].image is not None:
+            taken = several[0].image.name
+            notes = [*notes, f"{len(several):,} samples have several images; one is taken, such as {taken}"]
         return shards, notes
 
 

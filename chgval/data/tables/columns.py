@@ -8,9 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from chgval.errors import DataError, first_line
+from chgval.errors import DataError, first_few, first_line
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
+SHOWN_COLUMNS = 30
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label", "cls")
 ID_NAMES = ("id", "image_id", "file_name", "filename", "__key__")
 
@@ -117,7 +118,7 @@ def _label_column(source: str, schema: pa.Schema) -> str:
     if len(class_labels) == 1:
         return class_labels[0]
     for preferred in LABEL_NAMES:
-        if preferred in candidates:
+        if preferred in candidates and not (preferred == "y" and "x" in schema.names):  # of a place
             return preferred
     unfit = next((n for n in LABEL_NAMES if n in schema.names), None)
     if unfit is not None:
@@ -176,7 +177,8 @@ def check_column(
 
 
 def _columns_are(schema: pa.Schema) -> str:
-    return f"columns are {', '.join(schema.names)}"
+    names = [name if name == name.strip() and name else repr(name) for name in schema.names]
+    return f"columns are {first_few(names, SHOWN_COLUMNS)}"
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -237,10 +239,16 @@ def is_vector(kind: pa.DataType) -> bool:
 
 
 def as_column(file: str, name: str, values: Sequence[Any]) -> pa.Array:
-    """Return values of a file as a column. Raises DataError where they are of several types."""
+    """Return values of a file as a column; those of several types, which are no labels, as JSON.
+
+    Raises:
+        DataError: labels are of several types.
+    """
     try:
         return pa.array(values)
-    except (pa.ArrowException, OverflowError) as error:
-        raise DataError(
-            f"{file}: '{name}' holds values of several types ({first_line(error)}); give all one type."
-        ) from error
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+        if name in LABEL_NAMES:
+            raise DataError(
+                f"{file}: '{name}' holds values of several types ({first_line(error)}); give all one type."
+            ) from error
+        return pa.array([None if value is None else json.dumps(value) for value in values])

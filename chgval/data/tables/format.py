@@ -81,4 +81,5 @@ class TableFormat(Format):
 
     def write(self, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> Rewritten:
         """See `Format`."""
-        return write_parquet(self.same_rows(known), self.config, known, changes, target, self.written_as)
+        notes = [self.written_as] if self.written_as else []
+        return write_parquet(self.same_rows(known), self.config, known, changes, target, notes)

@@ -53,69 +53,102 @@ def find_images(
             not there.
     """
     schema = shards.schema
-    if name is not None and name in schema.names and is_text(schema.field(name).type):
-        return _names_in(source, shards, [name], name)
+    if name is not None and name in schema.names and _may_name(schema.field(name).type):
+        return _names_in(source, shards, [name], [], may_lack=may_lack)
     if name is None and not any(is_image(field.type) for field in schema):
-        texts = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
-        known = [name for name in (*PATH_NAMES, *BARE_NAMES) if name in texts]
-        found = _names_in(source, shards, [*known, *(name for name in texts if name not in known)], None)
+        texts = [field.name for field in schema if _may_name(field.type)]
+        lower = {column.lower(): column for column in texts}
+        known = [lower[name] for name in (*PATH_NAMES, *BARE_NAMES) if name in lower]
+        others = [column for column in texts if column not in known]
+        found = _names_in(source, shards, known, others, may_lack=may_lack)
         if found is not None or may_lack:
             return found
     return ImageColumn(find_image_column(source, schema, name))
 
 
-def _names_in(source: str, shards: Shards, columns: Sequence[str], asked: str | None) -> ImageColumn | None:
-    """Return the first of these columns that holds names of images."""
-    if not columns:
-        return None
+def _may_name(kind: pa.DataType) -> bool:
+    return is_text(kind) or bool(pa.types.is_integer(kind))
+
+
+def _names_in(
+    source: str, shards: Shards, known: Sequence[str], others: Sequence[str], *, may_lack: bool
+) -> ImageColumn | None:
+    """Return the first column that names files that are there.
+
+    Args:
+        source: the dataset, for messages.
+        shards: its files.
+        known: columns called as those of file names are; their texts may lack the ending.
+        others: columns that are looked at after those.
+        may_lack: whether there may be none.
+    Raises:
+        DataError: one looks like names of files, and there are none.
+    """
+    columns = [*known, *others]
     folder, names = _first_names(shards, columns)
     if folder is None:
         return None  # on another machine, where no names are followed
     for column in columns:
-        given = names[column]
-        if given and all(name.lower().endswith(EXTENSIONS) for name in given):
-            _check_there(source, folder, column, given)
+        given = names.get(column, [])
+        if any(_is_there(folder, name) for name in given if name.lower().endswith(EXTENSIONS)):
             return ImageColumn(column, holds_names=True)
-    for column in columns:
-        if column != asked and column not in BARE_NAMES:
+        if column in others:  # a class may be called as a file is, without its ending
             continue
-        for ending in EXTENSIONS if names[column] else ():
-            if (folder / f"{names[column][0]}{ending}").is_file():
-                return ImageColumn(column, holds_names=True, ending=ending)
-    if asked is not None:
-        _check_there(source, folder, asked, names[asked])
-        return ImageColumn(asked, holds_names=True)
+        counts = {
+            ending: sum(_is_there(folder, f"{name}{ending}") for name in given) for ending in EXTENSIONS
+        }
+        best = max(counts, key=lambda ending: counts[ending])
+        if counts[best]:
+            return ImageColumn(column, holds_names=True, ending=best)
+    for column in columns:
+        given = names.get(column, [])
+        looks_like = given and all(name.lower().endswith(EXTENSIONS) for name in given)
+        if (looks_like or (known == [column] and not others)) and not may_lack:
+            raise _not_there(source, folder, column, given)
     return None
 
 
 def _first_names(shards: Shards, columns: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
     """Return the folder below which the first names lie, and the first names of every column."""
-    for file, batch in shards.batches(list(columns), PROBED_NAMES):
+    file = shards.files[0]
+    names: dict[str, list[str]] = {}
+    has = [column for column in columns if file not in shards.schemas or column in shards.schemas[file].names]
+    for batch in shards.reader.batches(file, has, PROBED_NAMES):
+        for name in has:
+            values = batch.column(batch.schema.get_field_index(name)).to_pylist()
+            names[name] = [str(value) for value in values if value is not None]
         if len(batch):
-            values = {name: batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns}
-            return shards.folder_of(file), {
-                name: [str(value) for value in column if value is not None] for name, column in values.items()
-            }
-    return None, {name: [] for name in columns}
+            break
+    return shards.folder_of(file), names
 
 
-def _check_there(source: str, folder: Path, column: str, names: Sequence[str]) -> None:
-    """Raise DataError where none of these names is one of a file in the folder; say where they may be."""
+def _is_there(folder: Path, name: str) -> bool:
     try:
-        if not names or any((folder / name).exists() and leads_into(folder / name, folder) for name in names):
-            return
-        first = folder / names[0]
-        if first.exists():
-            common = os.path.commonpath([os.path.dirname(folder / name) for name in names])  # noqa: PTH120
-            advice = f"; pass --images-root {common}"
-        else:
-            places = [str(place.parent) for place in itertools.islice(folder.glob(f"*/{names[0]}"), 2)]
-            places = places or [str(folder / "...")]
-            advice = f"; pass the folder that they are in as --images-root, such as {places[0]}"
-    except (OSError, ValueError, NotImplementedError):  # names that can be none of files
-        advice = ""
-    raise DataError(
-        f"{source}: column '{column}' names no file in {folder} (the first is {names[0]!r}){advice}."
+        return (folder / name).is_file() and leads_into(folder / name, folder)
+    except (OSError, ValueError):  # names that can be none of files
+        return False
+
+
+def _not_there(source: str, folder: Path, column: str, names: Sequence[str]) -> DataError:
+    """Return what is wrong with names none of which is one of a file in the folder, and what to do."""
+    first = names[0] if names else ""
+    advice = "put the table into their folder, or pass that as --images-root"
+    try:
+        if "://" in first:
+            advice = "images are not fetched; download them, and name the files"
+        elif "\\" in first:
+            advice = "write / where it has \\"
+        elif (folder / first).is_file():  # somewhere else
+            common = os.path.commonpath([os.path.dirname(os.path.realpath(folder / name)) for name in names])  # noqa: PTH120
+            advice = f"they lead out of it; pass --images-root {common}"
+        elif first and ".." not in Path(first).parts and not Path(first).is_absolute():
+            places = sorted(str(folder / path.name) for path in folder.iterdir() if (path / first).is_file())
+            if places:
+                advice = f"pass --images-root {' or '.join(places[:SHOWN_PLACES])}"
+    except (OSError, ValueError):  # names that can be none of files
+        pass
+    return DataError(
+        f"{source}: column '{column}' names no file in {folder} (the first is {first!r}); {advice}."
     )
 
 

@@ -18,7 +18,7 @@ from chgval.data.tables.columns import original_column
 from chgval.data.tables.format import TableFormat
 from chgval.data.tables.read import images_of
 from chgval.data.tables.shards import Shards, files_of_split, open_shards
-from chgval.data.tables.write import check_contents, stored_labels
+from chgval.data.tables.write import check_contents
 from chgval.errors import DataError, OutputError, SettingsError
 from chgval.files import output_errors, replacing
 
@@ -62,13 +62,17 @@ class NewLabels:
 
     Attributes:
         kept: whether each row is written.
-        labels: the label that a row gets; None leaves it its own.
+        classes: class of every row, -1 if it is unknown.
+        new: the class that a row gets; -1 leaves it its own.
+        class_names: what is written for a class that no row has.
         column: of labels.
         original: column that keeps the label that a row had; None adds none.
     """
 
     kept: Sequence[bool]
-    labels: Sequence[object]
+    classes: Sequence[int]
+    new: Sequence[int]
+    class_names: Sequence[str]
     column: str
     original: str | None
 
@@ -110,15 +114,22 @@ class TextTable(TableFormat):
         files = self.files()
         if not files:
             raise DataError(f"{self.source}: no such file.")
-        chosen, notes = files_of_split(self.source, before_magic(self.source), files, self.config.split)
+        base = before_magic(self.source)
+        try:
+            chosen, notes = files_of_split(self.source, base, files, self.config.split)
+        except DataError as error:
+            raise DataError(f"{error} A column '{SPLIT_COLUMN}' is not looked at.") from error
         shards = open_shards(WholeTables(self.load), chosen, images_root=self.config.images_root)
         if SPLIT_COLUMN in shards.schema.names:
             notes = [*notes, "rows of all splits are read, whatever the column 'split' says"]
         return shards, notes
 
+    def _has_ending_of_source(self, target: Path) -> bool:
+        return target.suffix.lower() == Path(self.source).suffix.lower()
+
     def check_target(self, target: Path, link: Link) -> None:
         """See `Format`."""
-        if target.suffix.lower() not in self.endings:
+        if not self._has_ending_of_source(target):
             super().check_target(target, link)
         elif len(self.files()) > 1:
             raise SettingsError(f"{target}: {self.source} is several files; name a folder, for Parquet.")
@@ -127,19 +138,20 @@ class TextTable(TableFormat):
 
     def write(self, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> Rewritten:
         """See `Format`."""
-        if target.suffix.lower() not in self.endings:
+        if not self._has_ending_of_source(target):
             return super().write(known, changes, target, link)
         rows = self.same_rows(known)
         labelled = rows.labelled(rows.ids or rows.row_numbers())
         check_classes(self.source, changes, labelled.class_names)
         label = rows.label_columns[0]
-        stored = stored_labels(rows.shards.schema.field(label).type, rows, labelled)
         relabels = bool((changes.new_labels_N >= 0).any())
         original = original_column(label)
         adds_original = relabels and original not in rows.shards.schema.names
         new = NewLabels(
             kept=changes.kept_N.tolist(),
-            labels=[None if label < 0 else stored[label] for label in changes.new_labels_N.tolist()],
+            classes=labelled.labels_N.tolist(),
+            new=changes.new_labels_N.tolist(),
+            class_names=labelled.class_names,
             column=label,
             original=original if adds_original else None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,7 +57,7 @@ def write_parquet(
     known: KnownRows,
     changes: RowChanges,
     target: Path,
-    *notes: str,
+    notes: Sequence[str],
 ) -> Rewritten:
     """Write the kept rows of a table to a folder of shards, or one file; see `Format.write`."""
     labelled = rows.labelled(rows.ids or rows.row_numbers())
@@ -66,7 +67,7 @@ def write_parquet(
     schema = _new_schema(rows, images, relabels=bool((changes.new_labels_N >= 0).any()))
     seen = SeenImages()
     groups = _row_groups(_changed(rows, images, changes, schema, labelled, seen))
-    with output_errors(target):
+    with output_errors(target), _arrow_errors(rows.source):
         if is_one_file(target):
             with replacing(target) as file:
                 _write_shard(file, schema, next(groups, schema.empty_table()), groups, None)
@@ -76,6 +77,17 @@ def write_parquet(
                 _write_shards(folder, schema, groups)
                 check_contents(rows, data, known, labelled, seen)
     return rewritten(known, changes, changes.kept_N, class_names, [*rows.notes, *notes], [])
+
+
+@contextmanager
+def _arrow_errors(source: str) -> Iterator[None]:
+    """Turn what Parquet cannot hold, such as objects without fields, into DataError."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{source}: cannot be written as Parquet ({first_line(error)}); leave that column out."
+        ) from error
 
 
 def _new_schema(rows: TableRows, images: ImageColumn | None, *, relabels: bool) -> pa.Schema:
