@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import chgval
 from chgval.reports.tables import EPOCH_SCHEMA, MANIFEST_SCHEMA, SUSPECTS_SCHEMA, VALUES_SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -66,3 +67,8 @@ def test_functions_that_the_method_names_are_there():
         found = importlib.import_module(f"chgval.{parts[0]}.{parts[1]}")
         for part in parts[2:]:
             found = getattr(found, part)
+
+
+def test_versions_that_are_told_are_one():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {chgval.__version__}\n" in citation
