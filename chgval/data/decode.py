@@ -31,6 +31,7 @@ _PIXELS_AT_A_TIME = 2**25
 
 # A 16-bit sample is scaled to 8 bits; 65535 becomes 255.
 _SIXTEEN_TO_EIGHT_BITS = 257
+LARGEST_SAMPLE = 65_535
 
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -78,6 +79,21 @@ def shorter_side(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the shorter side in pixels from the header, without decoding the pixels."""
     with _opened(encoded, max_pixels) as image:
         return min(image.size)
+
+
+def deepest_sample(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
+    """Return the largest sample of an image of more than 8 bits; None for all others.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
+    """
+    with _opened(encoded, max_pixels) as image:
+        if not image.mode.startswith("I"):
+            return None
+        try:
+            return int(np.asarray(image).max(initial=0))
+        except Exception as error:  # Pillow's format plugins raise errors of any kind on malformed files
+            raise UnreadableImageError(_reason(encoded, error)) from error
 
 
 def decode_centre(encoded: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -193,7 +209,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grayscale, or 32-bit as which some formats store it
         samples = np.asarray(image)
         if samples.dtype != np.uint16:
-            samples = samples.clip(0, 65535)
+            samples = samples.clip(0, LARGEST_SAMPLE)
         scaled = np.empty(samples.shape, dtype=np.uint8)
         np.floor_divide(samples, _SIXTEEN_TO_EIGHT_BITS, out=scaled, casting="unsafe")
         image = Image.fromarray(scaled)

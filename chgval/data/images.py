@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import os
@@ -18,7 +19,14 @@ import numpy as np
 
 from chgval.config import DataConfig
 from chgval.data.dataset import EncodedImages, LargeImages, PixelImages, digest
-from chgval.data.decode import Pixels, UnreadableImageError, decode_centre, shorter_side
+from chgval.data.decode import (
+    LARGEST_SAMPLE,
+    Pixels,
+    UnreadableImageError,
+    decode_centre,
+    deepest_sample,
+    shorter_side,
+)
 from chgval.data.pixel_file import PixelFile, spooling
 from chgval.errors import DataError
 from chgval.system import total_memory, usable_cores
@@ -34,6 +42,8 @@ EXTENSIONS = (
 LARGEST_KEPT_SIZE = 64
 # Headers read to choose the image size.
 PROBED_IMAGES = 512
+# Images decoded to see how deep they are, and the share of the range that makes them dark.
+PROBED_DEPTHS, FEWEST_LEVELS = 16, 8
 # How much decoded images may fill of the machine's memory, at most, before they go to a file. What the system
 # keeps of a file in memory it can take back.
 MEMORY_SHARE = 0.25
@@ -57,6 +67,28 @@ class LoadedImages:
 
     content: PixelImages | LargeImages
     problems: dict[int, str]
+    notes: Sequence[str] = ()
+
+
+def depth_notes(probed: Iterable[Encoded], max_pixels: int) -> list[str]:
+    """Return what is odd about the samples of images of more than 8 bits: all are scaled as 16-bit ones."""
+    largest = []
+    for encoded in itertools.islice(probed, PROBED_DEPTHS):
+        if not isinstance(encoded, UnreadableImageError):
+            try:
+                largest.append(deepest_sample(encoded, max_pixels))
+            except UnreadableImageError:
+                continue
+    samples = [sample for sample in largest if sample is not None]
+    if not samples:
+        return []
+    if max(samples) > LARGEST_SAMPLE:
+        what = f"go up to {max(samples):,}, and all above {LARGEST_SAMPLE:,} become white"
+    elif max(samples) < LARGEST_SAMPLE / FEWEST_LEVELS:
+        what = f"go up to {max(samples):,} only, of {LARGEST_SAMPLE:,}, and become nearly black"
+    else:
+        return []
+    return [f"samples of images of more than 8 bits {what}; scale them to 8 bits first"]
 
 
 def choose_size(probed: Iterable[Encoded], largest: int, max_pixels: int) -> int:
@@ -110,12 +142,15 @@ def load_files(images: ImageFiles, config: DataConfig, largest_size: int) -> Loa
         largest_size: the largest side to choose.
     """
     size, most = config.image_size, config.max_pixels
+    probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
     if size is None:
-        probed = np.linspace(0, len(images) - 1, min(len(images), PROBED_IMAGES)).astype(int).tolist()
         size = choose_size(map(images.read_or_error, probed), largest_size, most)
     if size <= LARGEST_KEPT_SIZE:
-        return decode_once(map(images.read_or_error, range(len(images))), len(images), size, most)
-    return keep_encoded(images, size, {}, most)
+        loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size, most)
+    else:
+        loaded = keep_encoded(images, size, {}, most)
+    spread = probed[:: max(1, len(probed) // PROBED_DEPTHS)]
+    return dataclasses.replace(loaded, notes=depth_notes(map(images.read_or_error, spread), most))
 
 
 def keep_encoded(images: EncodedImages, size: int, problems: dict[int, str], max_pixels: int) -> LoadedImages:

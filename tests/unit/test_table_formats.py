@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tarfile
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from chgval.config import DataConfig
@@ -445,3 +447,37 @@ def test_json_with_what_no_column_can_hold(tmp_path):
     with pytest.raises(DataError, match=r"cannot be written as Parquet .*; leave that column out"):
         rewrite(tmp_path / "t.jsonl", tmp_path / "n", [True] * 2, [-1] * 2)
     assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize(
+    ("largest", "kind", "said"),
+    [
+        (1023, "uint16", "go up to 1,0.. only, of 65,535, and become nearly black; scale them to 8 bits"),
+        (2_000_000, "int32", "go up to 1,9.*, and all above 65,535 become white; scale them"),
+        (60_000, "uint16", None),
+    ],
+)
+def test_deep_images_that_do_not_fill_their_range_are_told(tmp_path, largest, kind, said):
+    """10 bits in a PNG of 16, counts in a TIFF of 32; in a folder and in a table."""
+    rng = np.random.default_rng(0)
+    for label in CLASS_NAMES:
+        (tmp_path / "d" / label).mkdir(parents=True)
+        for number in range(3):
+            image = Image.fromarray(rng.integers(0, largest, (12, 12)).astype(kind))
+            image.save(tmp_path / "d" / label / f"{number}.{'tif' if kind == 'int32' else 'png'}")
+    paths = sorted((tmp_path / "d").glob("*/*"))
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    labels = [path.parent.name for path in paths]
+    pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / "t.parquet")
+    for source in ("d", "t.parquet"):
+        notes = [note for note in read(tmp_path / source).notes if "more than 8 bits" in note]
+        assert bool(notes) == bool(said) and (said is None or re.search(said, notes[0])), notes
+
+
+def test_lists_of_images_are_refused_by_name(tmp_path):
+    cells = [[{"bytes": b"x", "path": None}]]
+    pq.write_table(pa.table({"images": cells, "label": [0]}), tmp_path / "t.parquet")
+    with pytest.raises(
+        DataError, match="column 'images' holds lists of images; write one image for each row"
+    ):
+        read(tmp_path / "t.parquet")

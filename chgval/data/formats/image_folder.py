@@ -256,12 +256,13 @@ def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -
     """
     images = ImageFiles(rows.paths)
     content: PixelImages | LargeImages | Embeddings
+    notes = rows.notes
     if config.features is not None:
         vectors_ND, problems = read_features(config.features, len(images), config.source)
         content = Embeddings(vectors_ND)
     else:
         loaded = load_files(images, config, largest_size)
-        content, problems = loaded.content, loaded.problems
+        content, problems, notes = loaded.content, loaded.problems, [*notes, *loaded.notes]
     return Dataset(
         source=config.source,
         ids=rows.ids,
@@ -270,7 +271,7 @@ def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -
         content=content,
         problems=problems,
         fingerprint=folder_fingerprint(rows, config),
-        notes=rows.notes,
+        notes=notes,
         root=str(rows.root),
     )
 

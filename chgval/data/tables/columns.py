@@ -61,6 +61,12 @@ def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
         raise DataError(
             f"{source}: columns {', '.join(candidates)} could all hold the images; pass --image-column."
         )
+    several = [field.name for field in schema if is_list(field.type) and is_image(field.type.value_type)]
+    if several:
+        raise DataError(
+            f"{source}: column '{several[0]}' holds lists of images; write one image for each row, such as "
+            "the first of each list."
+        )
     lists = [field.name for field in schema if is_vector(field.type)]
     of_bytes = [name for name in lists if pa.types.is_uint8(schema.field(name).type.value_type)]
     advice = "images are structs or binary"

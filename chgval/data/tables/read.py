@@ -26,11 +26,13 @@ from chgval.data.dataset import (
 from chgval.data.features import read_features
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
+    PROBED_DEPTHS,
     PROBED_IMAGES,
     Encoded,
     SpooledImages,
     choose_size,
     decode_once,
+    depth_notes,
     keep_encoded,
     load_files,
 )
@@ -203,7 +205,7 @@ def read_rows(rows: TableRows, config: DataConfig, largest_size: int) -> Dataset
         content=read.content,
         problems=read.problems,
         fingerprint=fingerprint(ids, labelled.labels_NA, labelled.class_names, read.digests),
-        notes=rows.notes,
+        notes=[*rows.notes, *read.notes],
         annotations=labelled.annotations,
         columns={
             "image_column": None if images is None else images.name,
@@ -221,6 +223,7 @@ class Contents(NamedTuple):
     problems: dict[int, str]
     digests: Sequence[int] | bytes
     paths: Sequence[str | None]
+    notes: Sequence[str] = ()
 
 
 def images_of(rows: TableRows, config: DataConfig) -> ImageColumn | None:
@@ -252,7 +255,7 @@ def _read_contents(
     if images.holds_names:
         files, names = files_named(shards, images)
         loaded = load_files(files, config, largest_size)
-        return Contents(loaded.content, loaded.problems, files.digests(), names)
+        return Contents(loaded.content, loaded.problems, files.digests(), names, loaded.notes)
     seen = SeenImages()
     if size is None:
         probed = encoded_images(shards, images, limit=PROBED_IMAGES)
@@ -263,7 +266,9 @@ def _read_contents(
     else:
         spooled = SpooledImages(stream)
         loaded = keep_encoded(spooled, size, spooled.problems, most)
-    return Contents(loaded.content, loaded.problems, seen.digests, seen.paths)
+    probed = encoded_images(shards, images, limit=PROBED_DEPTHS)
+    notes = depth_notes((encoded for encoded, _ in probed), most)
+    return Contents(loaded.content, loaded.problems, seen.digests, seen.paths, notes)
 
 
 def pictures_of(rows: TableRows, config: DataConfig, wanted: Sequence[int]) -> Iterator[bytes | None]:
