@@ -177,6 +177,8 @@ def check_training_folder(config: TrainingConfig) -> None:
         raise OutputError(
             f"{folder}: holds no {TRAINING_FILE}, so it is no earlier training; pass another name."
         )
+    if is_there and (folder / TRAINING_FILE).is_file():
+        raise OutputError(f"{folder}: holds an earlier training; pass --overwrite, or another name.")
     check_new_folder(folder)
 
 

@@ -64,6 +64,10 @@ def values_of(
         ChgvalError: the input is neither, or an output is in the way.
     """
     if is_report(config.source):
+        if config.values is not None:
+            raise SettingsError(
+                f"--values: is for a dataset; {report_name(config.source)} is a report itself."
+            )
         config.check_report_is_enough(f"{report_name(config.source)} is a report, and nothing is trained")
         with locked(*config.outputs, config.state_file):
             yield _read(config, columns, in_order=in_order)

@@ -78,7 +78,16 @@ def test_options_that_cannot_matter_are_refused(given):
         result = invoke(*command, "photos.values.parquet", *given, "-o", "never.csv")
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
         assert f"{given[0]}: has no effect, as photos.values.parquet is a report" in result.stderr
+    result = invoke("detect-noise", "photos.values.parquet", "--values", "v.csv", "-o", "never.csv")
+    assert result.exit_code == 2 and "--values: is for a dataset; photos.values.parquet is a" in result.stderr
     assert not Path("never.csv").exists()
+
+
+def test_a_training_that_is_in_the_way_is_said_to_be_replaceable():
+    Path("old").mkdir(exist_ok=True)
+    Path("old/training.json").write_text("{}")
+    result = invoke("train", "photos/", *FAST, "-o", "old")
+    assert result.exit_code == 1 and "old: holds an earlier training; pass --overwrite" in result.stderr
 
 
 def test_the_summary_as_json_is_what_is_printed_and_kept():

@@ -134,7 +134,9 @@ def _not_there(source: str, folder: Path, column: str, names: Sequence[str]) -> 
     first = names[0] if names else ""
     advice = "put the table into their folder, or pass that as --images-root"
     try:
-        if "://" in first:
+        if not folder.is_dir():
+            advice = "there is no such folder"
+        elif "://" in first:
             advice = "images are not fetched; download them, and name the files"
         elif "\\" in first:
             advice = "write / where it has \\"
