@@ -25,6 +25,7 @@ Side = Literal["left", "right"]
 SHOWN_SAMPLES = 5
 # A terminal shows more of a training the wider it is.
 WIDTH_FOR_STATE, WIDTH_FOR_BAR = 72, 90
+LINE_WIDTH = 80
 NARROWEST_NAME = 8
 GAP = "  "
 
@@ -105,6 +106,11 @@ class Console:
     def seconds(self) -> float:
         """Time since the command began."""
         return time.perf_counter() - self._started
+
+    @property
+    def line_width(self) -> int:
+        """How wide lines of prose are: as the terminal, but no wider than is good to read."""
+        return min(LINE_WIDTH, self._console.width) if self._console.is_terminal else LINE_WIDTH
 
     @property
     def encoding(self) -> str:

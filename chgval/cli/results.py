@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.train import Trained
 
 HISTOGRAM_WIDTH = 40
-LINE_WIDTH = 80
 SHOWN_ANNOTATORS = 10
 
 
@@ -244,7 +243,9 @@ def _suspects(console: Console, summary: NoiseSummary) -> None:
 def _notes(console: Console, notes: Sequence[str]) -> None:
     """Print sentences that a person should read, in lines that fit a terminal."""
     for note in notes:
-        lines = textwrap.wrap(f"note: {note}", LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines = textwrap.wrap(
+            f"note: {note}", console.line_width, subsequent_indent="  ", break_on_hyphens=False
+        )
         for line in lines:
             console.say(line)
 

@@ -1,6 +1,7 @@
 """Tables for people: numbers whole, names as long as there is room."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -54,3 +55,24 @@ def test_the_widest_name_gives_way_first(room):
     shared = share_room([10, 30, 60], room)
     assert sum(shared) == min(max(room, 24), 100)
     assert shared == sorted(shared) and (shared[0] == 10 or max(shared) - min(shared) <= 1)
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_prose_breaks_at_spaces_and_commands_nowhere(columns, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "interrupted after epoch 3 of 30; pass --resume to resume it where it was, with the same values"
+    command = f"chgval select {'x' * 70}.parquet --fraction 0.5"
+    console = Console()
+    console.warn(text)
+    console.say_next(command)
+    stream.flush()
+    escapes = re.compile(r"\x1b\[[0-9;]*m")
+    lines = [escapes.sub("", line) for line in stream.buffer.getvalue().decode().splitlines()]
+    assert lines[-1] == f"next: {command}"
+    assert all(cell_len(line) <= columns for line in lines[:-1])
+    words = " ".join(line.strip() for line in lines[:-1]).split()
+    assert words == ["warning:", *text.split()]
