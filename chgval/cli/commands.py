@@ -99,7 +99,7 @@ def value(
 @command("find-label-errors", DetectConfig, hidden=True)
 @command("detect-noise", DetectConfig)
 def detect_noise(console: "Console", config: DetectConfig) -> None:
-    """List the samples of INPUT whose label is probably wrong, worst first.
+    """List the samples whose label is probably wrong, worst first.
 
     Each has a noise_score, the probability that its label is wrong, and a suggested label. All comes from the
     one training run behind a values report; a report is read without training.
@@ -130,7 +130,7 @@ def detect_noise(console: "Console", config: DetectConfig) -> None:
 
 @command("select", SelectConfig)
 def select(console: "Console", config: SelectConfig) -> None:
-    """Keep the part of a dataset that is worth most, and write down which it is.
+    """Keep the part of a dataset that is worth most.
 
     The subset has one row per input row: whether it is kept, its rank and its weight. Other tools take the
     kept paths or indices, or the pruned dataset itself.
@@ -150,7 +150,7 @@ def select(console: "Console", config: SelectConfig) -> None:
 
 @command("train", TrainingConfig)
 def train(console: "Console", config: TrainingConfig) -> None:
-    """Train a model, on everything or on what is worth it, and keep it.
+    """Train a model, on everything or on what is worth it.
 
     With --fraction it trains on a part that is chosen anew every few epochs. The folder then holds
     model.safetensors, training.json (all settings and results), metrics.parquet (a row per epoch), and in

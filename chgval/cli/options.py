@@ -195,7 +195,7 @@ def _parameter(path: SettingPath, setting: Setting) -> inspect.Parameter:
     elif int in setting.kinds:
         more["min"] = option.least
     elif option.is_share and float in setting.kinds:
-        more["parser"] = functools.partial(_share, setting.name)
+        more["parser"] = _share_of(setting.name)
         more["metavar"] = option.metavar or "SHARE"
     for part in setting.kinds:
         if typing.get_origin(part) is tuple:  # of names: the option again and again; of numbers: one text
@@ -206,9 +206,13 @@ def _parameter(path: SettingPath, setting: Setting) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _share(name: str, given: str | float) -> float:
-    """Return a share that was given as 0.3 or 30%; the default is a number already."""
-    return as_share(name, given) if isinstance(given, str) else given
+def _share_of(name: str) -> Callable[[str | float], float]:
+    """Return what reads a share that is given as 0.3 or 30%; a default is a number already."""
+
+    def share(given: str | float) -> float:
+        return as_share(name, given) if isinstance(given, str) else given
+
+    return share
 
 
 def _starting_with(names: Callable[[], typing.Iterable[str]]) -> Callable[[str], list[str]]:
