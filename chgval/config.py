@@ -262,7 +262,7 @@ class TrainConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", MODEL_PANEL)
     threads: int | None = option(
         None,
-        "CPU threads. Default: one per core, or as OMP_NUM_THREADS says; 1 for embeddings.",
+        "CPU threads. Default: as OMP_NUM_THREADS says, or one per core; 1 for tiny samples.",
         MODEL_PANEL,
         least=1,
         affects_results=False,

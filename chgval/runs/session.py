@@ -39,6 +39,8 @@ SHOWN_PROBLEMS = 5
 ACCUMULATOR_MEMORY_SHARE = 0.25
 # An epoch that takes so many times as long as the fastest one is told.
 SLOWNESS = 3
+# Side of images in pixels up to which one thread is as fast as two.
+SMALL_IMAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ class Run:
 def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator[Run]:
     """Prepare a run, and put torch's global generators and number of threads back after it.
 
-    Steps of models on embeddings are so small that threads would only wait for each other, and on a busy
-    machine for long: such a run takes one thread.
+    Steps of models on embeddings, and on tiny images, are so small that threads would only wait for each
+    other, and on a busy machine for long: such a run takes one thread.
     """
     device = pick_device(train.device)
     num_threads = torch.get_num_threads()
@@ -84,7 +86,8 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
 def _threads(train: TrainConfig, dataset: Dataset) -> int:
     if train.threads is not None:
         return train.threads
-    return 1 if isinstance(dataset.content, Embeddings) else min(torch.get_num_threads(), usable_cores())
+    is_small = isinstance(dataset.content, Embeddings) or dataset.input_size <= SMALL_IMAGE
+    return 1 if is_small else min(torch.get_num_threads(), usable_cores())
 
 
 def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:

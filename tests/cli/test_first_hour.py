@@ -129,3 +129,15 @@ def test_wrong_labels_are_found_under_their_plain_name_too():
     for command in ("detect-noise", "find-label-errors"):
         assert invoke(command, "photos.values.parquet", "-q", "--all", "-o", f"{command}.csv").exit_code == 0
     assert Path("detect-noise.csv").read_bytes() == Path("find-label-errors.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("size", "given", "threads"), [(12, [], 1), (32, [], 2), (32, ["--threads", 3], 3)])
+def test_tiny_images_take_one_thread_unless_told(tmp_path, size, given, threads, monkeypatch):
+    monkeypatch.setattr("chgval.runs.session.usable_cores", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    counts = []
+    monkeypatch.setattr("torch.set_num_threads", counts.append)
+    root = write_folder(tmp_path / "d", 3, size=size)
+    result = invoke("value", root, "--plan", *FAST, *given)
+    assert result.exit_code == 0, result.stderr
+    assert counts == [threads, 8]

@@ -287,7 +287,7 @@ def test_an_earlier_training_is_replaced_only_when_asked(photos, tmp_path):
     folder = tmp_path / "trained"
     train(photos, folder, *FAST, "--strategy", "random", "--fraction", 0.5, "-q")
     refused = invoke("train", photos, *FAST, "-o", folder)
-    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    assert refused.exit_code == 1 and "holds an earlier training; pass --overwrite" in refused.stderr
     train(photos, folder, *FAST, "--overwrite", "-q")
     assert not (folder / "subsets").exists()
     # An interrupted training has no model yet.
