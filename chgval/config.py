@@ -32,6 +32,9 @@ MAX_PIXELS = 100_000_000
 # What Pillow refuses by itself, in any program.
 PILLOW_MAX_PIXELS = 178_956_970
 
+# Rows of each list of samples in a summary, unless the user says otherwise.
+SHOWN_SAMPLES = 5
+
 DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL = "Data", "Model and training", "Output"
 VALUES_PANEL, DETECTION_PANEL, ROWS_PANEL = "Values", "Detection", "Rows"
 SELECTION_PANEL, DATASET_PANEL, TEST_PANEL = "Selection", "Dataset", "Test"

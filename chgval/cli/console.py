@@ -16,13 +16,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.status import Status
 from rich.text import Text
 
+from chgval.config import SHOWN_SAMPLES
 from chgval.progress import tell_record
 from chgval.training.records import Record, StepRecord
 
 Side = Literal["left", "right"]
 
-# Rows of each list of samples, unless the user says otherwise.
-SHOWN_SAMPLES = 5
 # A terminal shows more of a training the wider it is.
 WIDTH_FOR_STATE, WIDTH_FOR_BAR = 72, 90
 LINE_WIDTH = 80

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from chgval.cli.reporting import reporting
-from chgval.config import OUTPUT_PANEL, strategies, writes_to_stdout
+from chgval.config import OUTPUT_PANEL, SHOWN_SAMPLES, strategies, writes_to_stdout
 from chgval.errors import SettingsError
 from chgval.registry import names_in
 from chgval.runs.preflight import check_at_once
@@ -112,7 +112,7 @@ def _console_options(
     show: Annotated[
         int,
         typer.Option(min=0, help="Rows in each list of the summary.", rich_help_panel=OUTPUT_PANEL),
-    ] = 5,
+    ] = SHOWN_SAMPLES,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT_PANEL)
     ] = False,

@@ -9,11 +9,12 @@ import os
 import stat
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -59,6 +60,7 @@ DIGESTED_BYTES = 4096
 DIGESTS_AT_A_TIME = 64
 
 Encoded = bytes | UnreadableImageError
+MeasureT = TypeVar("MeasureT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,7 @@ class LoadedImages:
 
 def depth_notes(probed: Iterable[Encoded], max_pixels: int) -> list[str]:
     """Return what is odd about the samples of images of more than 8 bits: all are scaled as 16-bit ones."""
-    largest = []
-    for encoded in itertools.islice(probed, PROBED_DEPTHS):
-        if not isinstance(encoded, UnreadableImageError):
-            try:
-                largest.append(deepest_sample(encoded, max_pixels))
-            except UnreadableImageError:
-                continue
+    largest = _measured(probed, PROBED_DEPTHS, deepest_sample, max_pixels)
     samples = [sample for sample in largest if sample is not None]
     if not samples:
         return []
@@ -96,15 +92,21 @@ def choose_size(probed: Iterable[Encoded], largest: int, max_pixels: int) -> int
 
     Sizes above 64 pixels are rounded down to a multiple of 32, which every architecture takes.
     """
-    sides = []
-    for encoded in itertools.islice(probed, PROBED_IMAGES):
-        if not isinstance(encoded, UnreadableImageError):
-            try:
-                sides.append(shorter_side(encoded, max_pixels))
-            except UnreadableImageError:
-                continue
+    sides = _measured(probed, PROBED_IMAGES, shorter_side, max_pixels)
     side = min(largest, int(statistics.median_low(sides))) if sides else min(largest, LARGEST_KEPT_SIZE)
     return max(1, side if side <= LARGEST_KEPT_SIZE else side // 32 * 32)
+
+
+def _measured(
+    probed: Iterable[Encoded], count: int, measure: Callable[[bytes, int], MeasureT], max_pixels: int
+) -> list[MeasureT]:
+    """Return a measure of the first images, as far as they can be read."""
+    found = []
+    for encoded in itertools.islice(probed, count):
+        if not isinstance(encoded, UnreadableImageError):
+            with suppress(UnreadableImageError):
+                found.append(measure(encoded, max_pixels))
+    return found
 
 
 def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels: int) -> LoadedImages:

@@ -24,7 +24,9 @@ def is_folder(source: str) -> bool:
 
 
 def matching(pattern: str) -> list[str]:
-    """Return the files that a glob matches, sorted."""
+    """Return the file of that name, or those that a glob matches, sorted."""
+    if Path(pattern).is_file():
+        return [pattern]
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
     return sorted(file for file in found if Path(file).is_file())
 

@@ -16,12 +16,10 @@ import pyarrow.csv as pacsv
 
 from chgval.data.formats.base import dataset_format
 from chgval.data.images import EXTENSIONS
-from chgval.data.tables.text import NewLabels, TextTable
+from chgval.data.tables.text import ENCODING, NewLabels, TextTable
 from chgval.errors import DataError, first_line
 
 DELIMITERS = (",", "\t", ";", "|")
-# Marks the start of text that some programs write.
-ENCODING = "utf-8-sig"
 
 
 @dataset_format
@@ -59,8 +57,9 @@ class Csv(TextTable):
         records = _records(source, delimiter)
         first, _ = next(records)
         newline = "\r\n" if first.endswith("\r\n") else "\n"
-        if Path(source).read_bytes()[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
-            target.write("\ufeff")
+        with Path(source).open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                target.write("\ufeff")
         target.write(_extended(first, changes.original, delimiter, newline))
         stored = {row: fields[label] for row, (_, fields) in zip(changes.classes, records, strict=True)}
         records = itertools.islice(_records(source, delimiter), 1, None)

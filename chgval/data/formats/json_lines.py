@@ -10,11 +10,8 @@ import pyarrow as pa
 
 from chgval.data.formats.base import dataset_format
 from chgval.data.tables.columns import as_column
-from chgval.data.tables.text import NewLabels, TextTable
+from chgval.data.tables.text import ENCODING, NewLabels, TextTable
 from chgval.errors import DataError, first_line
-
-# Marks the start of text that some programs write.
-ENCODING = "utf-8-sig"
 
 
 @dataset_format

@@ -19,6 +19,7 @@ from chgval.data.splits import split_of
 from chgval.data.tables.columns import find_label_columns
 from chgval.data.tables.format import TableFormat
 from chgval.data.tables.images import ImageColumn, files_named
+from chgval.data.tables.read import read_rows
 from chgval.data.tables.shards import Shards, files_of_split, open_shards
 from chgval.data.tables.text import WholeTables
 from chgval.errors import DataError, first_line
@@ -61,8 +62,8 @@ class MetadataFolder(TableFormat):
 
     def read(self, largest_size: int) -> Dataset:
         """Read all rows; images without one are counted."""
-        dataset = super().read(largest_size)
-        shards = self.open()[0]
+        rows = self.rows()
+        dataset, shards = read_rows(rows, self.config, largest_size), rows.shards
         named = {os.path.normpath(path) for path in files_named(shards, ImageColumn(FILE_NAME))[0].paths}
         paths = (path for file in shards.files for path in Path(file).parent.rglob("*"))
         images = {os.path.normpath(path) for path in paths if path.suffix.lower() in EXTENSIONS}

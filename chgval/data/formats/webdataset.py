@@ -17,7 +17,7 @@ from chgval.config import DataConfig
 from chgval.data.formats.base import dataset_format
 from chgval.data.images import EXTENSIONS, LARGEST_ENCODED, holds_images
 from chgval.data.sources import before_magic, is_folder, matching
-from chgval.data.tables.columns import as_column
+from chgval.data.tables.columns import IMAGE_TYPE, as_column
 from chgval.data.tables.format import TableFormat
 from chgval.data.tables.shards import Shards, files_of_split, open_shards
 from chgval.errors import DataError, first_line
@@ -101,15 +101,14 @@ class TarReader:
     def columns_and_rows(self, file: str) -> tuple[pa.Schema, int]:
         """See `Reader`."""
         table = self._without_images(file)
-        image = pa.field(IMAGE, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-        return table.schema.append(image), table.num_rows
+        return table.schema.append(pa.field(IMAGE, IMAGE_TYPE)), table.num_rows
 
     def batches(self, file: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
         """See `Reader`."""
         table, samples = self._without_images(file), self.samples(file)
-        schema = self.columns_and_rows(file)[0]
-        names = schema.names if columns is None else columns
-        missing = [name for name in names if name not in schema.names]
+        there = [*table.column_names, IMAGE]
+        names = there if columns is None else columns
+        missing = [name for name in names if name not in there]
         if missing:
             raise DataError(f"{file}: has no '{missing[0]}', as other files of the dataset have.")
         images = _read_images(file, samples) if IMAGE in names else None
@@ -118,7 +117,7 @@ class TarReader:
             arrays = {name: part[name].combine_chunks() for name in names if name != IMAGE}
             if images is not None:
                 read = list(itertools.islice(images, rows))
-                arrays[IMAGE] = pa.array(read, schema.field(IMAGE).type)
+                arrays[IMAGE] = pa.array(read, IMAGE_TYPE)
             yield pa.record_batch([arrays[name] for name in names], names)
 
     def _without_images(self, file: str) -> pa.Table:
@@ -172,7 +171,7 @@ class WebDataset(TableFormat):
         """Return the tar files."""
         if is_folder(self.source):
             return _tars_in(self.source)
-        return [self.source] if Path(self.source).is_file() else matching(self.source)
+        return matching(self.source)
 
     def open(self) -> tuple[Shards, list[str]]:
         """Find the tar files and their columns."""

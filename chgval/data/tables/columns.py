@@ -12,6 +12,8 @@ from chgval.errors import DataError, first_few, first_line
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo")
 SHOWN_COLUMNS = 30
+# Encoded images, and what they were called.
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y", "fine_label", "cls")
 ID_NAMES = ("id", "image_id", "file_name", "filename", "__key__")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from chgval.data.decode import UnreadableImageError
-from chgval.data.images import EXTENSIONS, Encoded, ImageFiles, leads_into
+from chgval.data.images import EXTENSIONS, Encoded, ImageFiles, leads_into, read_image_file
 from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text
 from chgval.data.tables.shards import Shards
 from chgval.errors import DataError
@@ -232,5 +232,7 @@ def read_beside(folder: Path, path: str) -> Encoded:
     reason = why_not_beside(folder, path)
     if reason is not None:
         return UnreadableImageError(reason)
-    found = ImageFiles([str(folder / path)]).read_or_error(0)
-    return UnreadableImageError(f"{path}: {found}") if isinstance(found, UnreadableImageError) else found
+    try:
+        return read_image_file(folder / path)
+    except UnreadableImageError as error:
+        return UnreadableImageError(f"{path}: {error}")

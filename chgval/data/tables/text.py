@@ -22,6 +22,8 @@ from chgval.data.tables.write import check_contents
 from chgval.errors import DataError, OutputError, SettingsError
 from chgval.files import output_errors, replacing
 
+# UTF-8, with or without the mark at the start that some programs write.
+ENCODING = "utf-8-sig"
 # A column that says of which split a row is; rows of all splits are read.
 SPLIT_COLUMN = "split"
 
@@ -107,7 +109,7 @@ class TextTable(TableFormat):
 
     def files(self) -> list[str]:
         """Return the file, or those that a glob matches."""
-        return [self.source] if Path(self.source).is_file() else matching(self.source)
+        return matching(self.source)
 
     def open(self) -> tuple[Shards, list[str]]:
         """Read the files."""

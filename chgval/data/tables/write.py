@@ -25,6 +25,7 @@ from chgval.data.formats.base import (
 from chgval.data.images import Encoded
 from chgval.data.tables.columns import (
     IMAGE_NAMES,
+    IMAGE_TYPE,
     huggingface_features,
     is_image,
     is_list,
@@ -47,8 +48,6 @@ from chgval.files import new_folder, output_errors, replacing, sync
 # Readers take a row group whole, and Hugging Face's own writer keeps files below half a gigabyte.
 ROW_GROUP_BYTES = 32 * 2**20
 SHARD_BYTES = 500 * 10**6
-# What images become that were only named.
-EMBEDDED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write_parquet(
@@ -108,7 +107,7 @@ def _new_schema(rows: TableRows, images: ImageColumn | None, *, relabels: bool) 
             "rename one."
         )
     if images is not None and images.holds_names:
-        schema = schema.append(pa.field(_embedded_column(schema), EMBEDDED_IMAGE))
+        schema = schema.append(pa.field(_embedded_column(schema), IMAGE_TYPE))
     original = _original_column(schema, label)
     if not relabels or original in schema.names:
         return schema
@@ -129,10 +128,10 @@ def _original_column(schema: pa.Schema, label: str) -> str:
     return name
 
 
-def stored_labels(kind: pa.DataType, rows: TableRows, labelled: Labelled) -> dict[int, object]:
+def _stored_labels(kind: pa.DataType, rows: TableRows, labelled: Labelled) -> dict[int, object]:
     """Return what the files write for every class; for one without rows, its name or its index."""
     if is_list(kind):  # of one label each
-        stored = stored_labels(kind.value_type, rows, labelled)
+        stored = _stored_labels(kind.value_type, rows, labelled)
         return {label: [written] for label, written in stored.items()}
     names = labelled.class_names
     unseen: Sequence[object] = names if is_text(kind) else range(len(names))
@@ -151,7 +150,7 @@ def _changed(
     """Yield the rows that are kept, a few at a time, with their new labels and all their images embedded."""
     label, original = rows.label_columns[0], _original_column(schema, rows.label_columns[0])
     adds_original = original in schema.names and original not in rows.shards.schema.names
-    stored = stored_labels(schema.field(label).type, rows, labelled)
+    stored = _stored_labels(schema.field(label).type, rows, labelled)
     image_columns = [field.name for field in schema if is_image(field.type)]
     start = 0
     for file, batch in rows.shards.batches(None, IMAGE_ROWS if image_columns else COLUMN_ROWS):
@@ -198,7 +197,7 @@ def _read_named(names: pa.Array, images: ImageColumn, folder: Path | None) -> pa
     paths = [bytes_and_path(name, images.ending)[1] for name in names]
     read = [_bytes_or_none(read_beside(folder, path)) if folder and path else None for path in paths]
     items = [{"bytes": encoded, "path": path} for encoded, path in zip(read, paths, strict=True)]
-    return pa.array(items, EMBEDDED_IMAGE)
+    return pa.array(items, IMAGE_TYPE)
 
 
 def _bytes_or_none(encoded: Encoded) -> bytes | None:
