@@ -92,10 +92,12 @@ class Console:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Show on a terminal that something happens until the first line: loading PyTorch takes seconds."""
+        """Show that something happens until the first line: loading PyTorch takes seconds."""
         if self._console.is_terminal and not self.is_quiet:
-            self._loading = self._console.status("starting")
+            self._loading = self._console.status("loading PyTorch")
             self._loading.start()
+        elif "torch" not in sys.modules:
+            self.say("loading PyTorch")
         try:
             yield
         finally:

@@ -1,13 +1,15 @@
 """What a newcomer sees: names of outputs, the next command, summaries, and options that do something."""
 
 import json
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import invoke
+from tests.commands import command_line, invoke
 from tests.pictures import write_folder
 
 FAST = ("--epochs", "2", "--arch", "resnet8")
@@ -141,3 +143,20 @@ def test_tiny_images_take_one_thread_unless_told(tmp_path, size, given, threads,
     result = invoke("value", root, "--plan", *FAST, *given)
     assert result.exit_code == 0, result.stderr
     assert counts == [threads, 8]
+
+
+def test_something_is_said_before_pytorch_is_loaded_but_not_before_what_is_wrong_at_once():
+    def said(*args):
+        """What is said to a pipe, where no spinner turns, among what Python says of each import."""
+        command = command_line(*args)
+        command[1:1] = ["-X", "importtime"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False).stderr
+
+    torch = re.compile(r"^import time:.*\| +torch$", re.MULTILINE)
+    plan = said("value", "photos/", "--plan")
+    found = torch.search(plan)
+    assert found is not None and "loading PyTorch" in plan[: found.start()]
+    mistake = said("value", "fotos/")
+    assert torch.search(mistake) is None
+    [error] = [line for line in mistake.splitlines() if not line.startswith("import time:")]
+    assert error.startswith("error: fotos")

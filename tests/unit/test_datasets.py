@@ -226,6 +226,22 @@ def test_folders_without_images_are_no_classes_and_said(tmp_path):
     assert "__pycache__" in dataset.notes[0]
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    for folder in ("cat/a", "cat/b", "dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_image(0, 0).save(tmp_path / folder / "1.png")
+    scandir = os.scandir
+
+    def without_rights(path="."):  # as for another user: who runs tests as root may list everything
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_rights)
+    with pytest.raises(DataError, match=r"cat/b: cannot be listed \(Permission denied\)"):
+        read(tmp_path)
+
+
 def test_links_into_a_circle_do_not_multiply_rows(tmp_path):
     root = write_folder(tmp_path / "images", 4)
     (root / "cat/loop").symlink_to(root / "cat")

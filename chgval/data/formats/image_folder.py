@@ -306,10 +306,13 @@ def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
 
     A folder that links lead into a second time is left out: its images would count twice, and a link to a
     folder above it would never end.
+
+    Raises:
+        DataError: a folder cannot be listed.
     """
     seen = set()
     folders = []
-    for folder, subfolders, names in os.walk(class_folder, followlinks=True):
+    for folder, subfolders, names in os.walk(class_folder, onerror=_raise_unlisted, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -326,6 +329,13 @@ def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
         )
         folders.append((folder, images))
     return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
+
+
+def _raise_unlisted(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of the "
+        "dataset."
+    ) from error
 
 
 def folder_fingerprint(rows: FolderRows, config: DataConfig) -> str:
