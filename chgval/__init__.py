@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import detect_noise, select, train, value
+    from chgval.api import apply, detect_noise, select, train, value
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -22,6 +22,7 @@ _HOMES = {
     "ChgvalError": "chgval.errors",
     "Report": "chgval.reports.report",
     "Tracker": "chgval.tracker",
+    "apply": "chgval.api",
     "detect_noise": "chgval.api",
     "find_label_issues": "chgval.detection.issues",
     "read_report": "chgval.reports.report",
@@ -33,6 +34,7 @@ __all__ = [
     "ChgvalError",
     "Report",
     "Tracker",
+    "apply",
     "detect_noise",
     "find_label_issues",
     "read_report",

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.errors import SettingsError
 from chgval.interruption import Interrupted
 from chgval.settings import build, check_known, keywords_of
 
 if TYPE_CHECKING:
     from chgval.reports.report import Report
+    from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
@@ -89,6 +90,24 @@ def train(data: str | Path, *, output: str | Path, **settings: Any) -> Trained:
     from chgval.runs.train import run_train
 
     return _run(run_train, _config(TrainingConfig, data, output, settings))
+
+
+def apply(
+    decisions: str | Path, dataset: str | Path, *, output: str | Path | None = None, **settings: Any
+) -> Applied:
+    """Write a dataset as people decided: rows to drop left out, others under their new label.
+
+    Args:
+        decisions: table with the columns id, label_name, decision and new_label_name.
+        dataset: as for `value`.
+        output: folder or file of the corrected dataset; None names it after the dataset.
+        settings: options of `chgval apply`, such as labels_only=True.
+    Raises:
+        ChgvalError: decisions and dataset do not fit each other, or an output is in the way.
+    """
+    from chgval.runs.apply import run_apply
+
+    return _run(run_apply, _config(ApplyConfig, decisions, output, {"dataset": str(dataset), **settings}))
 
 
 def _run(run: Callable[[ConfigT], ResultT], config: ConfigT) -> ResultT:

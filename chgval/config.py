@@ -104,6 +104,12 @@ def argument(metavar: str, help: str) -> Any:
     return option("", help, is_argument=True, metavar=metavar, affects_results=False)
 
 
+def same_option(config_class: type, name: str) -> Any:
+    """Return the field of a setting that another class has too: with the same option and default."""
+    found = next(setting for setting in dataclasses.fields(config_class) if setting.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
 def option_of(setting: dataclasses.Field[Any]) -> Option | None:
     """Return what makes a field an option; None for groups of settings."""
     found: Option | None = setting.metadata.get("option")
@@ -425,7 +431,42 @@ class ResumeConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ValueConfig(Settings):
+class CommandConfig(Settings):
+    """What a command reads and writes, as all that look at paths before it runs ask for it."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """What the command reads: the first is what it is about."""
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files and folders that the command writes."""
+        raise NotImplementedError
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether outputs may be replaced."""
+        raise NotImplementedError
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where the run keeps its state, if it can be resumed."""
+        return None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an unfinished run is resumed."""
+        return False
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether a table goes to standard output."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValueConfig(CommandConfig):
     """Settings of `chgval value`. Without an output nothing is written."""
 
     output: OutputConfig | None = field(default_factory=OutputConfig)
@@ -456,9 +497,24 @@ class ValueConfig(Settings):
             raise SettingsError(f"--write-probs {self.write_probs}: is written as NumPy; end it in .npy.")
 
     @property
+    def inputs(self) -> list[str]:
+        """The dataset."""
+        return [self.data.source]
+
+    @property
     def outputs(self) -> list[Path]:
         """Files that the command writes."""
         return _files(self.output, self.write_probs)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an unfinished run is resumed."""
+        return self.resume.resume
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether the report goes to standard output."""
+        return self.output is not None and self.output.to_stdout
 
     @property
     def state_file(self) -> Path | None:
@@ -477,7 +533,7 @@ DATASET_OF_REPORT = "Where the dataset of a report is now. Default: where it was
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FromValues(Settings):
+class FromValues(CommandConfig):
     """Settings of commands that start from values. Without an output nothing is written."""
 
     source: str = argument("INPUT", REPORT_OR_DATASET)
@@ -491,6 +547,21 @@ class FromValues(Settings):
         @property
         def values(self) -> Path | None:
             """Where the values report of a dataset is kept, if it is."""
+
+    @property
+    def tables(self) -> list[OutputConfig]:
+        """Tables that the command writes, besides the values report."""
+        raise NotImplementedError
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an unfinished run is resumed."""
+        return self.resume.resume
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether a table goes to standard output."""
+        return any(table is not None and table.to_stdout for table in (*self.tables, self.values_output))
 
     @property
     def value(self) -> ValueConfig:
@@ -653,9 +724,9 @@ class DetectConfig(FromValues):
         return self.cleaned
 
     @property
-    def also_read(self) -> str:
-        """What is read besides the input."""
-        return ""
+    def inputs(self) -> list[str]:
+        """The report or dataset."""
+        return [self.source]
 
     @property
     def files(self) -> list[Path]:
@@ -692,6 +763,13 @@ class SelectConfig(FromValues):
         metavar="SUSPECTS",
         affects_results=False,
         is_common=True,
+    )
+    decisions: str | None = option(
+        None,
+        "Leave out what people decided to drop or relabel; keep what they kept in spite of --drop.",
+        SELECTION_PANEL,
+        metavar="FILE",
+        affects_results=False,
     )
     weigh: bool = option(
         False, "Weigh kept rows from 0 (lowest) to 1 (highest), not all by 1.", SELECTION_PANEL
@@ -732,8 +810,8 @@ class SelectConfig(FromValues):
             )
         if self.by == "random" and self.min_value is not None:
             raise SettingsError("--min-value: random ranks have no values; pass --fraction or --count.")
-        if self.drop == STANDARD_STREAM and self.source == STANDARD_STREAM:
-            raise SettingsError("--drop -: standard input is the values report already; name a file.")
+        if self.inputs.count(STANDARD_STREAM) > 1:
+            raise SettingsError(f"{', '.join(self.inputs)}: only one can be standard input; name files.")
         if self.end_with_null and (self.output is None or self.output.listing is None):
             raise SettingsError("-0: ends names with NUL; pass --format paths or indices too.")
         self.check_needs("materialize", "link", "dataset")
@@ -762,19 +840,19 @@ class SelectConfig(FromValues):
         return self.materialize
 
     @property
-    def also_read(self) -> str:
-        """What is read besides the input."""
-        return self.drop or ""
+    def inputs(self) -> list[str]:
+        """The report or dataset, and what says what is left out of it."""
+        return [self.source, *(source for source in (self.drop, self.decisions) if source is not None)]
 
     @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the pruned dataset."""
         tables = (self.output, self.values, self.write_random)
-        return _files(self.source, *tables, self.drop, _epochs_of(self.values_output))
+        return _files(*self.inputs, *tables, _epochs_of(self.values_output))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig(Settings):
+class TrainingConfig(CommandConfig):
     """Settings of `chgval train`."""
 
     data: DataConfig
@@ -800,6 +878,13 @@ class TrainingConfig(Settings):
         metavar="SUBSET",
         affects_results=False,
         is_common=True,
+    )
+    decisions: str | None = option(
+        None,
+        "Train without what people decided to drop, and with the labels that they decided on.",
+        SELECTION_PANEL,
+        metavar="FILE",
+        affects_results=False,
     )
     fraction: float | None = option(
         None, "Share of the samples to train on at a time.", SELECTION_PANEL, above=0, most=1, is_common=True
@@ -858,9 +943,19 @@ class TrainingConfig(Settings):
         return self.output_folder or Path(default_name(self.data.source, "trained"))
 
     @property
+    def inputs(self) -> list[str]:
+        """The dataset, and what people decided about it."""
+        return [self.data.source, *([] if self.decisions is None else [self.decisions])]
+
+    @property
     def outputs(self) -> list[Path]:
         """The folder that the command writes."""
         return [self.folder]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an unfinished run is resumed."""
+        return self.resume.resume
 
     @property
     def state_file(self) -> Path:
@@ -870,6 +965,89 @@ class TrainingConfig(Settings):
     @property
     def overwrites(self) -> bool:
         """Whether an earlier training may be replaced."""
+        return self.overwrite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplyConfig(CommandConfig):
+    """Settings of `chgval apply`."""
+
+    source: str = argument("DECISIONS", "Table of what was decided about samples; see below.")
+    dataset: str = option(
+        "", "Dataset that they are about.", DATA_PANEL, metavar="DATA", affects_results=False, is_common=True
+    )
+    split: str | None = same_option(DataConfig, "split")
+    image_column: str | None = same_option(DataConfig, "image_column")
+    label_columns: tuple[str, ...] = same_option(DataConfig, "label_columns")
+    id_column: str | None = same_option(DataConfig, "id_column")
+    features_column: str | None = same_option(DataConfig, "features_column")
+    images_root: Path | None = same_option(DataConfig, "images_root")
+    path: Path | None = option(
+        None,
+        "Where the corrected dataset goes: a new folder, or a file. Default: NAME.corrected.",
+        OUTPUT_PANEL,
+        "--output",
+        "-o",
+        metavar="DIR|FILE",
+        affects_results=False,
+        is_common=True,
+    )
+    labels_only: bool = option(
+        False, "Write a table of ids and labels instead.", OUTPUT_PANEL, is_common=True
+    )
+    link: Link | None = option(
+        None, "How images of a folder get there. Default: copy.", OUTPUT_PANEL, is_common=True
+    )
+    overwrite: bool = option(
+        False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
+    )
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if not self.dataset:
+            raise SettingsError("--dataset: name the dataset that the decisions are about.")
+        if self.labels_only:
+            if self.link is not None:
+                raise SettingsError("--link: no images are written with --labels-only; leave it out.")
+            self.labels  # noqa: B018 (to name a mistake at once)
+
+    @property
+    def data(self) -> DataConfig:
+        """The dataset, and how to read it."""
+        columns = ("split", "image_column", "label_columns", "id_column", "features_column", "images_root")
+        return DataConfig(source=self.dataset, **{name: getattr(self, name) for name in columns})
+
+    @property
+    def target(self) -> Path:
+        """Where the corrected dataset, or its labels, go."""
+        default = "labels" if self.labels_only else "corrected"
+        ending = ".csv" if self.labels_only else ""
+        return self.path or Path(f"{default_name(self.dataset, default)}{ending}")
+
+    @property
+    def labels(self) -> OutputConfig:
+        """The table of labels."""
+        return OutputConfig(path=str(self.target), overwrite=self.overwrite)
+
+    @property
+    def kept_decisions(self) -> OutputConfig:
+        """The decisions, beside what was made of them: photos.corrected.decisions.csv."""
+        beside = self.target.with_name(f"{self.target.name}.decisions.csv")
+        return OutputConfig(path=str(beside), overwrite=self.overwrite)
+
+    @property
+    def inputs(self) -> list[str]:
+        """The decisions, and the dataset."""
+        return [self.source, self.dataset]
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The corrected dataset or its labels, and the decisions."""
+        return [self.target, Path(self.kept_decisions.path)]
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether files may be replaced."""
         return self.overwrite
 
 
@@ -889,16 +1067,6 @@ def _files(*named: str | Path | OutputConfig | None) -> list[Path]:
 
 def _epochs_of(output: OutputConfig | None) -> Path | None:
     return None if output is None else output.epochs_folder
-
-
-def writes_to_stdout(config: ValueConfig | DetectConfig | SelectConfig | TrainingConfig) -> bool:
-    """Return whether a table goes to standard output."""
-    if isinstance(config, TrainingConfig):
-        return False
-    tables = [config.output]
-    if not isinstance(config, ValueConfig):
-        tables += [*config.tables, config.values_output]
-    return any(table is not None and table.to_stdout for table in tables)
 
 
 def _name_output(config: ValueConfig | DetectConfig | SelectConfig, source: str) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 import chgval
-from chgval.reports.tables import EPOCH_SCHEMA, MANIFEST_SCHEMA, SUSPECTS_SCHEMA, VALUES_SCHEMA
+from chgval.reports.tables import (
+    DECISIONS_SCHEMA,
+    EPOCH_SCHEMA,
+    LABELS_SCHEMA,
+    MANIFEST_SCHEMA,
+    SUSPECTS_SCHEMA,
+    VALUES_SCHEMA,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,8 +54,16 @@ def test_examples_of_the_python_page_run(tmp_path, monkeypatch):
 
 def test_the_columns_of_reports_are_all_described():
     page = "".join((ROOT / "docs" / name).read_text() for name in ("reports.md", "selection.md"))
-    for name in (*VALUES_SCHEMA.names, *EPOCH_SCHEMA.names, *SUSPECTS_SCHEMA.names, *MANIFEST_SCHEMA.names):
-        assert f"`{name}`" in page, name
+    for table in (
+        VALUES_SCHEMA,
+        EPOCH_SCHEMA,
+        SUSPECTS_SCHEMA,
+        MANIFEST_SCHEMA,
+        DECISIONS_SCHEMA,
+        LABELS_SCHEMA,
+    ):
+        for name in table.names:
+            assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize("module", ["api", "tracker", "reports.report", "detection.issues"])

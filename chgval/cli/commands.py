@@ -15,7 +15,7 @@ import typer
 import chgval
 from chgval.cli.options import PanelCommand, with_settings
 from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
-from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.interruption import end_at_signals
 from chgval.system import wait_without_spinning
 
@@ -168,6 +168,26 @@ def train(console: "Console", config: TrainingConfig) -> None:
     from chgval.runs.train import run_train
 
     show_trained(console, run_train(config), config)
+
+
+@command("apply", ApplyConfig)
+def apply(console: "Console", config: ApplyConfig) -> None:
+    """Write a dataset as people decided: rows to drop left out, others under their new label.
+
+    DECISIONS is a table with the columns id, label_name (the label when it was decided), decision (keep,
+    relabel, drop or unsure) and new_label_name. Rows that it does not name stay as they are. A copy is kept
+    beside the output.
+
+    \b
+    Examples:
+      chgval apply photos.decisions.csv --dataset photos/
+      chgval apply decisions.csv --dataset train.parquet -o clean.parquet
+      chgval apply decisions.csv --dataset photos/ --labels-only -o labels.csv
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_applied
+    from chgval.runs.apply import run_apply
+
+    show_applied(console, run_apply(config), config)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from chgval.cli.reporting import reporting
-from chgval.config import OUTPUT_PANEL, SHOWN_SAMPLES, strategies, writes_to_stdout
+from chgval.config import OUTPUT_PANEL, SHOWN_SAMPLES, strategies
 from chgval.errors import SettingsError
 from chgval.registry import names_in
 from chgval.runs.preflight import check_at_once
@@ -157,7 +157,7 @@ def with_settings(config_class: type, run: Callable[..., None]) -> Callable[...,
                 kept = read_settings(config_file, config_class)
                 values |= {path: value for path, value in kept.items() if not _is_given(ctx, path)}
             config: Any = build(config_class, values)
-            if as_json and writes_to_stdout(config):
+            if as_json and config.writes_to_stdout:
                 raise SettingsError("--json: standard output has a table already; name a file for that.")
             check_at_once(config, writes=not given.get("plan"))
             with console.loading():

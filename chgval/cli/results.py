@@ -13,7 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from chgval.cli.console import Console, Side
-from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.detection.verdict import annotators_shown
 from chgval.reports.report import Report
 from chgval.runs.detect_noise import summarise_labels
@@ -29,6 +29,7 @@ from chgval.runs.summaries import (
 from chgval.training.records import Evaluation
 
 if TYPE_CHECKING:  # these import torch, which reports do without
+    from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
@@ -160,6 +161,28 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
         "class_names": trained.class_names,
         "target": trained.target,
         "seconds": trained.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
+
+
+def show_applied(console: Console, applied: Applied, config: ApplyConfig) -> None:
+    """Print what was decided, and what was written."""
+    counts = applied.counts
+    console.say(
+        f"{counts['keep']:,} to keep, {counts['relabel']:,} to relabel, {counts['drop']:,} to drop, "
+        f"{counts['unsure']:,} unsure"
+    )
+    console.say(f"{applied.num_written:,} of {applied.num_rows:,} rows -> {config.target}")
+    following = None
+    if not config.labels_only and config.target.suffix in ("", ".parquet"):  # needs no other option
+        following = _next(console, "value", str(config.target))
+    result = {
+        **_outputs(config.outputs),
+        "rows": applied.num_rows,
+        "written": applied.num_written,
+        "decisions": counts,
+        "seconds": console.seconds,
         "next": following,
     }
     console.hand_over(result)

@@ -111,6 +111,24 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
+DECISIONS_COLUMNS = (
+    VALUES_COLUMNS[1],
+    VALUES_COLUMNS[3],
+    Column("decision", TEXT, "keep, relabel, drop or unsure", is_known=True),
+    Column("new_label_name", TEXT, "name of the class that a relabelled row gets"),
+)
+DECISIONS_SCHEMA = pa.schema([column.field for column in DECISIONS_COLUMNS])
+
+LABELS_SCHEMA = pa.schema(
+    [
+        VALUES_SCHEMA.field("id"),
+        pa.field("label", TEXT),
+        pa.field("original_label", TEXT),
+        pa.field("decision", TEXT),
+    ]
+)
+
+
 @dataclass(frozen=True, slots=True)
 class TableKind:
     """A table that a command writes, and others may read.
@@ -129,6 +147,7 @@ class TableKind:
 VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
 SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
 MANIFEST = TableKind(MANIFEST_SCHEMA, "a subset", "select")
+DECISIONS = TableKind(DECISIONS_SCHEMA, "decisions", "report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,27 +5,39 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from chgval.config import DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import CommandConfig, FromValues
 from chgval.errors import DataError
 from chgval.files import check_file, output_errors
 
 
-def check_at_once(
-    config: ValueConfig | DetectConfig | SelectConfig | TrainingConfig, *, writes: bool = True
-) -> None:
+def check_at_once(config: CommandConfig, *, writes: bool = True) -> None:
     """Raise what is wrong with paths, as the run would, which looks again.
 
     Args:
         config: settings of a command.
         writes: whether it writes anything.
     Raises:
-        DataError: the dataset is not there.
+        DataError: what it reads is not there.
         OutputError: an output is in the way, or has no folder.
     """
-    if isinstance(config, DetectConfig | SelectConfig):
-        source, also_read = config.source, config.also_read
-    else:
-        source, also_read = config.data.source, ""
+    for source in config.inputs:
+        _check_there(source)
+    if not writes or config.overwrites or config.resumes:
+        return
+    read = config.values if isinstance(config, FromValues) and config.reads_values else None
+    for path in config.outputs:
+        if path == read:
+            continue
+        with output_errors(path):
+            state = config.state_file
+            is_unfinished = state is not None and state.exists()
+            is_in_the_way = path.is_file() or not path.parent.is_dir()
+        is_input = str(path) in config.inputs
+        if is_in_the_way and not is_unfinished and not is_input:  # the run says better what is wrong
+            check_file(path, overwrite=False)
+
+
+def _check_there(source: str) -> None:
     is_path = source not in ("", "-") and "://" not in source and not source.startswith("builtin:")
     if is_path and not glob.has_magic(source):
         try:
@@ -36,16 +48,3 @@ def check_at_once(
             raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
         except ValueError:
             pass  # the run says it, once it has tried
-    if not writes or config.overwrites or config.resume.resume:
-        return
-    read = config.values if isinstance(config, DetectConfig | SelectConfig) and config.reads_values else None
-    for path in config.outputs:
-        if path == read:
-            continue
-        with output_errors(path):
-            state = config.state_file
-            is_unfinished = state is not None and state.exists()
-            is_in_the_way = path.is_file() or not path.parent.is_dir()
-        is_input = str(path) in (source, also_read)
-        if is_in_the_way and not is_unfinished and not is_input:  # the run says better what is wrong
-            check_file(path, overwrite=False)

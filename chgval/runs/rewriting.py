@@ -115,7 +115,16 @@ def rewrite_rows(
     if source is None:
         raise ValueError("no dataset was asked for that could be written anew")
     changes = RowChanges(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
-    written = source.write(_known(report, metadata), changes, target, link)
+    return write_changed(source, _known(report, metadata), changes, target, link)
+
+
+def write_changed(source: Format, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> int:
+    """Write a dataset anew, say what a person should know of it, and return how many rows it has.
+
+    Raises:
+        ChgvalError: see `Format.write`.
+    """
+    written = source.write(known, changes, target, link)
     for note in written.notes:
         progress.say(f"note: {note}")
     for name in written.vanished:

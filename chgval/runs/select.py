@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chgval import progress
 from chgval.config import ManifestOutput, SelectConfig
 from chgval.errors import DataError, SettingsError
+from chgval.reports.decisions import DROP, KEEP, RELABEL, read_decisions
 from chgval.reports.files import (
     read_table,
     report_name,
@@ -71,6 +72,8 @@ def run_select(config: SelectConfig) -> Selection:
         dropped_N = np.zeros(len(report), dtype=bool)
         if config.drop is not None:
             dropped_N = _flagged(config.drop, report)
+        if config.decisions is not None:
+            dropped_N = _dropped_by(config.decisions, report, dropped_N)
         score_N, group_N = _scores(report, config, rng), _groups(report)
         kept_N, rank_N = choose(np.where(dropped_N, np.nan, score_N), group_N, config)
         if not kept_N.any():
@@ -163,6 +166,23 @@ def _flagged(source: str, report: Report) -> NDArray[np.bool_]:
     return flagged_N
 
 
+def _dropped_by(source: str, report: Report, flagged_N: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which rows are left out: as people decided, and what is flagged where they did not.
+
+    What they relabelled is left out too: its value is that of the label that it had.
+    """
+    labels_N, names = report.integers("label"), report["label_name"]
+    class_names = [str(label) for label in range(labels_N.max(initial=-1) + 1)]
+    for label, row in zip(*np.unique(labels_N, return_index=True), strict=True):
+        if label >= 0:
+            class_names[label] = names[row]
+    class_names = report.metadata.get("class_names", class_names)
+    decisions = read_decisions(source, list(report["id"]), labels_N, class_names, "the report")
+    left_out_N: NDArray[np.bool_] = np.isin(decisions.word_N.astype(str), (DROP, RELABEL))
+    left_out_N |= flagged_N & (decisions.word_N != KEEP)
+    return left_out_N
+
+
 def _scores(report: Report, config: SelectConfig, rng: np.random.Generator) -> FloatArray:
     """Return what rows are ranked by; NaN where a row has no score or, for random ranks, no label."""
     if config.by == "random":
@@ -212,7 +232,7 @@ def _write(output: ManifestOutput, manifest: pa.Table, metadata: dict[str, Any],
 
 
 def _settings(config: SelectConfig) -> dict[str, object]:
-    names = ("fraction", "count", "min_value", "per_class", "by", "lowest", "drop", "weigh")
+    names = ("fraction", "count", "min_value", "per_class", "by", "lowest", "drop", "decisions", "weigh")
     return {name: getattr(config, name) for name in names}
 
 

@@ -21,6 +21,7 @@ from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError, first_few
 from chgval.files import output_errors
 from chgval.interruption import interruptible
+from chgval.reports.decisions import read_decisions
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
@@ -182,6 +183,17 @@ def read_manifest(source: str, dataset: Dataset) -> tuple[IntArray, Tensor]:
     return rows, torch.from_numpy(weights_N)
 
 
+def as_decided(dataset: Dataset, source: str) -> Dataset:
+    """Return the dataset with the labels that people decided on; rows to drop have none.
+
+    Raises:
+        DataError: the decisions cannot be read, or are about another dataset.
+    """
+    decisions = read_decisions(source, dataset.ids, dataset.labels_N, dataset.class_names, dataset.source)
+    labels_N = np.where(decisions.new_labels_N >= 0, decisions.new_labels_N, dataset.labels_N)
+    return dataclasses.replace(dataset, labels_N=np.where(decisions.kept_N, labels_N, -1))
+
+
 def only_kept(dataset: Dataset, rows: IntArray, source: str) -> Dataset:
     """Return the dataset of which only the rows that a manifest keeps are used.
 
@@ -234,6 +246,9 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
     dataset = read_dataset(config.data, config.train)
     tested = None if config.test is None else read_test(config.data, config.test, dataset)
     manifest = None if config.subset is None else read_manifest(config.subset, dataset)
+    if config.decisions is not None:
+        dataset = as_decided(dataset, config.decisions)
+    decided_N = dataset.labels_N
     # From all samples, whatever the manifest keeps: what it leaves out is as much a part of what will come.
     dataset, held_out = hold_out(dataset, config.holdout, torch.Generator().manual_seed(config.train.seed))
     if config.subset is not None and manifest is not None:
@@ -253,6 +268,8 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
             fixed = Subset.weighted(rows, manifest[1][rows], len(dataset), run.device)
             chosen = rows.numpy().tobytes() + manifest[1][rows].numpy().tobytes()
             digests["subset"] = hashlib.blake2b(chosen).hexdigest()
+        if config.decisions is not None:
+            digests["decisions"] = hashlib.blake2b(decided_N.tobytes()).hexdigest()
         chooser, so_far = Chooser(run, config, held, fixed), TrainingProgress()
         trainer = make_trainer(run, average=chooser.average, choose=chooser)
         parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": so_far}

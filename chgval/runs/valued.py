@@ -83,7 +83,7 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
     if config.target is not None:
         check_apart(config.target, config.files)
     for output in config.tables:
-        check_output(output, config.source, config.also_read)
+        check_output(output, *config.inputs)
     table, metadata = read_table(config.source, columns)
     source = None
     if in_order or config.target is not None:
@@ -115,7 +115,7 @@ def _read_values(config: DetectConfig | SelectConfig, columns: Sequence[str]) ->
     if config.target is not None:
         check_apart(config.target, config.files)
     for output in config.tables:
-        check_output(output, config.source, values, config.also_read)
+        check_output(output, *config.inputs, values)
     table, metadata = read_table(values, columns)
     table = in_input_order(table, values)
     from chgval.runs.rewriting import dataset_of_values  # imports torch
@@ -153,7 +153,7 @@ def _value(
                 may_be_there=unfinished.may_have_written(config.target),
             )
         for table in config.tables:
-            check_output(unfinished.replaceable(table), config.source, config.also_read)
+            check_output(unfinished.replaceable(table), *config.inputs)
             check_not_read(source, table)
         kept = None if value.output is None else unfinished.replaceable(value.output)
         check_outputs(value, source, kept, unfinished)

@@ -37,6 +37,22 @@ class KnownRows:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedRows:
+    """All rows of a dataset, without their contents.
+
+    Attributes:
+        ids, labels_N: names and classes (-1: unknown) of all rows, as in `Dataset`.
+        class_names: in the order of the class indices.
+        has_annotators: whether several labelled each row.
+    """
+
+    ids: Sequence[str]
+    labels_N: IntArray
+    class_names: Sequence[str]
+    has_annotators: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RowChanges:
     """What shall become of every row of a dataset.
 
@@ -100,6 +116,14 @@ class Format(ABC):
 
         Args:
             largest_size: the largest image size to choose where the user gave none.
+        Raises:
+            DataError: there is nothing to read, or it cannot be read.
+        """
+
+    @abstractmethod
+    def listed(self) -> ListedRows:
+        """Return ids and labels of all rows.
+
         Raises:
             DataError: there is nothing to read, or it cannot be read.
         """

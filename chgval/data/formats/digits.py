@@ -12,7 +12,7 @@ from PIL import Image
 
 from chgval.config import DataConfig, Link
 from chgval.data.dataset import Dataset, PixelImages, fingerprint
-from chgval.data.formats.base import Format, KnownRows, Rewritten, RowChanges, dataset_format
+from chgval.data.formats.base import Format, KnownRows, ListedRows, Rewritten, RowChanges, dataset_format
 from chgval.errors import DataError, SettingsError
 from chgval.types import IntArray
 
@@ -85,6 +85,11 @@ class Digits(Format):
     def read(self, largest_size: int) -> Dataset:
         """Read all digits."""
         return read_digits()
+
+    def listed(self) -> ListedRows:
+        """Return all digits."""
+        digits = read_digits()
+        return ListedRows(digits.ids, digits.labels_N, digits.class_names)
 
     def local_files(self) -> set[Path]:
         """Return nothing."""

@@ -21,6 +21,7 @@ from chgval.data.features import read_features
 from chgval.data.formats.base import (
     Format,
     KnownRows,
+    ListedRows,
     Rewritten,
     RowChanges,
     check_classes,
@@ -381,6 +382,10 @@ class ImageFolder(Format):
     def read(self, largest_size: int) -> Dataset:
         """Read all images."""
         return read_image_folder(self.rows, self.config, largest_size)
+
+    def listed(self) -> ListedRows:
+        """Return all images."""
+        return ListedRows(self.rows.ids, self.rows.labels_N, self.rows.class_names)
 
     def local_files(self) -> set[Path]:
         """Return all images."""

@@ -8,9 +8,17 @@ from pathlib import Path
 
 from chgval.config import Link
 from chgval.data.dataset import Dataset
-from chgval.data.formats.base import Format, KnownRows, Rewritten, RowChanges, check_rows, is_one_file
+from chgval.data.formats.base import (
+    Format,
+    KnownRows,
+    ListedRows,
+    Rewritten,
+    RowChanges,
+    check_rows,
+    is_one_file,
+)
 from chgval.data.sources import is_part_of
-from chgval.data.tables.read import TableRows, open_rows, pictures_of, read_rows
+from chgval.data.tables.read import TableRows, open_rows, pictures_of, read_rows, row_ids
 from chgval.data.tables.shards import Shards
 from chgval.data.tables.write import write_parquet
 from chgval.errors import OutputError, SettingsError
@@ -49,6 +57,14 @@ class TableFormat(Format):
     def read(self, largest_size: int) -> Dataset:
         """Read all rows, with their images or embeddings."""
         return read_rows(self.rows(), self.config, largest_size)
+
+    def listed(self) -> ListedRows:
+        """Return all rows."""
+        rows = self.rows()
+        ids = row_ids(rows, self.config)
+        labelled = rows.labelled(ids)
+        several = labelled.annotations is not None
+        return ListedRows(ids, labelled.labels_N, labelled.class_names, has_annotators=several)
 
     def local_files(self) -> set[Path]:
         """Return the files of the table."""

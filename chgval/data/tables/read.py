@@ -288,6 +288,13 @@ def pictures_of(rows: TableRows, config: DataConfig, wanted: Sequence[int]) -> I
         yield encoded if isinstance(encoded, bytes) else None
 
 
+def row_ids(rows: TableRows, config: DataConfig) -> Sequence[str]:
+    """Return the ids that rows have when they are read, without reading what else is in them."""
+    images = None if rows.ids else images_of(rows, config)
+    paths = [] if images is None else image_paths(rows.shards, images)
+    return rows.ids or ids_from_paths(paths) or rows.row_numbers()
+
+
 def ids_from_paths(paths: Sequence[str | None]) -> list[str]:
     """Return the paths inside the image column if they tell all rows apart, else nothing."""
     names = [path for path in paths if path]
