@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import apply, detect_noise, select, train, value
+    from chgval.api import apply, detect_noise, report, select, train, value
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -26,6 +26,7 @@ _HOMES = {
     "detect_noise": "chgval.api",
     "find_label_issues": "chgval.detection.issues",
     "read_report": "chgval.reports.report",
+    "report": "chgval.api",
     "select": "chgval.api",
     "train": "chgval.api",
     "value": "chgval.api",
@@ -38,6 +39,7 @@ __all__ = [
     "detect_noise",
     "find_label_issues",
     "read_report",
+    "report",
     "select",
     "train",
     "value",

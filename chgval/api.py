@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.errors import SettingsError
 from chgval.interruption import Interrupted
 from chgval.settings import build, check_known, keywords_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from chgval.reports.report import Report
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.report import Written
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
 
@@ -90,6 +91,21 @@ def train(data: str | Path, *, output: str | Path, **settings: Any) -> Trained:
     from chgval.runs.train import run_train
 
     return _run(run_train, _config(TrainingConfig, data, output, settings))
+
+
+def report(values: str | Path, *, output: str | Path | None = None, **settings: Any) -> Written:
+    """Write a page to look at the most suspicious samples, and decide.
+
+    Args:
+        values: a values report.
+        output: HTML file; None names it after the report.
+        settings: options of `chgval report`, such as dataset="photos/".
+    Raises:
+        ChgvalError: the report cannot be read, the dataset is another, or the output is in the way.
+    """
+    from chgval.runs.report import run_report
+
+    return _run(run_report, _config(ReportConfig, values, output, settings))
 
 
 def apply(

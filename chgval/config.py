@@ -969,6 +969,50 @@ class TrainingConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig(CommandConfig):
+    """Settings of `chgval report`."""
+
+    source: str = argument("VALUES", "Values report; - for one on standard input.")
+    path: Path | None = option(
+        None,
+        "Page to write. Default: NAME.report.html, with the name of the input.",
+        OUTPUT_PANEL,
+        "--output",
+        "-o",
+        metavar="FILE",
+        affects_results=False,
+        is_common=True,
+    )
+    dataset: str | None = option(
+        None, DATASET_OF_REPORT, DATASET_PANEL, metavar="DATA", affects_results=False, is_common=True
+    )
+    top: int = option(1000, "Show at most so many samples to review.", ROWS_PANEL, least=1, is_common=True)
+    overwrite: bool = option(
+        False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
+    )
+
+    @property
+    def target(self) -> Path:
+        """The page."""
+        return self.path or Path(f"{default_name(self.source, 'report')}.html")
+
+    @property
+    def inputs(self) -> list[str]:
+        """The report, and its dataset."""
+        return [self.source, *([] if self.dataset is None else [self.dataset])]
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The page."""
+        return [self.target]
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a file may be replaced."""
+        return self.overwrite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyConfig(CommandConfig):
     """Settings of `chgval apply`."""
 

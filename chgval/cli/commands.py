@@ -15,7 +15,7 @@ import typer
 import chgval
 from chgval.cli.options import PanelCommand, with_settings
 from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
-from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.interruption import end_at_signals
 from chgval.system import wait_without_spinning
 
@@ -168,6 +168,24 @@ def train(console: "Console", config: TrainingConfig) -> None:
     from chgval.runs.train import run_train
 
     show_trained(console, run_train(config), config)
+
+
+@command("report", ReportConfig)
+def report(console: "Console", config: ReportConfig) -> None:
+    """Make a page to look at the most suspicious samples, and decide.
+
+    One HTML file, with pictures and figures in it, that opens in any browser without a network. Decisions
+    stay in the browser, and are downloaded for chgval apply.
+
+    \b
+    Examples:
+      chgval report photos.values.parquet
+      chgval report photos.values.parquet --dataset /mnt/photos -o review.html
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_page
+    from chgval.runs.report import run_report
+
+    show_page(console, run_report(config), config)
 
 
 @command("apply", ApplyConfig)

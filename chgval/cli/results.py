@@ -13,7 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from chgval.cli.console import Console, Side
-from chgval.config import ApplyConfig, DetectConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
 from chgval.detection.verdict import annotators_shown
 from chgval.reports.report import Report
 from chgval.runs.detect_noise import summarise_labels
@@ -31,6 +31,7 @@ from chgval.training.records import Evaluation
 if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.report import Written
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
 
@@ -53,7 +54,7 @@ def show_values(console: Console, report: Report, config: ValueConfig) -> None:
     console.say(f"{len(report):,} rows ({count_statuses(report)}) in {console.seconds:.1f} s{target}")
     following = None
     if config.output is not None and not config.output.to_stdout:
-        following = _next(console, "detect-noise", config.output.path)
+        following = _next(console, "report", config.output.path)
     result = {
         **_outputs(config.outputs),
         "rows": len(report),
@@ -163,6 +164,18 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
         "seconds": trained.seconds,
         "next": following,
     }
+    console.hand_over(result)
+
+
+def show_page(console: Console, written: Written, config: ReportConfig) -> None:
+    """Print what is on a page, and where it is."""
+    console.say(
+        f"{written.num_samples:,} samples, {written.num_flagged:,} of them flagged, "
+        f"{written.num_pictures:,} pictures, {written.num_bytes / 1e6:.1f} MB -> {config.target}"
+    )
+    console.say(f"open it in a browser: {config.target.resolve().as_uri()}")
+    console.say("then download your decisions, and write the corrected dataset with chgval apply")
+    result = {**_outputs(config.outputs), **dataclasses.asdict(written), "seconds": console.seconds}
     console.hand_over(result)
 
 

@@ -34,6 +34,9 @@ _SIXTEEN_TO_EIGHT_BITS = 257
 LARGEST_SAMPLE = 65_535
 
 
+# Of 100: what is hardly seen at the size of a thumbnail.
+THUMBNAIL_QUALITY = 85
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 # Of what Pillow says then.
@@ -107,6 +110,25 @@ def decode_centre(encoded: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pi
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         return _resized(image, size, (left, top, left + side, top + side))
+
+
+def thumbnail(encoded: bytes, side: int, small_side: int, max_pixels: int = MAX_PIXELS) -> tuple[bytes, bool]:
+    """Return the image, upright, as WebP whose longer side is at most `side`, and whether it is small itself.
+
+    Args:
+        encoded: the image.
+        side: in pixels; nothing is made larger.
+        small_side: the longer side up to which it is small.
+        max_pixels: that it may have.
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
+    """
+    with _decoded(encoded, side, max_pixels) as image:
+        is_small = max(image.size) <= small_side
+        image.thumbnail((side, side))
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
+        return file.getvalue(), is_small
 
 
 def decode_random_crop(

@@ -56,7 +56,7 @@ def dataset_behind(
     try:
         source_of_rows = format_of(data)
         check_rewritable(source_of_rows, target, overwrite=overwrite, link=link)
-        source_of_rows.check_same(_known(report, metadata))
+        source_of_rows.check_same(known_rows(report, metadata))
     except DataError as error:
         if dataset is not None:
             raise
@@ -77,7 +77,7 @@ def dataset_of_values(
     if config.target is not None:
         check_rewritable(source, config.target, overwrite=config.overwrites, link=config.link or "copy")
     try:
-        source.check_same(_known(report, metadata))
+        source.check_same(known_rows(report, metadata))
     except DataError as error:
         raise DataError(
             f"{error} The report is {config.values}; pass --overwrite, or another name as --values."
@@ -85,7 +85,8 @@ def dataset_of_values(
     return source
 
 
-def _known(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:
+def known_rows(report: pa.Table, metadata: dict[str, Any]) -> KnownRows:
+    """Return what a report says of its dataset."""
     return KnownRows(report["id"].to_pylist(), report["label"].to_numpy(), metadata.get("fingerprint"))
 
 
@@ -115,7 +116,7 @@ def rewrite_rows(
     if source is None:
         raise ValueError("no dataset was asked for that could be written anew")
     changes = RowChanges(kept_N, np.full(len(kept_N), -1) if new_labels_N is None else new_labels_N)
-    return write_changed(source, _known(report, metadata), changes, target, link)
+    return write_changed(source, known_rows(report, metadata), changes, target, link)
 
 
 def write_changed(source: Format, known: KnownRows, changes: RowChanges, target: Path, link: Link) -> int:

@@ -36,8 +36,9 @@ def next_of(result):
 
 def test_each_command_says_the_next_one_which_runs():
     words = next_of(invoke("value", "photos/", *FAST))
-    assert words == ["detect-noise", "photos.values.parquet"]
-    words = next_of(invoke(*words, "--expected-noise", "10%"))
+    assert words == ["report", "photos.values.parquet"]
+    assert invoke(*words).exit_code == 0 and Path("photos.report.html").is_file()
+    words = next_of(invoke("detect-noise", "photos.values.parquet", "--expected-noise", "10%"))
     assert words[:2] == ["select", "photos.values.parquet"] and words[-1] == "photos.suspects.parquet"
     words = next_of(invoke(*words))
     assert words[:4] == ["train", "photos/", "--subset", "photos.subset.parquet"]
@@ -99,7 +100,7 @@ def test_the_summary_as_json_is_what_is_printed_and_kept():
     lowest = sorted(table, key=lambda row: row["value"])[:3]
     assert [line["id"] for line in found["lowest"]] == [row["id"] for row in lowest]
     assert found["lowest"][0]["value"] == lowest[0]["value"]
-    assert found["outputs"] == ["j.parquet"] and found["next"] == "chgval detect-noise j.parquet"
+    assert found["outputs"] == ["j.parquet"] and found["next"] == "chgval report j.parquet"
     noise = json.loads(
         invoke("detect-noise", "j.parquet", "--expected-noise", "25%", "--json", "-q", "-o", "k.csv").stdout
     )

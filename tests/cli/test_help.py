@@ -15,7 +15,7 @@ from chgval.cli import app
 from tests.commands import imported_by
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"], ["apply"]]
+COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"], ["report"], ["apply"]]
 
 
 def help_of(command, option="--help-all"):

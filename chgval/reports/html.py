@@ -1,0 +1,172 @@
+"""The review page: one HTML file with all that it shows in it, which asks for nothing else.
+
+The template, its style and its script lie in templates/. Everything that comes from data goes through
+Jinja's escaping, or into a block of JSON of which the script makes text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from chgval.reports.figures import Confusion, EpochCurves, Histogram, ThresholdCurve
+from chgval.types import FloatArray
+
+# Digits of numbers in the page.
+DIGITS = 4
+# Sides up to which a picture is shown in its pixels, not smoothed.
+SMALL_SIDE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageSample:
+    """A sample on the page.
+
+    Attributes:
+        index, id: of its row.
+        given, suggested: classes; -1 for none.
+        score: noise score, and `sure` the probability of the suggestion; NaN for none.
+        value, percentile: of it among all; NaN for none.
+        picture: WebP; None if there is none.
+        is_small: whether the picture is shown in its pixels.
+    """
+
+    index: int
+    id: str
+    given: int
+    suggested: int
+    score: float
+    sure: float
+    value: float
+    percentile: float
+    picture: bytes | None
+    is_small: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as the script reads it."""
+        return {
+            "index": self.index,
+            "id": self.id,
+            "given": self.given,
+            "suggested": self.suggested,
+            "score": _number(self.score),
+            "sure": _number(self.sure),
+            "value": _number(self.value),
+            "percentile": _number(self.percentile),
+            "picture": None if self.picture is None else _data_uri(self.picture),
+            "small": self.is_small,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What a review page shows.
+
+    Attributes:
+        title: name of the dataset.
+        summary: sentences on the whole of it.
+        notes: sentences to read before acting on it.
+        provenance: names and texts on where it comes from.
+        key: under which a browser keeps decisions.
+        decisions: name of the file that they are downloaded as.
+        class_names: of all classes.
+        samples: the most suspicious first.
+        cut: score from which on samples are flagged.
+        curve, confusion, histogram: see chgval.reports.figures.
+        extremes: class, lowest and highest samples of each class that is shown.
+        epochs: values of `samples` by epoch, if they are known.
+    """
+
+    title: str
+    summary: str
+    notes: Sequence[str]
+    provenance: Sequence[tuple[str, str]]
+    key: str
+    decisions: str
+    class_names: Sequence[str]
+    samples: Sequence[PageSample]
+    cut: float
+    curve: ThresholdCurve
+    confusion: Confusion
+    histogram: Histogram
+    extremes: Sequence[tuple[int, Sequence[PageSample], Sequence[PageSample]]]
+    epochs: EpochCurves | None
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("chgval.reports"), autoescape=True, undefined=StrictUndefined
+    )
+    templates = files("chgval.reports") / "templates"
+    script = (templates / "report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Both are our own; only what is compared with its hash may run.
+    return environment.get_template("report.html").render(
+        page=page,
+        data=_data(page),
+        style=Markup((templates / "report.css").read_text("utf-8")),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _data(page: Page) -> dict[str, Any]:
+    samples = [sample.as_json() for sample in page.samples]
+    epochs = None
+    if page.epochs is not None:
+        curves = page.epochs
+        epochs = {
+            "numbers": curves.numbers,
+            "low": _numbers(curves.low),
+            "middle": _numbers(curves.middle),
+            "high": _numbers(curves.high),
+        }
+        for sample, value_E in zip(samples, curves.values_EN.T, strict=True):
+            sample["epochs"] = _numbers(value_E)
+    return {
+        "key": page.key,
+        "decisions": page.decisions,
+        "classes": list(page.class_names),
+        "samples": samples,
+        "cut": round(page.cut, DIGITS),
+        "curve": {"counts": page.curve.counts_T.tolist(), "sums": _numbers(page.curve.sums_T)},
+        "confusion": {"labels": page.confusion.labels, "counts": page.confusion.counts_KK.tolist()},
+        "histogram": {
+            "low": _number(page.histogram.edges[0]),
+            "high": _number(page.histogram.edges[-1]),
+            "all": page.histogram.counts.tolist(),
+            "classes": [counts.tolist() for counts in page.histogram.class_counts],
+        },
+        "extremes": [
+            {
+                "label": label,
+                "lowest": [sample.as_json() for sample in lowest],
+                "highest": [sample.as_json() for sample in highest],
+            }
+            for label, lowest, highest in page.extremes
+        ],
+        "epochs": epochs,
+    }
+
+
+def _numbers(numbers: FloatArray) -> list[float | None]:
+    return [_number(number) for number in np.asarray(numbers).tolist()]
+
+
+def _number(number: float) -> float | None:
+    """Return a number with the digits that a person reads; JSON has none for NaN."""
+    return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None
+
+
+def _data_uri(picture: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}"

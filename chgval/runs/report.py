@@ -1,0 +1,242 @@
+"""`chgval report`: a page on which people look at the most suspicious samples, and decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chgval import progress
+from chgval.config import DetectConfig, OutputConfig, ReportConfig, default_name
+from chgval.detection.signals import NoiseRate
+from chgval.errors import ChgvalError, DataError
+from chgval.files import check_file, locked, output_errors, replacing
+from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
+from chgval.reports.files import dataset_of, in_input_order, read_table
+from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
+from chgval.reports.report import Report
+from chgval.runs.detect_noise import Assessment, assess
+from chgval.runs.summaries import count_statuses
+from chgval.types import IntArray
+
+if TYPE_CHECKING:  # imports torch, which reports do without
+    from chgval.data.formats import Format
+
+# Sides of pictures: of samples to review, and of those of a class.
+PICTURE_SIDE, CLASS_PICTURE_SIDE = 160, 96
+# Of each class, samples of the lowest and of the highest values; of all classes together.
+SHOWN_OF_CLASS, SHOWN_OF_CLASSES = 6, 300
+# Samples on the page: the flagged ones, as many again, and so many more to set a threshold by.
+MORE_SAMPLES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What the command line says of a page.
+
+    Attributes:
+        num_samples, num_pictures: on it, to review.
+        num_flagged: of them.
+        num_bytes: of the file.
+    """
+
+    num_samples: int
+    num_pictures: int
+    num_flagged: int
+    num_bytes: int
+
+
+def run_report(config: ReportConfig) -> Written:
+    """Write the review page of a values report.
+
+    Raises:
+        ChgvalError: the report cannot be read, the dataset is not that of the report, or the output is in the
+            way.
+    """
+    with locked(config.target):
+        check_file(config.target, overwrite=config.overwrite)
+        table, metadata = read_table(config.source)
+        report = Report(in_input_order(table, config.source), metadata)
+        source = _dataset(config, report)
+        page = page_of(report, source, config)
+        text = render(page).encode("utf-8", "backslashreplace")
+        with output_errors(config.target), replacing(config.target) as file:
+            file.write(text)
+        flagged = sum(sample.score >= page.cut for sample in page.samples)
+        pictures = sum(sample.picture is not None for sample in page.samples)
+        return Written(
+            num_samples=len(page.samples), num_pictures=pictures, num_flagged=flagged, num_bytes=len(text)
+        )
+
+
+def _dataset(config: ReportConfig, report: Report) -> Format | None:
+    """Return the dataset that a report is about, if it is there and still the same; else say why not.
+
+    Raises:
+        DataError: the user named one that is not it.
+    """
+    from chgval.data.formats import format_of
+    from chgval.runs.rewriting import known_rows
+
+    try:
+        data = dataset_of(report.metadata, config.source)
+        if config.dataset is not None:
+            data = dataclasses.replace(data, source=config.dataset)
+        elif "://" in data.source and not data.source.startswith("file://"):
+            raise DataError(f"{data.source}: nothing is fetched because a report says so; pass --dataset.")
+        source = format_of(data)
+        source.check_same(known_rows(report.table, report.metadata))
+        return source
+    except ChgvalError as error:
+        if config.dataset is not None:
+            raise
+        progress.warn(f"no pictures: {error}")
+        return None
+
+
+def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page:
+    """Return what the page of a report shows.
+
+    Args:
+        report: all rows, in input order.
+        source: its dataset, if that is there.
+        config: the settings.
+    Raises:
+        DataError: no row has a noise score.
+    """
+    found = assess(report, DetectConfig(source=config.source, output=None, all_rows=True))
+    num_flagged = int(found.flagged_N.sum())
+    scored = found.order[np.isfinite(found.score_N[found.order])]
+    rows = scored[: min(config.top, 2 * num_flagged + MORE_SAMPLES)]
+    label_N, value_N = report.integers("label"), report.values
+    class_names = _class_names(report)
+    count = max(1, min(SHOWN_OF_CLASS, SHOWN_OF_CLASSES // (2 * max(1, len(class_names)))))
+    ends = extremes(value_N, label_N, len(class_names), count)[: SHOWN_OF_CLASSES // 2]
+    name = config.dataset or report.dataset or config.source
+    epochs = None
+    if config.source != "-":
+        beside = OutputConfig(path=config.source).epochs_folder if Path(config.source).suffix else None
+        epochs = None if beside is None else epoch_curves(beside, rows, len(report))
+    samples = _samples(report, found, source, rows, PICTURE_SIDE)
+    of_classes = np.concatenate([np.concatenate([low, high]) for _, low, high in ends])
+    shown = dict(
+        zip(of_classes.tolist(), _samples(report, found, source, of_classes, CLASS_PICTURE_SIDE), strict=True)
+    )
+    notes = list(report.notes)
+    if all(sample.picture is None for sample in samples):
+        notes.append("There are no pictures on this page: " + _why_no_pictures(source))
+    left_out = num_flagged - len(rows)
+    if left_out > 0:
+        notes.append(
+            f"The {len(rows):,} most suspicious samples are on this page; {left_out:,} more are flagged."
+        )
+    flagged = found.score_N[found.flagged_N]
+    return Page(
+        title=default_name(name, "").rstrip(".") or name,
+        summary=_summary(report, found.rate, num_flagged),
+        notes=notes,
+        provenance=_provenance(report, name),
+        key=_key(report),
+        decisions=f"{default_name(name, 'decisions')}.csv",
+        class_names=class_names,
+        samples=samples,
+        cut=float(flagged.min()) if len(flagged) else 1.0,
+        curve=threshold_curve(found.score_N),
+        confusion=confusion(label_N, report.integers("suggested_label"), found.flagged_N),
+        histogram=value_histogram(value_N, label_N, len(class_names)),
+        extremes=[
+            (label, [shown[row] for row in low.tolist()], [shown[row] for row in high.tolist()])
+            for label, low, high in ends
+        ],
+        epochs=epochs,
+    )
+
+
+def _samples(
+    report: Report, found: Assessment, source: Format | None, rows: IntArray, side: int
+) -> list[PageSample]:
+    """Return rows as the page shows them, with pictures of at most that side."""
+    from chgval.data.decode import UnreadableImageError, thumbnail
+
+    numbers = rows.tolist()
+    encoded = [None] * len(numbers) if source is None else source.pictures(numbers)
+    suggested, sure = report.integers("suggested_label"), report.scores("suggested_probability")
+    label, value, percentile = report.integers("label"), report.values, report.scores("percentile")
+    ids = report["id"]
+    samples = []
+    for row, picture in zip(numbers, encoded, strict=True):
+        small, is_small = None, False
+        if picture is not None:
+            with suppress(UnreadableImageError):  # the page has a place without a picture then
+                small, is_small = thumbnail(picture, side, SMALL_SIDE)
+        samples.append(
+            PageSample(
+                index=row,
+                id=ids[row],
+                given=int(label[row]),
+                suggested=int(suggested[row]),
+                score=float(found.score_N[row]),
+                sure=float(sure[row]),
+                value=float(value[row]),
+                percentile=float(percentile[row]),
+                picture=small,
+                is_small=is_small,
+            )
+        )
+    return samples
+
+
+def _class_names(report: Report) -> Sequence[str]:
+    """Return the names of all classes; of a report without metadata, those that rows have."""
+    names: Sequence[str] | None = report.metadata.get("class_names")
+    if names is not None:
+        return names
+    pairs = (("label", "label_name"), ("suggested_label", "suggested_name"))
+    known = {
+        int(label): str(name)
+        for labels, texts in pairs
+        for label, name in zip(report.integers(labels), report[texts], strict=True)
+        if label >= 0
+    }
+    return [known.get(label, str(label)) for label in range(max(known, default=-1) + 1)]
+
+
+def _summary(report: Report, rate: NoiseRate, num_flagged: int) -> str:
+    wrong = f"About {rate.rate:.1%} of the labels are wrong ({rate.low:.1%} to {rate.high:.1%})"
+    if rate.is_unknown:
+        wrong = "It is not known how many of the labels are wrong"
+    return f"{wrong}; {num_flagged:,} are flagged. {len(report):,} samples: {count_statuses(report)}."
+
+
+def _why_no_pictures(source: Format | None) -> str:
+    if source is None:
+        return "the dataset was not found where it was valued; chgval report --dataset says where it is now."
+    return "the dataset has none, or they cannot be read."
+
+
+def _provenance(report: Report, name: str) -> list[tuple[str, str]]:
+    metadata = report.metadata
+    settings = metadata.get("settings", {})
+    shown = {
+        "dataset": name,
+        "command": metadata.get("command"),
+        "chgval": metadata.get("chgval_version", metadata.get("version")),
+        "fingerprint": metadata.get("fingerprint"),
+        "epochs": metadata.get("epochs"),
+        "settings": json.dumps(settings, ensure_ascii=False, default=str) if settings else None,
+    }
+    return [(what, str(text)) for what, text in shown.items() if text is not None]
+
+
+def _key(report: Report) -> str:
+    """Return what tells reports apart: decisions about one are none about another."""
+    names = "\n".join(map(str, report["id"])) + "\n".join(map(str, report["label_name"]))
+    named = f"{report.metadata.get('fingerprint')}\n{names}"
+    return hashlib.blake2b(named.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
