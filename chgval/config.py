@@ -480,6 +480,13 @@ class ValueConfig(CommandConfig):
         metavar="FILE",
         affects_results=False,
     )
+    write_features: Path | None = option(
+        None,
+        "Write last-layer inputs of all samples, as .npy: the review page shows neighbours then.",
+        VALUES_PANEL,
+        metavar="FILE",
+        affects_results=False,
+    )
     mode: Literal["online", "exact"] = option(
         "online",
         "online: from the training steps, at no cost. exact: from a pass before each epoch.",
@@ -493,8 +500,9 @@ class ValueConfig(CommandConfig):
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
         _name_output(self, self.data.source)
-        if self.write_probs is not None and self.write_probs.suffix != ".npy":
-            raise SettingsError(f"--write-probs {self.write_probs}: is written as NumPy; end it in .npy.")
+        for name, path in (("probs", self.write_probs), ("features", self.write_features)):
+            if path is not None and path.suffix != ".npy":
+                raise SettingsError(f"--write-{name} {path}: is written as NumPy; end it in .npy.")
 
     @property
     def inputs(self) -> list[str]:
@@ -504,7 +512,12 @@ class ValueConfig(CommandConfig):
     @property
     def outputs(self) -> list[Path]:
         """Files that the command writes."""
-        return _files(self.output, self.write_probs)
+        return _files(self.output, *self.arrays)
+
+    @property
+    def arrays(self) -> list[Path]:
+        """NumPy files that the command writes."""
+        return [path for path in (self.write_probs, self.write_features) if path is not None]
 
     @property
     def resumes(self) -> bool:
@@ -985,6 +998,14 @@ class ReportConfig(CommandConfig):
     )
     dataset: str | None = option(
         None, DATASET_OF_REPORT, DATASET_PANEL, metavar="DATA", affects_results=False, is_common=True
+    )
+    features: Path | None = option(
+        None,
+        "Features of all samples, to find neighbours: .npy, .npz, .safetensors. Default: those of the run.",
+        DATASET_PANEL,
+        metavar="FILE",
+        affects_results=False,
+        is_common=True,
     )
     top: int = option(1000, "Show at most so many samples to review.", ROWS_PANEL, least=1, is_common=True)
     overwrite: bool = option(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -166,10 +167,35 @@ class _Printable:
         return len(data)
 
 
-def write_array(path: Path, array: NDArray[np.float32]) -> None:
+def write_array(path: Path, array: NDArray[np.floating]) -> None:
     """Write a NumPy file. It appears under its name only when it is complete."""
     with output_errors(path), replacing(path) as file:
         np.save(file, array)
+
+
+def kept_features(path: Path, features_ND: NDArray[np.floating]) -> dict[str, str]:
+    """Return what a report says of features that its run wrote: where, and what tells them from others."""
+    digest = hashlib.blake2b(np.ascontiguousarray(features_ND).tobytes(), digest_size=16).hexdigest()
+    return {"file": str(path.absolute()), "digest": digest}
+
+
+def features_of(metadata: dict[str, Any], source: str) -> NDArray[np.floating] | None:
+    """Return the features that the run of a report wrote, shape (N, D), if they are there; NaN for none.
+
+    Args:
+        metadata: of the report.
+        source: the report; features may have moved with it.
+    """
+    said = metadata.get("features")
+    if not isinstance(said, dict):
+        return None
+    file = Path(str(said.get("file")))
+    for path in (file, Path(source).with_name(file.name)):
+        with suppress(OSError, ValueError, EOFError):  # whatever is there is not what the run wrote
+            features_ND: NDArray[np.floating] = np.load(path, allow_pickle=False)
+            if kept_features(path, features_ND)["digest"] == said.get("digest"):
+                return features_ND
+    return None
 
 
 def is_report(source: str) -> bool:

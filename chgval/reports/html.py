@@ -38,6 +38,8 @@ class PageSample:
         value, percentile: of it among all; NaN for none.
         picture: WebP; None if there is none.
         is_small: whether the picture is shown in its pixels.
+        near_given, near_suggested: places in `Page.neighbours` of the nearest samples that are surely of
+            either class.
     """
 
     index: int
@@ -50,6 +52,8 @@ class PageSample:
     percentile: float
     picture: bytes | None
     is_small: bool
+    near_given: Sequence[int] = ()
+    near_suggested: Sequence[int] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return it as the script reads it."""
@@ -64,6 +68,7 @@ class PageSample:
             "percentile": _number(self.percentile),
             "picture": None if self.picture is None else _data_uri(self.picture),
             "small": self.is_small,
+            "near": [list(self.near_given), list(self.near_suggested)],
         }
 
 
@@ -84,6 +89,7 @@ class Page:
         curve, confusion, histogram: see chgval.reports.figures.
         extremes: class, lowest and highest samples of each class that is shown.
         epochs: values of `samples` by epoch, if they are known.
+        neighbours: samples that are surely of their class, near to some of `samples`.
     """
 
     title: str
@@ -100,6 +106,7 @@ class Page:
     histogram: Histogram
     extremes: Sequence[tuple[int, Sequence[PageSample], Sequence[PageSample]]]
     epochs: EpochCurves | None
+    neighbours: Sequence[PageSample]
 
 
 def render(page: Page) -> str:
@@ -156,6 +163,7 @@ def _data(page: Page) -> dict[str, Any]:
             for label, lowest, highest in page.extremes
         ],
         "epochs": epochs,
+        "neighbours": [sample.as_json() for sample in page.neighbours],
     }
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chgval import progress
 from chgval.config import DetectConfig, OutputConfig, ReportConfig, default_name
+from chgval.detection.neighbours import nearest_sure
 from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
 from chgval.files import check_file, locked, output_errors, replacing
 from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
-from chgval.reports.files import dataset_of, in_input_order, read_table
+from chgval.reports.files import dataset_of, features_of, in_input_order, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.report import Report
 from chgval.runs.detect_noise import Assessment, assess
@@ -29,8 +31,10 @@ from chgval.types import IntArray
 if TYPE_CHECKING:  # imports torch, which reports do without
     from chgval.data.formats import Format
 
-# Sides of pictures: of samples to review, and of those of a class.
-PICTURE_SIDE, CLASS_PICTURE_SIDE = 160, 96
+# Sides of pictures: of samples to review, of those of a class, and of neighbours.
+PICTURE_SIDE, CLASS_PICTURE_SIDE, NEIGHBOUR_SIDE = 160, 96, 80
+# Surely labelled samples beside each, of its class and of the suggested one.
+NEIGHBOURS = 3
 # Of each class, samples of the lowest and of the highest values; of all classes together.
 SHOWN_OF_CLASS, SHOWN_OF_CLASSES = 6, 300
 # Samples on the page: the flagged ones, as many again, and so many more to set a threshold by.
@@ -125,6 +129,19 @@ def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page
         beside = OutputConfig(path=config.source).epochs_folder if Path(config.source).suffix else None
         epochs = None if beside is None else epoch_curves(beside, rows, len(report))
     samples = _samples(report, found, source, rows, PICTURE_SIDE)
+    features_ND = _features(config, report)
+    neighbours: list[PageSample] = []
+    if features_ND is not None:
+        near = [
+            nearest_sure(features_ND, label_N, found.score_N, rows, wanted_N[rows], NEIGHBOURS)
+            for wanted_N in (label_N, report.integers("suggested_label"))
+        ]
+        shown_near = np.unique(np.concatenate([part[part >= 0] for part in near]))
+        neighbours = _samples(report, found, source, shown_near, NEIGHBOUR_SIDE)
+        samples = [
+            dataclasses.replace(sample, near_given=places[0], near_suggested=places[1])
+            for sample, *places in zip(samples, *(_places(part, shown_near) for part in near), strict=True)
+        ]
     of_classes = np.concatenate([np.concatenate([low, high]) for _, low, high in ends])
     shown = dict(
         zip(of_classes.tolist(), _samples(report, found, source, of_classes, CLASS_PICTURE_SIDE), strict=True)
@@ -156,7 +173,24 @@ def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page
             for label, low, high in ends
         ],
         epochs=epochs,
+        neighbours=neighbours,
     )
+
+
+def _features(config: ReportConfig, report: Report) -> NDArray[np.floating] | None:
+    """Return the features that the user named, or the run kept, if there are any."""
+    if config.features is None:
+        return features_of(report.metadata, config.source)
+    from chgval.data.features import read_features
+
+    features_ND, problems = read_features(config.features, len(report), report_name(config.source))
+    features_ND[list(problems)] = np.nan
+    return features_ND
+
+
+def _places(near_RK: IntArray, shown: IntArray) -> list[list[int]]:
+    """Return where the neighbours of each sample are among all that are shown."""
+    return [np.searchsorted(shown, near[near >= 0]).tolist() for near in near_RK]
 
 
 def _samples(

@@ -13,7 +13,7 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read
 from chgval.files import check_file
-from chgval.reports.files import ReportWriter, write_array
+from chgval.reports.files import ReportWriter, kept_features, write_array
 from chgval.reports.report import Report
 from chgval.runs.checkpoint import Checkpoint, HasState
 from chgval.runs.session import (
@@ -90,6 +90,11 @@ def value_dataset(
         unseen_ND, seen_ND = observe_average(run, accumulator, average)
     report = make_report(input_rows(dataset), accumulator, unseen_ND, seen_ND, metadata)
     report.metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
+    if config.write_features is not None:
+        features_ND = unseen_ND if seen_ND is None else seen_ND
+        kept_ND = features_ND.to(torch.float16).cpu().numpy()
+        write_array(config.write_features, kept_ND)
+        report.metadata["features"] = kept_features(config.write_features, kept_ND)
     if writer is not None:
         writer.write(report.table, report.metadata)
     if config.write_probs is not None:
@@ -105,8 +110,9 @@ def check_outputs(
     if output is not None:
         ReportWriter.check(output, config.data.source, resumes=unfinished.resumes)
         check_not_read(source, output)
-    if config.write_probs is not None and not unfinished.is_own(config.write_probs):
-        check_file(config.write_probs, overwrite=config.overwrites)
+    for path in config.arrays:
+        if not unfinished.is_own(path):
+            check_file(path, overwrite=config.overwrites)
 
 
 def observe_average(

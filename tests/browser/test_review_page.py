@@ -148,6 +148,23 @@ def test_filters_and_order(strange, opened):
     assert page.locator("#given").input_value() == "0" and len(ids()) == 20
 
 
+def test_neighbours_are_shown_beside_the_selected_sample(strange, opened, tmp_path):
+    features = np.eye(3)[np.arange(60) % 3] + np.random.default_rng(0).normal(0, 0.01, (60, 3))
+    np.save(tmp_path / "f.npy", features)
+    result = invoke(
+        "report", strange / "v.parquet", "--features", tmp_path / "f.npy", "-o", tmp_path / "r.html"
+    )
+    assert result.exit_code == 0, result.stderr
+    page = opened(tmp_path / "r.html")
+    assert page.locator("#detail h3").all_text_contents() == [
+        "Surely dog, and most alike",
+        f"Surely {SCRIPT}, and most alike",
+    ]
+    shown = page.locator("#detail figcaption").all_text_contents()
+    assert [int(name[:2]) % 3 for name in shown] == [2, 2, 2, 0, 0, 0] and max(shown) < "30.png"
+    assert page.locator("#detail .row img").count() == 6
+
+
 def test_the_threshold_says_what_its_scores_say(strange, opened):
     page = opened(strange / "r.html")
     page.click("#tab-numbers")

@@ -252,6 +252,14 @@
         ...fact("value", `${short(sample.value)} (higher than ${short(sample.percentile)} % of all)`),
       ),
     );
+    for (const [at, label] of [[0, sample.given], [1, sample.suggested]]) {
+      const near = sample.near[at].map((place) => data.neighbours[place]);
+      if (!near.length) continue;
+      const figure = (other) => make("figure", {}, picture(other, false), make("figcaption", {}, other.id));
+      detail.append(
+        make("h3", {}, `Surely ${nameOf(label)}, and most alike`), make("div", { class: "row" }, ...near.map(figure)),
+      );
+    }
     if (sample.epochs) detail.append(make("div", { class: "figure" }, epochsOf(sample)));
   }
 
