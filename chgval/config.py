@@ -465,6 +465,9 @@ class CommandConfig(Settings):
         return False
 
 
+REVIEW_PAGE = "Also write the page of chgval report, to look at suspicious samples."
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValueConfig(CommandConfig):
     """Settings of `chgval value`. Without an output nothing is written."""
@@ -486,6 +489,9 @@ class ValueConfig(CommandConfig):
         VALUES_PANEL,
         metavar="FILE",
         affects_results=False,
+    )
+    report: Path | None = option(
+        None, REVIEW_PAGE, VALUES_PANEL, metavar="FILE", affects_results=False, is_common=True
     )
     mode: Literal["online", "exact"] = option(
         "online",
@@ -512,12 +518,18 @@ class ValueConfig(CommandConfig):
     @property
     def outputs(self) -> list[Path]:
         """Files that the command writes."""
-        return _files(self.output, *self.arrays)
+        return _files(self.output, *self.also_written)
 
     @property
-    def arrays(self) -> list[Path]:
-        """NumPy files that the command writes."""
-        return [path for path in (self.write_probs, self.write_features) if path is not None]
+    def also_written(self) -> list[Path]:
+        """Files that the command writes besides the report."""
+        written = (self.write_probs, self.write_features, self.report)
+        return [path for path in written if path is not None]
+
+    @property
+    def page(self) -> ReportConfig | None:
+        """How the page is made, if it is."""
+        return page_config(self.report, self.output, self.overwrites)
 
     @property
     def resumes(self) -> bool:
@@ -565,6 +577,11 @@ class FromValues(CommandConfig):
     def tables(self) -> list[OutputConfig]:
         """Tables that the command writes, besides the values report."""
         raise NotImplementedError
+
+    @property
+    def also_written(self) -> list[Path]:
+        """Files that the command writes besides tables."""
+        return []
 
     @property
     def resumes(self) -> bool:
@@ -664,6 +681,9 @@ class DetectConfig(FromValues):
         affects_results=False,
         is_common=True,
     )
+    report: Path | None = option(
+        None, REVIEW_PAGE, OUTPUT_PANEL, metavar="FILE", affects_results=False, is_common=True
+    )
     all_rows: bool = option(False, "Write every row, not only flagged ones.", ROWS_PANEL, "--all")
     top: int | None = option(None, "Write at most so many rows.", ROWS_PANEL, least=1)
     values: Path | None = option(
@@ -699,7 +719,9 @@ class DetectConfig(FromValues):
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
         _name_output(self, self.source)
-        self.check_needs("cleaned", "relabel", "link", "force", "dataset")
+        self.check_needs("cleaned", "relabel", "link", "force")
+        if self.report is None:
+            self.check_needs("cleaned", "dataset")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":
             raise SettingsError("--expected-noise: sets the cut itself; leave out --threshold.")
@@ -724,12 +746,17 @@ class DetectConfig(FromValues):
     @property
     def outputs(self) -> list[Path]:
         """Files and folders that the command writes."""
-        return _files(self.output, self.values, self.cleaned)
+        return _files(self.output, self.values, self.cleaned, self.report)
 
     @property
     def tables(self) -> list[OutputConfig]:
         """Tables that the command writes, besides the values report."""
         return [] if self.output is None else [self.output]
+
+    @property
+    def also_written(self) -> list[Path]:
+        """The review page, if one is asked for."""
+        return [] if self.report is None else [self.report]
 
     @property
     def target(self) -> Path | None:
@@ -744,7 +771,7 @@ class DetectConfig(FromValues):
     @property
     def files(self) -> list[Path]:
         """Files and folders that the command reads or writes, besides the cleaned dataset."""
-        return _files(self.source, self.output, self.values, _epochs_of(self.values_output))
+        return _files(self.source, self.output, self.values, self.report, _epochs_of(self.values_output))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1137,6 +1164,20 @@ def _epochs_of(output: OutputConfig | None) -> Path | None:
 def _name_output(config: ValueConfig | DetectConfig | SelectConfig, source: str) -> None:
     if config.output is not None:
         object.__setattr__(config, "output", config.output.named_after(source))
+
+
+def page_config(page: Path | None, values: OutputConfig | None, overwrite: bool) -> ReportConfig | None:
+    """Return how the page of values is made that another command writes, if it is.
+
+    Args:
+        page: the page.
+        values: where the values report is, if it is in a file: beside it lie the epochs.
+        overwrite: whether a page may be replaced.
+    """
+    if page is None:
+        return None
+    source = STANDARD_STREAM if values is None else values.path
+    return ReportConfig(source=source, path=page, overwrite=overwrite)
 
 
 def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:

@@ -44,6 +44,9 @@ def write_data(root):
     vectors[24:] += 1
     np.save(root / "embeddings.npy", vectors)
     pq.write_table(pa.table({"embedding": list(vectors), "label": labels}), root / "embeddings.parquet")
+    decided = [["id", "label_name", "decision", "new_label_name"], ["cat/000.png", "cat", "drop", ""]]
+    with (root / "photos.decisions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(decided)
     crowd = {"image": images, "ann": labels, "bob": [*labels[:-1], labels[0]]}
     pq.write_table(pa.table(crowd), root / "crowd.parquet")
 
@@ -70,4 +73,5 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for name in re.findall(r"(?:leaves|^|\s)`?(photos\.\w+\.parquet|digits\.values\.parquet)", README):
         assert Path(name).is_file(), name
     assert len(Path("kept.txt").read_text().splitlines()) == round(0.3 * 48)
+    assert Path("photos.report.html").is_file() and len(list(Path("photos.corrected").glob("*/*.png"))) == 47
     assert len(list(Path("pruned").glob("*/*.png"))) == 24 and Path("photos.trained/training.json").is_file()

@@ -110,7 +110,6 @@ def detect_noise(console: "Console", config: DetectConfig) -> None:
       chgval detect-noise photos/                   # values it first
       chgval detect-noise photos/ --fail-over 5%    # exit code 3: too noisy
       chgval detect-noise photos.values.parquet --cleaned clean/ --relabel 0.9
-      chgval value photos/ -o - | chgval detect-noise - -o - --format csv
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     from chgval.cli.results import show_suspects
     from chgval.runs.detect_noise import run_detect_noise

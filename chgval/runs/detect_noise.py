@@ -12,15 +12,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DetectConfig
-from chgval.detection.calibration import calibrated_by, estimate_rate
+from chgval.config import DetectConfig, OutputConfig, page_config
 from chgval.detection.rules import REGISTRY as RULES
-from chgval.detection.rules import Judged
 from chgval.detection.signals import NoiseRate
 from chgval.errors import DataError, SettingsError
-from chgval.reports.files import is_report, report_name, with_metadata, write_table
+from chgval.reports.files import is_report, with_metadata, write_table
 from chgval.reports.report import Report
 from chgval.reports.tables import SUSPECTS_SCHEMA
+from chgval.runs.assessment import Assessment, assess
 from chgval.runs.summaries import NoiseSummary, summarise_noise
 from chgval.runs.valued import Input, values_of
 from chgval.types import FloatArray, IntArray
@@ -34,6 +33,10 @@ COLUMNS = (
     *("noise_score", "noise_score_std", "confident_label"),
     *("suggested_label", "suggested_name", "suggested_probability"),
 )
+
+
+# And for the review page.
+PAGE_COLUMNS = ("percentile", "status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +86,14 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
     if is_report(config.source):
         _check_needs_no_dataset(config, trains=trains)
     needs_training = trains or config.duplicates
+    columns = COLUMNS if config.report is None else (*COLUMNS, *PAGE_COLUMNS)
     with values_of(
-        "detect-noise", config, COLUMNS, in_order=False, on_dataset=check, needs_training=needs_training
+        "detect-noise",
+        config,
+        columns,
+        in_order=config.report is not None,
+        on_dataset=check,
+        needs_training=needs_training,
     ) as given:
         if given.valued is None:
             _check_relabel(config, several=bool(given.report.verdict.get("annotators")))
@@ -104,6 +113,8 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
         table = with_metadata(table, metadata)
         if config.output is not None:
             write_table(config.output, table)
+        if config.report is not None:
+            _write_page(given, below_threshold_N, config)
         cleaned = None
         if config.cleaned is not None:
             cleaned = _write_cleaned(given, assessment.flagged_N, config, config.cleaned)
@@ -132,6 +143,25 @@ def summarise_labels(report: Report) -> NoiseSummary | None:
         return None
     found = assess(report, DetectConfig(output=None))
     return summarise_noise(report.table, found.score_N, found.flagged_N, found.order, found.rate)
+
+
+def _write_page(given: Input, below_threshold_N: NDArray[np.bool_] | None, config: DetectConfig) -> None:
+    """Write the review page."""
+    from chgval.runs.report import dataset_of_page, features_of_page, write_page  # imports torch
+
+    values = None if given.values is None else OutputConfig(path=given.values)
+    page = page_config(config.report, values, config.overwrites)
+    if page is None:
+        raise ValueError("no page was asked for")
+    page = dataclasses.replace(page, dataset=config.dataset)
+    found = assess(given.report, dataclasses.replace(config, all_rows=True), below_threshold_N)
+    source = given.source or dataset_of_page(page, given.report)
+    if given.valued is not None:
+        features_ND = given.valued[0].features_ND
+        written = write_page(given.report, found, source, page, features_ND)
+    else:
+        written = write_page(given.report, found, source, page, features_of_page(page, given.report))
+    progress.say(f"{written.num_samples:,} samples, {written.num_pictures:,} pictures -> {page.target}")
 
 
 def _check_needs_no_dataset(config: DetectConfig, *, trains: bool) -> None:
@@ -232,70 +262,6 @@ def _check_loss(
             f"--cleaned {target}: would lose {' and '.join(losses)}; look at the suspects first, "
             "or pass --force."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Assessment:
-    """What was decided about every row of a report.
-
-    Attributes:
-        score_N: noise scores; NaN where a row has none.
-        flagged_N: which rows are flagged.
-        order: the rows that are asked for and all that are more suspicious, the most suspicious first; rows
-            without a score last.
-        rate: estimated share of wrong labels.
-    """
-
-    score_N: FloatArray
-    flagged_N: NDArray[np.bool_]
-    order: IntArray
-    rate: NoiseRate
-
-
-def assess(
-    report: Report, config: DetectConfig, below_threshold_N: NDArray[np.bool_] | None = None
-) -> Assessment:
-    """Score the rows of a values report, rank them and cut.
-
-    Args:
-        report: COLUMNS of a values report.
-        config: the score and what decides on flags.
-        below_threshold_N: which margins are below those of threshold samples, if these were trained.
-    Raises:
-        DataError: no row has a score.
-    """
-    score_N, value_N = report.noise_scores, report.values
-    known = np.flatnonzero(np.isfinite(score_N) & np.isfinite(value_N))
-    if not len(known):
-        raise DataError(f"{report_name(config.source)}: no row has a noise score; nothing was valued in it.")
-    if config.score == "chg":
-        score_N[known] = calibrated_by(value_N[known], score_N[known])
-    rate = estimate_rate(score_N[known], report.scores("noise_score_std")[known])
-    flagged_N = np.zeros(len(score_N), dtype=bool)
-    if config.expected_noise is None:
-        rule = config.rule
-        if isinstance(rule, float):
-            flagged_N[known] = score_N[known] >= rule
-        else:
-            judged = Judged(
-                score_K=score_N[known],
-                value_K=value_N[known],
-                loss_K=report.scores("loss_mean")[known],
-                label_K=report.integers("label")[known],
-                confident_label_K=report.integers("confident_label")[known],
-                below_threshold_K=None if below_threshold_N is None else below_threshold_N[known],
-            )
-            flagged_N[known] = RULES[rule].flag(judged)
-    if config.all_rows or config.duplicates or config.expected_noise is not None:
-        ranked = np.arange(len(score_N))
-    else:  # sorting a million rows takes longer than all else that is done with them
-        ranked = np.flatnonzero(score_N >= score_N[flagged_N].min(initial=np.inf))
-    # Samples of one score, as those have that nothing can be said about, are ordered by their value.
-    ties_N = np.where(np.isfinite(score_N), value_N, 0)[ranked]
-    order = ranked[np.lexsort((ties_N, -score_N[ranked]))]
-    if config.expected_noise is not None:
-        flagged_N[order[: round(config.expected_noise * len(known))]] = True
-    return Assessment(score_N, flagged_N, order, rate)
 
 
 def _suspects(

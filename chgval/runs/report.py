@@ -24,7 +24,7 @@ from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_
 from chgval.reports.files import dataset_of, features_of, in_input_order, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.report import Report
-from chgval.runs.detect_noise import Assessment, assess
+from chgval.runs.assessment import Assessment, assess
 from chgval.runs.summaries import count_statuses
 from chgval.types import IntArray
 
@@ -68,19 +68,41 @@ def run_report(config: ReportConfig) -> Written:
         check_file(config.target, overwrite=config.overwrite)
         table, metadata = read_table(config.source)
         report = Report(in_input_order(table, config.source), metadata)
-        source = _dataset(config, report)
-        page = page_of(report, source, config)
-        text = render(page).encode("utf-8", "backslashreplace")
-        with output_errors(config.target), replacing(config.target) as file:
-            file.write(text)
-        flagged = sum(sample.score >= page.cut for sample in page.samples)
-        pictures = sum(sample.picture is not None for sample in page.samples)
-        return Written(
-            num_samples=len(page.samples), num_pictures=pictures, num_flagged=flagged, num_bytes=len(text)
-        )
+        source = dataset_of_page(config, report)
+        found = assess(report, DetectConfig(source=config.source, output=None, all_rows=True))
+        return write_page(report, found, source, config, features_of_page(config, report))
 
 
-def _dataset(config: ReportConfig, report: Report) -> Format | None:
+def write_page(
+    report: Report,
+    found: Assessment,
+    source: Format | None,
+    config: ReportConfig,
+    features_ND: NDArray[np.floating] | None,
+) -> Written:
+    """Write the page of a report.
+
+    Args:
+        report: all rows, in input order.
+        found: what was decided about all of them.
+        source: its dataset, if that is there.
+        config: the settings.
+        features_ND: by which neighbours are found, if there are any.
+    Raises:
+        ChgvalError: the dataset or the epochs cannot be read, or the page cannot be written.
+    """
+    page = page_of(report, found, source, config, features_ND)
+    text = render(page).encode("utf-8", "backslashreplace")
+    with output_errors(config.target), replacing(config.target) as file:
+        file.write(text)
+    flagged = sum(sample.score >= page.cut for sample in page.samples)
+    pictures = sum(sample.picture is not None for sample in page.samples)
+    return Written(
+        num_samples=len(page.samples), num_pictures=pictures, num_flagged=flagged, num_bytes=len(text)
+    )
+
+
+def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
     """Return the dataset that a report is about, if it is there and still the same; else say why not.
 
     Raises:
@@ -105,17 +127,14 @@ def _dataset(config: ReportConfig, report: Report) -> Format | None:
         return None
 
 
-def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page:
-    """Return what the page of a report shows.
-
-    Args:
-        report: all rows, in input order.
-        source: its dataset, if that is there.
-        config: the settings.
-    Raises:
-        DataError: no row has a noise score.
-    """
-    found = assess(report, DetectConfig(source=config.source, output=None, all_rows=True))
+def page_of(
+    report: Report,
+    found: Assessment,
+    source: Format | None,
+    config: ReportConfig,
+    features_ND: NDArray[np.floating] | None,
+) -> Page:
+    """Return what the page of a report shows; see `write_page`."""
     num_flagged = int(found.flagged_N.sum())
     scored = found.order[np.isfinite(found.score_N[found.order])]
     rows = scored[: min(config.top, 2 * num_flagged + MORE_SAMPLES)]
@@ -129,7 +148,6 @@ def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page
         beside = OutputConfig(path=config.source).epochs_folder if Path(config.source).suffix else None
         epochs = None if beside is None else epoch_curves(beside, rows, len(report))
     samples = _samples(report, found, source, rows, PICTURE_SIDE)
-    features_ND = _features(config, report)
     neighbours: list[PageSample] = []
     if features_ND is not None:
         near = [
@@ -177,7 +195,7 @@ def page_of(report: Report, source: Format | None, config: ReportConfig) -> Page
     )
 
 
-def _features(config: ReportConfig, report: Report) -> NDArray[np.floating] | None:
+def features_of_page(config: ReportConfig, report: Report) -> NDArray[np.floating] | None:
     """Return the features that the user named, or the run kept, if there are any."""
     if config.features is None:
         return features_of(report.metadata, config.source)

@@ -27,7 +27,7 @@ from chgval.runs.state_file import read_header, reading
 # Names of the runs that a command may consist of, after the first one: those with threshold samples.
 LATER_RUNS = ("threshold-1", "threshold-2")
 
-CommandConfig = ValueConfig | DetectConfig | SelectConfig | TrainingConfig
+ResumableConfig = ValueConfig | DetectConfig | SelectConfig | TrainingConfig
 
 
 class Unfinished:
@@ -100,7 +100,7 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_run(command: str, config: CommandConfig) -> Iterator[Unfinished]:
+def unfinished_run(command: str, config: ResumableConfig) -> Iterator[Unfinished]:
     """Look for a run to resume (`find_unfinished`), and delete its state once the block has ended.
 
     What the command writes is locked meanwhile. Where it is interrupted, the message says how to resume.
@@ -121,7 +121,7 @@ def unfinished_run(command: str, config: CommandConfig) -> Iterator[Unfinished]:
         raise Interrupted(interruption.signum, message) from interruption
 
 
-def find_unfinished(command: str, config: CommandConfig) -> Unfinished:
+def find_unfinished(command: str, config: ResumableConfig) -> Unfinished:
     """Look for a run to resume.
 
     Args:
@@ -157,7 +157,7 @@ def find_unfinished(command: str, config: CommandConfig) -> Unfinished:
     return Unfinished(command, settings, path, outputs, overwrite=overwrite)
 
 
-def _own_settings(config: CommandConfig) -> dict[str, Any]:
+def _own_settings(config: ResumableConfig) -> dict[str, Any]:
     """Return what a command adds to the settings of the run whose values it takes."""
     if isinstance(config, ValueConfig | TrainingConfig):
         return {}

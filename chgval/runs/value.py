@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chgval import progress
-from chgval.config import OutputConfig, ValueConfig
+from chgval.config import DetectConfig, OutputConfig, ReportConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read
 from chgval.files import check_file
 from chgval.reports.files import ReportWriter, kept_features, write_array
 from chgval.reports.report import Report
+from chgval.runs.assessment import assess
 from chgval.runs.checkpoint import Checkpoint, HasState
+from chgval.runs.detect_noise import summarise_labels
+from chgval.runs.report import write_page
 from chgval.runs.session import (
     Run,
     input_rows,
@@ -38,11 +43,12 @@ from chgval.valuation.accumulator import ValueAccumulator
 
 @dataclass(frozen=True, slots=True)
 class Valued:
-    """A run that has valued its samples, the average of its weights, and the report."""
+    """A run that has valued its samples, the average of its weights, the report, and last-layer inputs."""
 
     run: Run
     average: WeightAverage
     report: Report
+    features_ND: NDArray[np.float16]
 
 
 def run_value(config: ValueConfig) -> Report:
@@ -57,7 +63,10 @@ def run_value(config: ValueConfig) -> Report:
         source = format_of(config.data)
         check_outputs(config, source, output, unfinished)
         dataset = read_dataset(source, config.train)
-        return value_dataset(config, dataset, output, unfinished).report
+        valued = value_dataset(config, dataset, output, unfinished)
+        if config.page is not None:
+            write_page_of(valued, source, config.page)
+        return valued.report
 
 
 def value_dataset(
@@ -90,17 +99,27 @@ def value_dataset(
         unseen_ND, seen_ND = observe_average(run, accumulator, average)
     report = make_report(input_rows(dataset), accumulator, unseen_ND, seen_ND, metadata)
     report.metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
+    features_ND = (unseen_ND if seen_ND is None else seen_ND).to(torch.float16).cpu().numpy()
     if config.write_features is not None:
-        features_ND = unseen_ND if seen_ND is None else seen_ND
-        kept_ND = features_ND.to(torch.float16).cpu().numpy()
-        write_array(config.write_features, kept_ND)
-        report.metadata["features"] = kept_features(config.write_features, kept_ND)
+        write_array(config.write_features, features_ND)
+        report.metadata["features"] = kept_features(config.write_features, features_ND)
     if writer is not None:
         writer.write(report.table, report.metadata)
     if config.write_probs is not None:
         write_array(config.write_probs, accumulator.averaged_probabilities())
     tell_problems(dataset, "they have no value (status 'unreadable' in the report)")
-    return Valued(run, average, report)
+    return Valued(run, average, report, features_ND)
+
+
+def write_page_of(valued: Valued, source: Format, page: ReportConfig) -> None:
+    """Write the review page of a run, if its report has a noise score."""
+    report = valued.report
+    if summarise_labels(report) is None:
+        progress.warn("no page: nothing can be said about these labels")
+        return
+    found = assess(report, DetectConfig(output=None, all_rows=True))
+    written = write_page(report, found, source, page, valued.features_ND)
+    progress.say(f"{written.num_samples:,} samples, {written.num_pictures:,} pictures -> {page.target}")
 
 
 def check_outputs(
@@ -110,7 +129,7 @@ def check_outputs(
     if output is not None:
         ReportWriter.check(output, config.data.source, resumes=unfinished.resumes)
         check_not_read(source, output)
-    for path in config.arrays:
+    for path in config.also_written:
         if not unfinished.is_own(path):
             check_file(path, overwrite=config.overwrites)
 

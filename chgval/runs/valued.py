@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from chgval import progress
 from chgval.config import STANDARD_STREAM, DataConfig, DetectConfig, SelectConfig
 from chgval.errors import OutputError, SettingsError
-from chgval.files import check_apart, locked
+from chgval.files import check_apart, check_file, locked
 from chgval.reports.files import check_output, in_input_order, is_report, read_table, report_name
 from chgval.reports.report import Report
 
@@ -84,6 +84,8 @@ def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_ord
         check_apart(config.target, config.files)
     for output in config.tables:
         check_output(output, *config.inputs)
+    for path in config.also_written:
+        check_file(path, overwrite=config.overwrites)
     table, metadata = read_table(config.source, columns)
     source = None
     if in_order or config.target is not None:
@@ -116,6 +118,8 @@ def _read_values(config: DetectConfig | SelectConfig, columns: Sequence[str]) ->
         check_apart(config.target, config.files)
     for output in config.tables:
         check_output(output, *config.inputs, values)
+    for path in config.also_written:
+        check_file(path, overwrite=config.overwrites)
     table, metadata = read_table(values, columns)
     table = in_input_order(table, values)
     from chgval.runs.rewriting import dataset_of_values  # imports torch
@@ -155,6 +159,9 @@ def _value(
         for table in config.tables:
             check_output(unfinished.replaceable(table), *config.inputs)
             check_not_read(source, table)
+        for path in config.also_written:
+            if not unfinished.is_own(path):
+                check_file(path, overwrite=config.overwrites)
         kept = None if value.output is None else unfinished.replaceable(value.output)
         check_outputs(value, source, kept, unfinished)
         dataset = read_dataset(source, value.train)

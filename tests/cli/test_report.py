@@ -127,3 +127,34 @@ def test_wrong_inputs_are_named(vectors, tmp_path, monkeypatch, args, code, mess
     np.save("few.npy", np.ones((3, 2)))
     result = invoke("report", *args)
     assert result.exit_code == code and message in result.stderr, result.stderr
+
+
+def test_value_and_detect_noise_write_the_page_too(vectors, tmp_path):
+    root, _ = vectors
+    assert invoke("report", root / "v.parquet", "-o", tmp_path / "a.html").exit_code == 0
+    data, columns = root / "d.parquet", ("--features-column", "v", "--arch", "linear", "--epochs", "3")
+    result = invoke("value", data, *columns, "-o", tmp_path / "v.parquet", "--report", tmp_path / "b.html")
+    assert result.exit_code == 0 and "200 rows" in result.stderr, result.stderr
+    expected, found = data_of(tmp_path / "a.html"), data_of(tmp_path / "b.html")
+    near = [sample["near"] for sample in found["samples"]]
+    assert near == [sample["near"] for sample in expected["samples"]] and near[0][0]
+    assert found == expected
+    args = (
+        root / "v.parquet",
+        "--threshold",
+        "0.2",
+        "-o",
+        tmp_path / "s.csv",
+        "--report",
+        tmp_path / "c.html",
+    )
+    result = invoke("detect-noise", *args)
+    assert result.exit_code == 0, result.stderr
+    flagged = [sample for sample in data_of(tmp_path / "c.html")["samples"] if sample["score"] >= 0.2]
+    assert len(flagged) == len((tmp_path / "s.csv").read_text().splitlines()) - 1
+    refused = invoke("detect-noise", *args, "--overwrite", "--report", tmp_path / "none" / "c.html")
+    assert refused.exit_code == 1 and "there is no folder" in refused.stderr
+    args = ("detect-noise", data, *columns, "-o", tmp_path / "t.csv", "--report", tmp_path / "d.html")
+    assert invoke(*args).exit_code == 0
+    assert data_of(tmp_path / "d.html")["samples"][0]["near"] == near[0]
+    assert data_of(tmp_path / "d.html")["samples"][0]["id"] == found["samples"][0]["id"]
