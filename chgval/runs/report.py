@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +38,8 @@ NEIGHBOURS = 3
 SHOWN_OF_CLASS, SHOWN_OF_CLASSES = 6, 300
 # Samples on the page: the flagged ones, as many again, and so many more to set a threshold by.
 MORE_SAMPLES = 100
+# Entries of a setting that is shown.
+LONGEST_LIST = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,16 +276,26 @@ def _why_no_pictures(source: Format | None) -> str:
 
 def _provenance(report: Report, name: str) -> list[tuple[str, str]]:
     metadata = report.metadata
-    settings = metadata.get("settings", {})
     shown = {
         "dataset": name,
         "command": metadata.get("command"),
         "chgval": metadata.get("chgval_version", metadata.get("version")),
         "fingerprint": metadata.get("fingerprint"),
         "epochs": metadata.get("epochs"),
-        "settings": json.dumps(settings, ensure_ascii=False, default=str) if settings else None,
+        **_settings_shown(metadata.get("settings", {})),
     }
     return [(what, str(text)) for what, text in shown.items() if text is not None]
+
+
+def _settings_shown(settings: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Return the settings of a run by name, as train.epochs; not the statistics of embeddings, long lists."""
+    shown: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            shown |= _settings_shown(value, f"{prefix}{name}.")
+        elif not (isinstance(value, list) and len(value) > LONGEST_LIST):
+            shown[f"{prefix}{name}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return shown
 
 
 def _key(report: Report) -> str:

@@ -19,7 +19,7 @@
     return element;
   }
   const nameOf = (label) => (label < 0 ? "(none)" : classes[label]);
-  const share = (number) => (number === null ? "unknown" : number > 0.9995 ? "> 99.9 %" : `${(100 * number).toFixed(1)} %`);
+  const share = (number) => (number === null ? "unknown" : number > 0.999 ? "> 99.9 %" : `${(100 * number).toFixed(1)} %`);
   const short = (number) => (number === null ? "unknown" : Number(number.toPrecision(3)).toString());
   let saying;
   function say(text) {
@@ -166,7 +166,7 @@
   for (const sample of samples) {
     const button = make("button", { type: "button", class: "card", title: sample.id }, picture(sample, true));
     button.append(
-      make("span", {}, `${nameOf(sample.given)} → ${nameOf(sample.suggested)}`),
+      make("span", { class: "pair" }, `${nameOf(sample.given)} → ${nameOf(sample.suggested)}`),
       make("span", { class: "faint" }, `${share(sample.score)} ${sample.id}`),
       (sample.said = make("span", {})),
     );
