@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DetectConfig, OutputConfig, ReportConfig, default_name
+from chgval.config import DataConfig, DetectConfig, OutputConfig, ReportConfig, default_name
 from chgval.detection.neighbours import nearest_sure
 from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
@@ -96,7 +96,7 @@ def write_page(
     text = render(page).encode("utf-8", "backslashreplace")
     with output_errors(config.target), replacing(config.target) as file:
         file.write(text)
-    flagged = sum(sample.score >= page.cut for sample in page.samples)
+    flagged = int(found.flagged_N[[sample.index for sample in page.samples]].sum())
     pictures = sum(sample.picture is not None for sample in page.samples)
     return Written(
         num_samples=len(page.samples), num_pictures=pictures, num_flagged=flagged, num_bytes=len(text)
@@ -113,7 +113,10 @@ def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
     from chgval.runs.rewriting import known_rows
 
     try:
-        data = dataset_of(report.metadata, config.source)
+        if config.dataset is not None and not report.metadata:  # a CSV file
+            data = DataConfig(source=config.dataset)
+        else:
+            data = dataset_of(report.metadata, config.source)
         if config.dataset is not None:
             data = dataclasses.replace(data, source=config.dataset)
         elif "://" in data.source and not data.source.startswith("file://"):

@@ -108,6 +108,16 @@ def test_pictures_are_small_upright_and_those_of_their_rows(tmp_path, monkeypatc
     assert min(errors, key=errors.get) == "dog/003.png"
 
 
+def test_a_report_as_csv_gets_its_pictures_from_the_dataset_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "photos", 8)
+    chgval.value("photos", epochs=1, arch="resnet8", output="v.csv")
+    assert "no pictures: v.csv: does not say" in invoke("report", "v.csv", "-o", "none.html").stderr
+    assert invoke("report", "v.csv", "--dataset", "photos", "-o", "r.html").exit_code == 0
+    found = data_of(tmp_path / "r.html")
+    assert found["classes"] == ["cat", "dog"] and all(sample["picture"] for sample in found["samples"])
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
