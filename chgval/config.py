@@ -1039,6 +1039,11 @@ class ReportConfig(CommandConfig):
         False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
     )
 
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if self.path is not None and self.path.suffix.lower() not in (".html", ".htm"):
+            raise SettingsError(f"--output {self.path}: is a page for browsers; end it in .html.")
+
     @property
     def target(self) -> Path:
         """The page."""
@@ -1101,7 +1106,11 @@ class ApplyConfig(CommandConfig):
         if self.labels_only:
             if self.link is not None:
                 raise SettingsError("--link: no images are written with --labels-only; leave it out.")
-            self.labels  # noqa: B018 (to name a mistake at once)
+            if self.target.suffix.removeprefix(".") not in REPORT_FORMATS:
+                endings = ", ".join(f".{name}" for name in REPORT_FORMATS)
+                raise SettingsError(
+                    f"--output {self.path}: the labels are a table; end it in one of {endings}."
+                )
 
     @property
     def data(self) -> DataConfig:

@@ -20,7 +20,7 @@ from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
 from chgval.files import check_file, locked, output_errors, replacing
 from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
-from chgval.reports.files import dataset_of, features_of, in_input_order, read_table, report_name
+from chgval.reports.files import dataset_of, features_of, in_input_order, is_report, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.report import Report
 from chgval.runs.assessment import Assessment, assess
@@ -67,6 +67,10 @@ def run_report(config: ReportConfig) -> Written:
     """
     with locked(config.target):
         check_file(config.target, overwrite=config.overwrite)
+        if not is_report(config.source):
+            raise DataError(
+                f"{config.source}: is no values report; value the dataset first, with chgval value."
+            )
         table, metadata = read_table(config.source)
         report = Report(in_input_order(table, config.source), metadata)
         source = dataset_of_page(config, report)

@@ -154,6 +154,24 @@ def test_decisions_that_do_not_fit_are_named_and_nothing_is_written(photos, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "d.csv"}
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ((), 2, "--dataset: name the dataset"),
+        (("--dataset", "fotos"), 1, "fotos: no such file or folder"),
+        (("--dataset", "photos", "-o", "photos/new"), 1, "photos/new: is part of the dataset photos"),
+        (("--dataset", "photos", "-o", "d.csv", "--labels-only"), 1, "d.csv: is the input itself"),
+        (("--dataset", "photos", "-o", "x.txt", "--labels-only"), 2, "x.txt: the labels are a table"),
+        (("--dataset", "photos", "--labels-only", "--link", "hard"), 2, "--link: no images are written"),
+        (("--dataset", "builtin:digits"), 2, "builtin:digits: is built in"),
+    ],
+)
+def test_wrong_inputs_are_named(photos, tmp_path, args, code, message):
+    result = invoke("apply", "d.csv", *args)
+    assert result.exit_code == code and message in result.stderr, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "d.csv"}
+
+
 def test_numbers_tell_rows_of_one_id_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

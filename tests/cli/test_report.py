@@ -122,10 +122,13 @@ def test_a_report_as_csv_gets_its_pictures_from_the_dataset_that_is_named(tmp_pa
     ("args", "code", "message"),
     [
         (("x.parquet",), 1, "x.parquet: no such file or folder"),
-        (("d.parquet",), 1, "d.parquet: no column"),
+        (("d.parquet",), 1, "d.parquet: is no values report; value the dataset first"),
+        (("few.npy",), 1, "few.npy: is no values report"),
+        (("v.parquet", "-o", "page"), 2, "--output page: is a page for browsers; end it in .html"),
+        (("v.parquet", "-o", "none/r.html"), 1, "there is no folder none"),
         (("v.parquet", "--dataset", "other"), 1, "other: no such file or folder"),
         (("v.parquet", "--features", "few.npy"), 1, "few.npy: has 3 rows where"),
-        (("v.parquet", "-o", "d.parquet"), 1, "d.parquet: exists already"),
+        (("v.parquet", "-o", "old.html"), 1, "old.html: exists already"),
         (("v.parquet", "--top", "0"), 2, "--top"),
     ],
 )
@@ -135,6 +138,7 @@ def test_wrong_inputs_are_named(vectors, tmp_path, monkeypatch, args, code, mess
     for name in ("v.parquet", "d.parquet"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
     np.save("few.npy", np.ones((3, 2)))
+    (tmp_path / "old.html").touch()
     result = invoke("report", *args)
     assert result.exit_code == code and message in result.stderr, result.stderr
 
