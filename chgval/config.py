@@ -1035,9 +1035,7 @@ class ReportConfig(CommandConfig):
         is_common=True,
     )
     top: int = option(1000, "Show at most so many samples to review.", ROWS_PANEL, least=1, is_common=True)
-    overwrite: bool = option(
-        False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
-    )
+    overwrite: bool = same_option(OutputConfig, "overwrite")
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
@@ -1095,9 +1093,7 @@ class ApplyConfig(CommandConfig):
     link: Link | None = option(
         None, "How images of a folder get there. Default: copy.", OUTPUT_PANEL, is_common=True
     )
-    overwrite: bool = option(
-        False, "Replace existing files.", OUTPUT_PANEL, affects_results=False, is_common=True
-    )
+    overwrite: bool = same_option(OutputConfig, "overwrite")
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from chgval.errors import DataError
+from chgval.errors import DataError, first_few
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import DECISIONS
 from chgval.types import IntArray
 
 KEEP, RELABEL, DROP, UNSURE = WORDS = ("keep", "relabel", "drop", "unsure")
+SHOWN_CLASSES = 5
 ADVICE = "make the decisions about the dataset as it is now"
 
 
@@ -84,7 +85,7 @@ def read_decisions(
             wanted = "needs a new_label_name" if new is None else f"takes no new_label_name ({new!r})"
             raise DataError(f"{name}: {who!r}: the decision to {word} {wanted}.")
         if new is not None and new not in classes:
-            known = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+            known = first_few(class_names, SHOWN_CLASSES)
             raise DataError(f"{name}: {who!r}: {new!r} is no class of {dataset}; it has {known}.")
         word_N[row] = word
         if new is not None:

@@ -88,6 +88,21 @@ class Report:
         return self.scores("noise_score")
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of all classes; where the report does not tell, as a CSV file, those that rows have."""
+        if "class_names" in self.metadata:
+            return list(self.metadata["class_names"])
+        known: dict[int, str] = {}
+        for labels, names in (("suggested_label", "suggested_name"), ("label", "label_name")):
+            if {labels, names} <= set(self.table.column_names):
+                label_N, name_N = self.integers(labels), self[names]
+                known |= {
+                    int(label): str(name_N[row])
+                    for label, row in zip(*np.unique(label_N, return_index=True), strict=True)
+                }
+        return [known.get(label, str(label)) for label in range(max(known, default=-1) + 1)]
+
+    @property
     def verdict(self) -> dict[str, Any]:
         """How far its noise scores can be trusted; empty where the report does not tell, as a CSV file."""
         verdict: dict[str, Any] = self.metadata.get("verdict", {})

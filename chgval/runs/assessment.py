@@ -39,6 +39,11 @@ class Assessment:
     rate: NoiseRate
 
 
+def can_be_assessed(report: Report) -> bool:
+    """Say whether a report has a noise score."""
+    return bool((np.isfinite(report.noise_scores) & np.isfinite(report.values)).any())
+
+
 def assess(
     report: Report, config: DetectConfig, below_threshold_N: NDArray[np.bool_] | None = None
 ) -> Assessment:

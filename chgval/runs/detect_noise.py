@@ -19,7 +19,7 @@ from chgval.errors import DataError, SettingsError
 from chgval.reports.files import is_report, with_metadata, write_table
 from chgval.reports.report import Report
 from chgval.reports.tables import SUSPECTS_SCHEMA
-from chgval.runs.assessment import Assessment, assess
+from chgval.runs.assessment import Assessment, assess, can_be_assessed
 from chgval.runs.summaries import NoiseSummary, summarise_noise
 from chgval.runs.valued import Input, values_of
 from chgval.types import FloatArray, IntArray
@@ -100,7 +100,8 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
         below_threshold_N = _threshold_flags(config, given) if trains else None
         duplicates_N = _duplicates(given) if config.duplicates else None
         report = given.report
-        assessment = assess(report, config, below_threshold_N)
+        all_rows = config.all_rows or config.report is not None  # a page shows unflagged ones too
+        assessment = assess(report, dataclasses.replace(config, all_rows=all_rows), below_threshold_N)
         written_N = np.full(len(report), config.all_rows) | assessment.flagged_N
         if duplicates_N is not None:
             written_N |= duplicates_N >= 0
@@ -114,7 +115,7 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
         if config.output is not None:
             write_table(config.output, table)
         if config.report is not None:
-            _write_page(given, below_threshold_N, config)
+            _write_page(given, assessment, config)
         cleaned = None
         if config.cleaned is not None:
             cleaned = _write_cleaned(given, assessment.flagged_N, config, config.cleaned)
@@ -139,29 +140,27 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
 
 def summarise_labels(report: Report) -> NoiseSummary | None:
     """Return what detection with all its defaults finds in a report; None if nothing can be said."""
-    if not (np.isfinite(report.noise_scores) & np.isfinite(report.values)).any():
+    if not can_be_assessed(report):
         return None
     found = assess(report, DetectConfig(output=None))
     return summarise_noise(report.table, found.score_N, found.flagged_N, found.order, found.rate)
 
 
-def _write_page(given: Input, below_threshold_N: NDArray[np.bool_] | None, config: DetectConfig) -> None:
+def _write_page(given: Input, found: Assessment, config: DetectConfig) -> None:
     """Write the review page."""
-    from chgval.runs.report import dataset_of_page, features_of_page, write_page  # imports torch
+    from chgval.runs.report import dataset_of_page, features_of_page, write_and_tell  # imports torch
 
     values = None if given.values is None else OutputConfig(path=given.values)
     page = page_config(config.report, values, config.overwrites)
     if page is None:
         raise ValueError("no page was asked for")
     page = dataclasses.replace(page, dataset=config.dataset)
-    found = assess(given.report, dataclasses.replace(config, all_rows=True), below_threshold_N)
     source = given.source or dataset_of_page(page, given.report)
-    if given.valued is not None:
-        features_ND = given.valued[0].features_ND
-        written = write_page(given.report, found, source, page, features_ND)
+    if given.valued is None:
+        features_ND = features_of_page(page, given.report)
     else:
-        written = write_page(given.report, found, source, page, features_of_page(page, given.report))
-    progress.say(f"{written.num_samples:,} samples, {written.num_pictures:,} pictures -> {page.target}")
+        features_ND = given.valued[0].features_ND
+    write_and_tell(given.report, found, source, page, features_ND)
 
 
 def _check_needs_no_dataset(config: DetectConfig, *, trains: bool) -> None:

@@ -20,7 +20,7 @@ from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
 from chgval.files import check_file, locked, output_errors, replacing
 from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
-from chgval.reports.files import dataset_of, features_of, in_input_order, is_report, read_table, report_name
+from chgval.reports.files import features_of, in_input_order, is_report, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.report import Report
 from chgval.runs.assessment import Assessment, assess
@@ -107,6 +107,18 @@ def write_page(
     )
 
 
+def write_and_tell(
+    report: Report,
+    found: Assessment,
+    source: Format | None,
+    config: ReportConfig,
+    features_ND: NDArray[np.floating] | None,
+) -> None:
+    """Write the page that another command makes on its way, and say what is on it; see `write_page`."""
+    written = write_page(report, found, source, config, features_ND)
+    progress.say(f"{written.num_samples:,} samples, {written.num_pictures:,} pictures -> {config.target}")
+
+
 def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
     """Return the dataset that a report is about, if it is there and still the same; else say why not.
 
@@ -114,17 +126,13 @@ def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
         DataError: the user named one that is not it.
     """
     from chgval.data.formats import format_of
-    from chgval.runs.rewriting import known_rows
+    from chgval.runs.rewriting import data_behind, known_rows
 
     try:
         if config.dataset is not None and not report.metadata:  # a CSV file
             data = DataConfig(source=config.dataset)
         else:
-            data = dataset_of(report.metadata, config.source)
-        if config.dataset is not None:
-            data = dataclasses.replace(data, source=config.dataset)
-        elif "://" in data.source and not data.source.startswith("file://"):
-            raise DataError(f"{data.source}: nothing is fetched because a report says so; pass --dataset.")
+            data = data_behind(config.source, report.metadata, config.dataset)
         source = format_of(data)
         source.check_same(known_rows(report.table, report.metadata))
         return source
@@ -147,7 +155,7 @@ def page_of(
     scored = found.order[np.isfinite(found.score_N[found.order])]
     rows = scored[: min(config.top, 2 * num_flagged + MORE_SAMPLES)]
     label_N, value_N = report.integers("label"), report.values
-    class_names = _class_names(report)
+    class_names = report.class_names
     count = max(1, min(SHOWN_OF_CLASS, SHOWN_OF_CLASSES // (2 * max(1, len(class_names)))))
     ends = extremes(value_N, label_N, len(class_names), count)[: SHOWN_OF_CLASSES // 2]
     name = config.dataset or report.dataset or config.source
@@ -158,16 +166,7 @@ def page_of(
     samples = _samples(report, found, source, rows, PICTURE_SIDE)
     neighbours: list[PageSample] = []
     if features_ND is not None:
-        near = [
-            nearest_sure(features_ND, label_N, found.score_N, rows, wanted_N[rows], NEIGHBOURS)
-            for wanted_N in (label_N, report.integers("suggested_label"))
-        ]
-        shown_near = np.unique(np.concatenate([part[part >= 0] for part in near]))
-        neighbours = _samples(report, found, source, shown_near, NEIGHBOUR_SIDE)
-        samples = [
-            dataclasses.replace(sample, near_given=places[0], near_suggested=places[1])
-            for sample, *places in zip(samples, *(_places(part, shown_near) for part in near), strict=True)
-        ]
+        samples, neighbours = _with_neighbours(samples, report, found, source, features_ND)
     of_classes = np.concatenate([np.concatenate([low, high]) for _, low, high in ends])
     shown = dict(
         zip(of_classes.tolist(), _samples(report, found, source, of_classes, CLASS_PICTURE_SIDE), strict=True)
@@ -214,6 +213,28 @@ def features_of_page(config: ReportConfig, report: Report) -> NDArray[np.floatin
     return features_ND
 
 
+def _with_neighbours(
+    samples: Sequence[PageSample],
+    report: Report,
+    found: Assessment,
+    source: Format | None,
+    features_ND: NDArray[np.floating],
+) -> tuple[list[PageSample], list[PageSample]]:
+    """Return samples that know which of the neighbours, returned too, are surely of either class."""
+    rows, label_N = np.array([sample.index for sample in samples], dtype=np.int64), report.integers("label")
+    near = [
+        nearest_sure(features_ND, label_N, found.score_N, rows, wanted_N[rows], NEIGHBOURS)
+        for wanted_N in (label_N, report.integers("suggested_label"))
+    ]
+    shown = np.unique(np.concatenate([part[part >= 0] for part in near]))
+    neighbours = _samples(report, found, source, shown, NEIGHBOUR_SIDE)
+    placed = zip(samples, *(_places(part, shown) for part in near), strict=True)
+    return [
+        dataclasses.replace(sample, near_given=given, near_suggested=suggested)
+        for sample, given, suggested in placed
+    ], neighbours
+
+
 def _places(near_RK: IntArray, shown: IntArray) -> list[list[int]]:
     """Return where the neighbours of each sample are among all that are shown."""
     return [np.searchsorted(shown, near[near >= 0]).tolist() for near in near_RK]
@@ -251,21 +272,6 @@ def _samples(
             )
         )
     return samples
-
-
-def _class_names(report: Report) -> Sequence[str]:
-    """Return the names of all classes; of a report without metadata, those that rows have."""
-    names: Sequence[str] | None = report.metadata.get("class_names")
-    if names is not None:
-        return names
-    pairs = (("label", "label_name"), ("suggested_label", "suggested_name"))
-    known = {
-        int(label): str(name)
-        for labels, texts in pairs
-        for label, name in zip(report.integers(labels), report[texts], strict=True)
-        if label >= 0
-    }
-    return [known.get(label, str(label)) for label in range(max(known, default=-1) + 1)]
 
 
 def _summary(report: Report, rate: NoiseRate, num_flagged: int) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DetectConfig, Link, SelectConfig
+from chgval.config import DataConfig, DetectConfig, Link, SelectConfig
 from chgval.data.formats import Format, format_of
 from chgval.data.formats.base import KnownRows, RowChanges
 from chgval.data.open import check_rewritable
@@ -44,15 +44,7 @@ def dataset_behind(
         ChgvalError: the report does not say, or names another machine, the dataset is not there or another
             by now, or the target is not free.
     """
-    data = dataset_of(metadata, source)
-    if dataset is not None:
-        data = dataclasses.replace(data, source=dataset)
-    elif "://" in data.source and not data.source.startswith("file://"):
-        # A report from a stranger could name any machine.
-        raise DataError(
-            f"{report_name(source)}: says that its dataset is {data.source}; nothing is fetched because a "
-            "report says so. If you trust that place, pass it as --dataset."
-        )
+    data = data_behind(source, metadata, dataset)
     try:
         source_of_rows = format_of(data)
         check_rewritable(source_of_rows, target, overwrite=overwrite, link=link)
@@ -63,6 +55,20 @@ def dataset_behind(
         message = f"{error} {report_name(source)} was made from it; pass --dataset if it has moved."
         raise DataError(message) from error
     return source_of_rows
+
+
+def data_behind(source: str, metadata: dict[str, Any], dataset: str | None) -> DataConfig:
+    """Return which dataset a report is about, here or where the user says; see `dataset_behind`."""
+    data = dataset_of(metadata, source)
+    if dataset is not None:
+        return dataclasses.replace(data, source=dataset)
+    if "://" in data.source and not data.source.startswith("file://"):
+        # A report from a stranger could name any machine.
+        raise DataError(
+            f"{report_name(source)}: says that its dataset is {data.source}; nothing is fetched because a "
+            "report says so. If you trust that place, pass it as --dataset."
+        )
+    return data
 
 
 def dataset_of_values(

@@ -171,13 +171,8 @@ def _dropped_by(source: str, report: Report, flagged_N: NDArray[np.bool_]) -> ND
 
     What they relabelled is left out too: its value is that of the label that it had.
     """
-    labels_N, names = report.integers("label"), report["label_name"]
-    class_names = [str(label) for label in range(labels_N.max(initial=-1) + 1)]
-    for label, row in zip(*np.unique(labels_N, return_index=True), strict=True):
-        if label >= 0:
-            class_names[label] = names[row]
-    class_names = report.metadata.get("class_names", class_names)
-    decisions = read_decisions(source, list(report["id"]), labels_N, class_names, "the report")
+    ids, labels_N = list(report["id"]), report.integers("label")
+    decisions = read_decisions(source, ids, labels_N, report.class_names, "the report")
     left_out_N: NDArray[np.bool_] = np.isin(decisions.word_N.astype(str), (DROP, RELABEL))
     left_out_N |= flagged_N & (decisions.word_N != KEEP)
     return left_out_N

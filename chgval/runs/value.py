@@ -17,10 +17,9 @@ from chgval.data.open import check_not_read
 from chgval.files import check_file
 from chgval.reports.files import ReportWriter, kept_features, write_array
 from chgval.reports.report import Report
-from chgval.runs.assessment import assess
+from chgval.runs.assessment import assess, can_be_assessed
 from chgval.runs.checkpoint import Checkpoint, HasState
-from chgval.runs.detect_noise import summarise_labels
-from chgval.runs.report import write_page
+from chgval.runs.report import write_and_tell
 from chgval.runs.session import (
     Run,
     input_rows,
@@ -114,12 +113,11 @@ def value_dataset(
 def write_page_of(valued: Valued, source: Format, page: ReportConfig) -> None:
     """Write the review page of a run, if its report has a noise score."""
     report = valued.report
-    if summarise_labels(report) is None:
+    if not can_be_assessed(report):
         progress.warn("no page: nothing can be said about these labels")
         return
     found = assess(report, DetectConfig(output=None, all_rows=True))
-    written = write_page(report, found, source, page, valued.features_ND)
-    progress.say(f"{written.num_samples:,} samples, {written.num_pictures:,} pictures -> {page.target}")
+    write_and_tell(report, found, source, page, valued.features_ND)
 
 
 def check_outputs(

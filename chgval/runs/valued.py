@@ -80,12 +80,7 @@ def values_of(
 
 
 def _read(config: DetectConfig | SelectConfig, columns: Sequence[str], *, in_order: bool) -> Input:
-    if config.target is not None:
-        check_apart(config.target, config.files)
-    for output in config.tables:
-        check_output(output, *config.inputs)
-    for path in config.also_written:
-        check_file(path, overwrite=config.overwrites)
+    _check_outputs(config)
     table, metadata = read_table(config.source, columns)
     source = None
     if in_order or config.target is not None:
@@ -114,18 +109,23 @@ def _read_values(config: DetectConfig | SelectConfig, columns: Sequence[str]) ->
         )
     data = dataclasses.replace(config, data=DataConfig())  # columns are those of the dataset
     data.check_report_is_enough(f"{values} is there and is read")
-    if config.target is not None:
-        check_apart(config.target, config.files)
-    for output in config.tables:
-        check_output(output, *config.inputs, values)
-    for path in config.also_written:
-        check_file(path, overwrite=config.overwrites)
+    _check_outputs(config, values)
     table, metadata = read_table(values, columns)
     table = in_input_order(table, values)
     from chgval.runs.rewriting import dataset_of_values  # imports torch
 
     progress.say(f"note: reading the values report {values}; --overwrite values the dataset anew")
     return Input(Report(table, metadata), values, dataset_of_values(config, table, metadata))
+
+
+def _check_outputs(config: DetectConfig | SelectConfig, *also_read: str) -> None:
+    """Raise OutputError where something cannot be written, if nothing is trained."""
+    if config.target is not None:
+        check_apart(config.target, config.files)
+    for output in config.tables:
+        check_output(output, *config.inputs, *also_read)
+    for path in config.also_written:
+        check_file(path, overwrite=config.overwrites)
 
 
 @contextmanager

@@ -114,6 +114,10 @@ class TableRows:
         """Return ids for rows that have no others."""
         return [str(row) for row in range(len(self))]
 
+    def ids_beside(self, paths: Sequence[str | None]) -> Sequence[str]:
+        """Return the ids: of their column, or paths of images if these tell rows apart, or numbers."""
+        return self.ids or ids_from_paths(paths) or self.row_numbers()
+
     def labelled(self, ids: Sequence[str]) -> Labelled:
         """Return the labels as class indices; see class_indices."""
         labels_NA, names_C = class_indices(self.raw_labels_A, self.class_names, self.source, ids)
@@ -195,7 +199,7 @@ def read_rows(rows: TableRows, config: DataConfig, largest_size: int) -> Dataset
     if images is not None:
         rows.shards.check_types(rows.source, [images.name])
     read = _read_contents(rows, images, config, largest_size)
-    ids = rows.ids or ids_from_paths(read.paths) or rows.row_numbers()
+    ids = rows.ids_beside(read.paths)
     labelled = rows.labelled(ids)
     return Dataset(
         source=rows.source,
@@ -292,7 +296,7 @@ def row_ids(rows: TableRows, config: DataConfig) -> Sequence[str]:
     """Return the ids that rows have when they are read, without reading what else is in them."""
     images = None if rows.ids else images_of(rows, config)
     paths = [] if images is None else image_paths(rows.shards, images)
-    return rows.ids or ids_from_paths(paths) or rows.row_numbers()
+    return rows.ids_beside(paths)
 
 
 def ids_from_paths(paths: Sequence[str | None]) -> list[str]:

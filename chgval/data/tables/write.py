@@ -38,7 +38,6 @@ from chgval.data.tables.read import (
     Labelled,
     SeenImages,
     TableRows,
-    ids_from_paths,
     images_of,
     read_vectors_of,
 )
@@ -293,6 +292,6 @@ def check_contents(
         contents = [] if data.features else files.digests()
     if data.takes_features:
         contents = read_vectors_of(rows, data)[0].tobytes()
-    ids = rows.ids or ids_from_paths(paths) or rows.row_numbers()
+    ids = rows.ids_beside(paths)
     found = fingerprint(ids, labelled.labels_NA, labelled.class_names, contents)
     check_fingerprint(rows.source, known, found)
