@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from chgval.errors import SettingsError
-from chgval.files import EPOCHS_ENDING, STATE_ENDING, TRAINING_STATE_FILE
+from chgval.files import ARRAY_ENDING, EPOCHS_ENDING, STATE_ENDING, TRAINING_STATE_FILE
 from chgval.registry import names_in
 
 ReportFormat = Literal["parquet", "csv", "jsonl", "arrow"]
@@ -507,8 +507,8 @@ class ValueConfig(CommandConfig):
         Settings.__post_init__(self)
         _name_output(self, self.data.source)
         for name, path in (("probs", self.write_probs), ("features", self.write_features)):
-            if path is not None and path.suffix != ".npy":
-                raise SettingsError(f"--write-{name} {path}: is written as NumPy; end it in .npy.")
+            if path is not None and path.suffix != ARRAY_ENDING:
+                raise SettingsError(f"--write-{name} {path}: is written as NumPy; end it in {ARRAY_ENDING}.")
 
     @property
     def inputs(self) -> list[str]:

@@ -18,6 +18,8 @@ from chgval.errors import OutputError
 METADATA_KEY = b"chgval"
 # What files end in that hold the state of unfinished runs.
 STATE_ENDING = ".checkpoint"
+# What files of features or probabilities end in.
+ARRAY_ENDING = ".npy"
 # What folders end in that hold the values of each epoch.
 EPOCHS_ENDING = ".epochs"
 # What is in the folder of a training from its start, and holds its state while it is unfinished.

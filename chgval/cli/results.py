@@ -174,8 +174,16 @@ def show_page(console: Console, written: Written, config: ReportConfig) -> None:
         f"{written.num_pictures:,} pictures, {written.num_bytes / 1e6:.1f} MB -> {config.target}"
     )
     console.say(f"open it in a browser: {config.target.resolve().as_uri()}")
-    console.say("then download your decisions, and write the corrected dataset with chgval apply")
-    result = {**_outputs(config.outputs), **dataclasses.asdict(written), "seconds": console.seconds}
+    following = None
+    if written.dataset is not None:
+        console.say(f"then download your decisions, and apply them where {written.decisions} is")
+        following = _next(console, "apply", written.decisions, "--dataset", written.dataset)
+    result = {
+        **_outputs(config.outputs),
+        **dataclasses.asdict(written),
+        "seconds": console.seconds,
+        "next": following,
+    }
     console.hand_over(result)
 
 
@@ -188,7 +196,7 @@ def show_applied(console: Console, applied: Applied, config: ApplyConfig) -> Non
     )
     console.say(f"{applied.num_written:,} of {applied.num_rows:,} rows -> {config.target}")
     following = None
-    if not config.labels_only and config.target.suffix in ("", ".parquet"):  # needs no other option
+    if not config.labels_only and (config.target.is_dir() or config.target.suffix == ".parquet"):
         following = _next(console, "value", str(config.target))
     result = {
         **_outputs(config.outputs),

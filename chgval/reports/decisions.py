@@ -28,7 +28,7 @@ class Decisions:
     """Decisions about rows of a dataset.
 
     Attributes:
-        table: as docs/reports.md describes it, with whatever other columns it has.
+        table: as docs/reports.md describes it, with whatever other columns it has, as text.
         word_N: what was decided about each row of the dataset; None where nothing was.
         kept_N: which rows remain.
         new_labels_N: the class that a row gets; -1 leaves it its own.
@@ -61,6 +61,7 @@ def read_decisions(
     """
     table, _ = read_table(source, kind=DECISIONS)
     name = report_name(source)
+    table = _with_texts(table, name)
     rows_of: dict[str, list[int]] = {}
     for row, row_id in enumerate(ids):
         rows_of.setdefault(row_id, []).append(row)
@@ -93,18 +94,36 @@ def read_decisions(
     return Decisions(table, word_N, word_N != DROP, new_labels_N)
 
 
+def _with_texts(table: pa.Table, name: str) -> pa.Table:
+    """Return the table with all of its columns as text, which they are kept as.
+
+    Raises:
+        DataError: one holds something else.
+    """
+    for place, field in enumerate(table.schema):
+        if field.name in DECISIONS.schema.names:
+            continue
+        try:
+            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{name}: column '{field.name}' holds {field.type}, which is no text; leave it out."
+            ) from error
+    return table
+
+
 def _row_of(decision: Mapping[str, Any], rows: Sequence[int], name: str, dataset: str) -> int:
     """Return the row that a decision is about; its number tells rows of one id apart.
 
     Raises:
         DataError: there is none, or there are several.
     """
-    who, number = decision["id"], decision.get("index")
+    who, number = decision["id"], str(decision.get("index"))
     if not rows:
         raise DataError(f"{name}: {who!r} is no row of {dataset}; {ADVICE}.")
     if len(rows) == 1:
         return rows[0]
-    if number is None or number not in rows:
+    if number not in map(str, rows):
         raise DataError(
             f"{name}: {len(rows):,} rows of {dataset} are called {who!r}; say which in a column 'index', the "
             f"number of the row from 0 (the first is {rows[0]:,})."

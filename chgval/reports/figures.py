@@ -34,7 +34,7 @@ class ThresholdCurve:
     """What flagging from a noise score on would mean.
 
     Attributes:
-        thresholds_T: scores from 0 to 1.
+        thresholds_T: scores from 0 to 1, in order.
         counts_T: samples of at least that score.
         sums_T: how many of them are wrong, as their scores say: the sum of these.
     """
@@ -44,9 +44,9 @@ class ThresholdCurve:
     sums_T: FloatArray
 
 
-def threshold_curve(score_N: FloatArray) -> ThresholdCurve:
-    """Return what each threshold would flag; NaN scores count nowhere."""
-    thresholds_T = np.linspace(0, 1, THRESHOLDS)
+def threshold_curve(score_N: FloatArray, cut: float | None = None) -> ThresholdCurve:
+    """Return what each threshold would flag, a cut among them; NaN scores count nowhere."""
+    thresholds_T = np.union1d(np.arange(THRESHOLDS) / (THRESHOLDS - 1), [] if cut is None else [cut])
     ascending = np.sort(score_N[np.isfinite(score_N)])
     first_T = np.searchsorted(ascending, thresholds_T, side="left")
     sums = np.concatenate([[0.0], np.cumsum(ascending)])
@@ -60,10 +60,12 @@ class Confusion:
     Attributes:
         labels: of the classes that are shown, in their order.
         counts_KK: samples of the label of the row whose suggestion is that of the column.
+        num_classes: that have flagged samples, shown or not.
     """
 
     labels: list[int]
     counts_KK: IntArray
+    num_classes: int
 
 
 def confusion(label_N: IntArray, suggested_N: IntArray, flagged_N: NDArray[np.bool_]) -> Confusion:
@@ -76,7 +78,7 @@ def confusion(label_N: IntArray, suggested_N: IntArray, flagged_N: NDArray[np.bo
     inside = np.isin(given, labels) & np.isin(suggested, labels)
     places = np.searchsorted(labels, given[inside]), np.searchsorted(labels, suggested[inside])
     np.add.at(counts_KK, places, 1)
-    return Confusion(labels.tolist(), counts_KK)
+    return Confusion(labels.tolist(), counts_KK, len(classes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +155,9 @@ def epoch_curves(folder: Path, rows: IntArray, num_rows: int) -> EpochCurves | N
         DataError: they cannot be read, or are those of another report.
     """
     parts = {
-        int(part.parent.name.removeprefix("epoch=")): part
-        for part in folder.glob("epoch=[0-9]*/values.parquet")
+        int(name): part
+        for part in folder.glob("epoch=*/values.parquet")
+        if (name := part.parent.name.removeprefix("epoch=")).isdecimal()
     }
     numbers = sorted(parts)
     if not numbers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 
 from chgval.config import STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
-from chgval.files import METADATA_KEY, check_file, check_free, output_errors, replacing
+from chgval.files import ARRAY_ENDING, METADATA_KEY, check_file, check_free, output_errors, replacing
 from chgval.reports.tables import VALUES, TableKind, epoch_table
 from chgval.spreadsheets import with_marks, without_marks
 from chgval.valuation.signals import EpochSignals
@@ -31,7 +34,9 @@ from chgval.valuation.signals import EpochSignals
 # Raised whenever a column changes its name, type or meaning.
 REPORT_VERSION = 3
 ROW_GROUP_ROWS = 262_144
-# Bytes of a row in JSON lines.
+# What stands between the fields of CSV: spreadsheets write what their country does.
+DELIMITERS = (",", ";", "\t")
+# Bytes of a row of text.
 LONGEST_LINE = 2**20
 
 
@@ -179,21 +184,25 @@ def kept_features(path: Path, features_ND: NDArray[np.floating]) -> dict[str, st
     return {"file": str(path.absolute()), "digest": digest}
 
 
-def features_of(metadata: dict[str, Any], source: str) -> NDArray[np.floating] | None:
+def features_of(metadata: dict[str, Any], source: str, num_rows: int) -> NDArray[np.floating] | None:
     """Return the features that the run of a report wrote, shape (N, D), if they are there; NaN for none.
 
     Args:
         metadata: of the report.
         source: the report; features may have moved with it.
+        num_rows: N.
     """
     said = metadata.get("features")
     if not isinstance(said, dict):
         return None
     file = Path(str(said.get("file")))
-    for path in (file, Path(source).with_name(file.name)):
-        with suppress(OSError, ValueError, EOFError):  # whatever is there is not what the run wrote
-            features_ND: NDArray[np.floating] = np.load(path, allow_pickle=False)
-            if kept_features(path, features_ND)["digest"] == said.get("digest"):
+    for path in (file, Path(source).parent / file.name):
+        if path.suffix != ARRAY_ENDING or not path.is_file():  # a stranger's report may name anything
+            continue
+        with suppress(OSError, ValueError):  # whatever is there is not what the run wrote
+            features_ND: NDArray[np.floating] = np.lib.format.open_memmap(path, mode="r")
+            is_whole = features_ND.ndim == 2 and len(features_ND) == num_rows
+            if is_whole and kept_features(path, features_ND)["digest"] == said.get("digest"):
                 return features_ND
     return None
 
@@ -251,7 +260,7 @@ def read_table(
     try:
         buffer = pa.py_buffer(sys.stdin.buffer.read()) if source == STANDARD_STREAM else pa.memory_map(source)
         file = pa.BufferReader(buffer) if source == STANDARD_STREAM else buffer
-        table = _parse(file, wanted, whole=columns is None)
+        table = _parse(file, wanted, whole=columns is None, others_are_text=kind.others_are_text)
         table.validate(full=True)  # nothing else looks whether offsets lie within the file, and text is UTF-8
         missing = [column for column in wanted.names if column not in table.column_names]
         if missing:
@@ -264,10 +273,10 @@ def read_table(
         return table.select(schema.names).cast(schema), _metadata(table.schema)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file; expected the output of chgval {kind.command}.") from error
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(
             f"{name}: cannot be read as {kind.what} ({first_line(error)}); expected the output of chgval "
-            f"{kind.command}, as Parquet, CSV, JSON lines or Arrow."
+            f"{kind.command}, as Parquet, CSV in UTF-8, JSON lines or Arrow."
         ) from error
 
 
@@ -315,7 +324,7 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{report_name(source)}: does not say which dataset it is about, as CSV and JSON lines cannot; "
-            "pass the report as Parquet or Arrow."
+            "pass the report as Parquet or Arrow, or --dataset."
         ) from error
 
 
@@ -327,7 +336,7 @@ def _metadata(schema: pa.Schema) -> dict[str, Any]:
     return metadata
 
 
-def _parse(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool) -> pa.Table:
+def _parse(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool, others_are_text: bool) -> pa.Table:
     """Read what is there of the wanted columns, or all, in whatever format the first bytes show."""
     start = file.read(6)
     file.seek(0)
@@ -349,15 +358,32 @@ def _parse(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool) -> pa.Table:
         file.seek(0)
         there = pa.schema([field for field in as_floats if field.name in names])
         return pajson.read_json(file, parse_options=pajson.ParseOptions(explicit_schema=there))
+    return _parse_csv(file, as_floats, whole=whole, others_are_text=others_are_text)
+
+
+def _parse_csv(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool, others_are_text: bool) -> pa.Table:
+    """Read CSV as chgval writes it, or as a spreadsheet does that has read it."""
+    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file.seek(0)
+        file = pa.BufferReader(file.read().decode("utf-16").encode())
+    file.seek(0)
+    first = file.read(LONGEST_LINE).decode("utf-8-sig", "replace").splitlines()[0]
+    file.seek(0)
+    delimiter = max(DELIMITERS, key=first.count)
+    types = {field.name: field.type for field in wanted}
+    if others_are_text:
+        types = dict.fromkeys(next(csv.reader([first], delimiter=delimiter)), pa.string()) | types
     convert = pacsv.ConvertOptions(
-        column_types=as_floats,
+        column_types=types,
         include_columns=None if whole else wanted.names,
         null_values=[""],  # a class may be called NA
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,  # reports write null as nothing, and an empty id as ""
     )
-    parse = pacsv.ParseOptions(newlines_in_values=True)
-    return without_marks(pacsv.read_csv(file, parse_options=parse, convert_options=convert))
+    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    table = without_marks(pacsv.read_csv(file, parse_options=parse, convert_options=convert))
+    empty = functools.reduce(pc.and_, [column.is_null() for column in table.columns])
+    return table.filter(pc.invert(empty))  # as spreadsheets write rows that were emptied
 
 
 def _write(table: pa.Table, file: BinaryIO, report_format: ReportFormat) -> None:

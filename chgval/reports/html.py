@@ -36,6 +36,7 @@ class PageSample:
         given, suggested: classes; -1 for none.
         score: noise score, and `sure` the probability of the suggestion; NaN for none.
         value, percentile: of it among all; NaN for none.
+        is_flagged: whether its label is held to be wrong.
         picture: WebP; None if there is none.
         is_small: whether the picture is shown in its pixels.
         near_given, near_suggested: places in `Page.neighbours` of the nearest samples that are surely of
@@ -50,6 +51,7 @@ class PageSample:
     sure: float
     value: float
     percentile: float
+    is_flagged: bool
     picture: bytes | None
     is_small: bool
     near_given: Sequence[int] = ()
@@ -62,11 +64,12 @@ class PageSample:
             "id": self.id,
             "given": self.given,
             "suggested": self.suggested,
-            "score": _number(self.score),
+            "score": self.score if math.isfinite(self.score) else None,  # thresholds are exact
             "sure": _number(self.sure),
             "value": _number(self.value),
             "percentile": _number(self.percentile),
             "picture": None if self.picture is None else _data_uri(self.picture),
+            "flagged": self.is_flagged,
             "small": self.is_small,
             "near": [list(self.near_given), list(self.near_suggested)],
         }
@@ -82,10 +85,11 @@ class Page:
         notes: sentences to read before acting on it.
         provenance: names and texts on where it comes from.
         key: under which a browser keeps decisions.
+        ids_are_unique: whether an id says which row is meant.
         decisions: name of the file that they are downloaded as.
         class_names: of all classes.
         samples: the most suspicious first.
-        cut: score from which on samples are flagged.
+        cut: place in the curve of the score from which on samples are flagged.
         curve, confusion, histogram: see chgval.reports.figures.
         extremes: class, lowest and highest samples of each class that is shown.
         epochs: values of `samples` by epoch, if they are known.
@@ -97,10 +101,11 @@ class Page:
     notes: Sequence[str]
     provenance: Sequence[tuple[str, str]]
     key: str
+    ids_are_unique: bool
     decisions: str
     class_names: Sequence[str]
     samples: Sequence[PageSample]
-    cut: float
+    cut: int
     curve: ThresholdCurve
     confusion: Confusion
     histogram: Histogram
@@ -142,12 +147,21 @@ def _data(page: Page) -> dict[str, Any]:
             sample["epochs"] = _numbers(value_E)
     return {
         "key": page.key,
+        "ids_are_unique": page.ids_are_unique,
         "decisions": page.decisions,
         "classes": list(page.class_names),
         "samples": samples,
-        "cut": round(page.cut, DIGITS),
-        "curve": {"counts": page.curve.counts_T.tolist(), "sums": _numbers(page.curve.sums_T)},
-        "confusion": {"labels": page.confusion.labels, "counts": page.confusion.counts_KK.tolist()},
+        "cut": page.cut,
+        "curve": {
+            "thresholds": page.curve.thresholds_T.tolist(),
+            "counts": page.curve.counts_T.tolist(),
+            "sums": _numbers(page.curve.sums_T),
+        },
+        "confusion": {
+            "labels": page.confusion.labels,
+            "counts": page.confusion.counts_KK.tolist(),
+            "flagged": page.confusion.num_classes,
+        },
         "histogram": {
             "low": _number(page.histogram.edges[0]),
             "high": _number(page.histogram.edges[-1]),

@@ -137,17 +137,19 @@ class TableKind:
         schema: its columns.
         what: it is called in messages.
         command: that writes it.
+        others_are_text: whether columns that are not its own are kept as the text that they are.
     """
 
     schema: pa.Schema
     what: str
     command: str
+    others_are_text: bool = False
 
 
 VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
 SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
 MANIFEST = TableKind(MANIFEST_SCHEMA, "a subset", "select")
-DECISIONS = TableKind(DECISIONS_SCHEMA, "decisions", "report")
+DECISIONS = TableKind(DECISIONS_SCHEMA, "decisions", "report", others_are_text=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,13 @@ class Assessment:
     order: IntArray
     rate: NoiseRate
 
+    @property
+    def cut(self) -> float | None:
+        """The lowest flagged score, from which on all are flagged; None where flags follow no such cut."""
+        flagged = self.score_N[self.flagged_N]
+        lowest = float(flagged.min(initial=np.inf))
+        return lowest if len(flagged) and int((self.score_N >= lowest).sum()) == len(flagged) else None
+
 
 def can_be_assessed(report: Report) -> bool:
     """Say whether a report has a noise score."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chgval import progress
-from chgval.config import DataConfig, DetectConfig, OutputConfig, ReportConfig, default_name
+from chgval.config import DetectConfig, OutputConfig, ReportConfig, default_name
 from chgval.detection.neighbours import nearest_sure
 from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
@@ -50,12 +50,16 @@ class Written:
         num_samples, num_pictures: on it, to review.
         num_flagged: of them.
         num_bytes: of the file.
+        decisions: name of the file that decisions are downloaded as.
+        dataset: that they can be applied to; None if it is not known, or built in.
     """
 
     num_samples: int
     num_pictures: int
     num_flagged: int
     num_bytes: int
+    decisions: str
+    dataset: str | None
 
 
 def run_report(config: ReportConfig) -> Written:
@@ -102,8 +106,14 @@ def write_page(
         file.write(text)
     flagged = int(found.flagged_N[[sample.index for sample in page.samples]].sum())
     pictures = sum(sample.picture is not None for sample in page.samples)
+    dataset = config.dataset or report.dataset
     return Written(
-        num_samples=len(page.samples), num_pictures=pictures, num_flagged=flagged, num_bytes=len(text)
+        num_samples=len(page.samples),
+        num_pictures=pictures,
+        num_flagged=flagged,
+        num_bytes=len(text),
+        decisions=page.decisions,
+        dataset=None if dataset is None or dataset.startswith("builtin:") else dataset,
     )
 
 
@@ -129,11 +139,7 @@ def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
     from chgval.runs.rewriting import data_behind, known_rows
 
     try:
-        if config.dataset is not None and not report.metadata:  # a CSV file
-            data = DataConfig(source=config.dataset)
-        else:
-            data = data_behind(config.source, report.metadata, config.dataset)
-        source = format_of(data)
+        source = format_of(data_behind(config.source, report.metadata, config.dataset))
         source.check_same(known_rows(report.table, report.metadata))
         return source
     except ChgvalError as error:
@@ -152,8 +158,7 @@ def page_of(
 ) -> Page:
     """Return what the page of a report shows; see `write_page`."""
     num_flagged = int(found.flagged_N.sum())
-    scored = found.order[np.isfinite(found.score_N[found.order])]
-    rows = scored[: min(config.top, 2 * num_flagged + MORE_SAMPLES)]
+    rows = _rows_to_review(found, config.top)
     label_N, value_N = report.integers("label"), report.values
     class_names = report.class_names
     count = max(1, min(SHOWN_OF_CLASS, SHOWN_OF_CLASSES // (2 * max(1, len(class_names)))))
@@ -173,24 +178,30 @@ def page_of(
     )
     notes = list(report.notes)
     if all(sample.picture is None for sample in samples):
-        notes.append("There are no pictures on this page: " + _why_no_pictures(source))
-    left_out = num_flagged - len(rows)
-    if left_out > 0:
+        notes.append("There are no pictures on this page: " + _why_no_pictures(source, report))
+    left_out = num_flagged - int(found.flagged_N[rows].sum())
+    if left_out:
         notes.append(
             f"The {len(rows):,} most suspicious samples are on this page; {left_out:,} more are flagged."
         )
-    flagged = found.score_N[found.flagged_N]
+    curve = threshold_curve(found.score_N, found.cut)
+    if num_flagged and found.cut is None:
+        notes.append(
+            f"What flagged these {num_flagged:,} samples is no threshold of the score: others of a higher "
+            "score are not flagged."
+        )
     return Page(
         title=default_name(name, "").rstrip(".") or name,
         summary=_summary(report, found.rate, num_flagged),
         notes=notes,
         provenance=_provenance(report, name),
         key=_key(report),
+        ids_are_unique=len(set(report["id"])) == len(report),
         decisions=f"{default_name(name, 'decisions')}.csv",
         class_names=class_names,
         samples=samples,
-        cut=float(flagged.min()) if len(flagged) else 1.0,
-        curve=threshold_curve(found.score_N),
+        cut=int(np.searchsorted(curve.thresholds_T, 1 if found.cut is None else found.cut)),
+        curve=curve,
         confusion=confusion(label_N, report.integers("suggested_label"), found.flagged_N),
         histogram=value_histogram(value_N, label_N, len(class_names)),
         extremes=[
@@ -202,10 +213,19 @@ def page_of(
     )
 
 
+def _rows_to_review(found: Assessment, most: int) -> IntArray:
+    """Return the flagged rows, and others to set a threshold by; of all these, the most suspicious first."""
+    scored = found.order[np.isfinite(found.score_N[found.order])]
+    is_flagged = found.flagged_N[scored]
+    flagged_first = np.concatenate([scored[is_flagged], scored[~is_flagged]])
+    wanted = flagged_first[: min(most, 2 * int(is_flagged.sum()) + MORE_SAMPLES)]
+    return scored[np.isin(scored, wanted)]
+
+
 def features_of_page(config: ReportConfig, report: Report) -> NDArray[np.floating] | None:
     """Return the features that the user named, or the run kept, if there are any."""
     if config.features is None:
-        return features_of(report.metadata, config.source)
+        return features_of(report.metadata, config.source, len(report))
     from chgval.data.features import read_features
 
     features_ND, problems = read_features(config.features, len(report), report_name(config.source))
@@ -267,6 +287,7 @@ def _samples(
                 sure=float(sure[row]),
                 value=float(value[row]),
                 percentile=float(percentile[row]),
+                is_flagged=bool(found.flagged_N[row]),
                 picture=small,
                 is_small=is_small,
             )
@@ -281,9 +302,14 @@ def _summary(report: Report, rate: NoiseRate, num_flagged: int) -> str:
     return f"{wrong}; {num_flagged:,} are flagged. {len(report):,} samples: {count_statuses(report)}."
 
 
-def _why_no_pictures(source: Format | None) -> str:
+def _why_no_pictures(source: Format | None, report: Report) -> str:
+    if source is None and report.dataset is None:
+        return "the report does not say which dataset it is about; chgval report --dataset does."
     if source is None:
-        return "the dataset was not found where it was valued; chgval report --dataset says where it is now."
+        return (
+            "the dataset is not where it was valued, or is another by now; chgval report --dataset says "
+            "where it is."
+        )
     return "the dataset has none, or they cannot be read."
 
 

@@ -59,6 +59,8 @@ def dataset_behind(
 
 def data_behind(source: str, metadata: dict[str, Any], dataset: str | None) -> DataConfig:
     """Return which dataset a report is about, here or where the user says; see `dataset_behind`."""
+    if dataset is not None and not metadata:  # a CSV file
+        return DataConfig(source=dataset)
     data = dataset_of(metadata, source)
     if dataset is not None:
         return dataclasses.replace(data, source=dataset)

@@ -144,7 +144,10 @@ def _asked(config: SelectConfig, num_rows: int) -> int:
 
 
 def _columns(config: SelectConfig) -> list[str]:
-    return ["index", "id", "label", "label_name", *([] if config.by == "random" else [config.by])]
+    ranked_by = [] if config.by == "random" else [config.by]
+    # Of a CSV file these say which classes there are, and only decisions ask.
+    suggested = [] if config.decisions is None else ["suggested_label", "suggested_name"]
+    return ["index", "id", "label", "label_name", *ranked_by, *suggested]
 
 
 def _flagged(source: str, report: Report) -> NDArray[np.bool_]:

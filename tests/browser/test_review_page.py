@@ -57,7 +57,7 @@ def opened(browser):
 
     yield open_page
     for context in contexts:
-        faults = [fault for page in context.pages for fault in page.faults]
+        faults = [fault for page in context.pages for fault in getattr(page, "faults", [])]
         assert not [fault for fault in faults if not fault.startswith(("data:", "file:"))]
         context.close()
 
@@ -141,7 +141,11 @@ def test_filters_and_order(strange, opened):
     page.fill("#search", "07.")
     assert ids() == ["07.png"]
     page.fill("#search", "")
+    page.select_option("#flagged", "no")
+    assert len(ids()) == 30 and max(ids()) == "29.png"
+    page.select_option("#flagged", "")
     page.select_option("#sort", "value")
+    assert page.get_attribute("#sheet", "aria-label") == "Samples by lowest value"
     assert ids()[:3] == ["00.png", "01.png", "02.png"]
     page.click("#tab-numbers")
     page.locator("#confusion button").first.click()
@@ -168,7 +172,10 @@ def test_neighbours_are_shown_beside_the_selected_sample(strange, opened, tmp_pa
 def test_the_threshold_says_what_its_scores_say(strange, opened):
     page = opened(strange / "r.html")
     page.click("#tab-numbers")
-    page.locator("#cut").fill("0.95")
+    assert "from 0.930: 30 flagged" in page.text_content("#cut-text")  # the cut itself, not one near it
+    thresholds = page.evaluate("JSON.parse(document.getElementById('data').textContent).curve.thresholds")
+    place = thresholds.index(0.95)
+    page.locator("#cut").fill(str(place))
     scores = 0.9 + np.arange(30, 60) / 1000
     flagged = scores[scores >= 0.95]
     assert f"{len(flagged)} flagged, about {flagged.sum():.0f} of them wrong" in page.text_content(
@@ -258,6 +265,103 @@ def test_decisions_are_loaded_again_and_those_about_others_are_kept(photos, open
             for r in csv.DictReader(text)
         ]
     assert again == rows[1:4]
+
+
+def decisions_of(page, folder):
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(folder / "downloaded.csv")
+    with (folder / "downloaded.csv").open(newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def test_another_class_is_chosen_by_name_and_then_confirmed(photos, opened, tmp_path):
+    page = opened(photos / "r.html")
+    page.keyboard.press("c")
+    page.keyboard.type("dog")  # a select takes letters as the start of a name; k, r, d and u are none there
+    assert page.text_content("#progress") == "0 of 31 decided"
+    page.keyboard.press("Enter")
+    assert page.text_content("#progress") == "1 of 31 decided"
+    page.select_option("#other", label="cow")
+    page.get_by_text("Relabel (Enter)").click()
+    rows = decisions_of(page, tmp_path)
+    assert [(row["decision"], row["new_label_name"]) for row in rows] == [
+        ("relabel", "dog"),
+        ("relabel", "cow"),
+    ]
+
+
+def test_keys_decide_once_and_only_where_samples_are(photos, opened):
+    page = opened(photos / "r.html")
+    for _ in range(5):
+        page.keyboard.down("d")  # all but the first are repeats of a key that is held
+    page.keyboard.up("d")
+    assert page.text_content("#progress") == "1 of 31 decided"
+    page.focus("#theme")
+    page.keyboard.press("k")
+    page.focus("#download")
+    page.keyboard.press("d")
+    assert page.text_content("#progress") == "1 of 31 decided"
+    page.locator("#filters summary").click()
+    page.locator(".card").nth(3).click()
+    page.keyboard.press("/")
+    page.keyboard.type("kdru")
+    assert page.input_value("#search") == "kdru" and page.text_content("#progress") == "1 of 31 decided"
+    page.fill("#search", "")
+    assert page.locator(".card[tabindex='0']").count() == 1
+
+
+def test_pages_of_one_report_share_decisions_and_so_do_tabs(photos, opened, tmp_path):
+    for top in (5, 12):
+        args = ("report", photos / "v.parquet", "--top", str(top), "-o", tmp_path / f"{top}.html")
+        assert invoke(*args).exit_code == 0
+    few = opened(tmp_path / "5.html")
+    for key in "kdr":
+        few.keyboard.press(key)
+    many = few.context.new_page()
+    many.goto((tmp_path / "12.html").resolve().as_uri())
+    assert many.text_content("#progress") == "3 of 12 decided"
+    many.locator(".card").last.click()
+    many.keyboard.press("u")
+    progress = "3 of 5 decided, and 1 that are not on this page"
+    sync_api.expect(few.locator("#progress")).to_have_text(progress)
+    few.locator(".card").nth(3).click()
+    few.keyboard.press("d")
+    sync_api.expect(many.locator("#progress")).to_have_text("5 of 12 decided")
+    expected = [card.get_attribute("title") for card in many.locator(".card").all()]
+    words = ["keep", "drop", "relabel", "drop", "unsure"]
+    for page in (few, many):
+        rows = decisions_of(page, tmp_path)
+        assert [row["id"] for row in rows] == [*expected[:4], expected[11]]
+        assert [row["decision"] for row in rows] == words
+
+
+@pytest.mark.parametrize(
+    ("encoding", "separator"), [("utf-8-sig", ";"), ("utf-16", "\t"), ("utf-8", ","), ("latin-1", ";")]
+)
+def test_decisions_that_a_spreadsheet_wrote_are_loaded_with_all_columns(
+    photos, opened, tmp_path, encoding, separator
+):
+    lines = [
+        "index;id;label_name;decision;new_label_name;note",
+        "0;cat/000.png;cat;drop;;schön",
+        ";;;;;",
+        "77;gone.png;cat;relabel;dog;007",
+        "78;gone2.png;cat;delete;;",
+    ]
+    text = "\r\n".join(lines).replace(";", separator)
+    (tmp_path / "d.csv").write_bytes(text.encode(encoding))
+    page = opened(photos / "r.html")
+    page.set_input_files("#load", tmp_path / "d.csv")
+    if encoding == "latin-1":
+        sync_api.expect(page.locator("#message")).to_contain_text("save it as CSV UTF-8")
+        return
+    sync_api.expect(page.locator("#message")).to_contain_text(
+        "1 decisions loaded, 1 about samples that are not on this page kept, 1 left out"
+    )
+    assert [row["note"] for row in decisions_of(page, tmp_path)] == ["schön", "007"]
+    page.keyboard.press("z")  # what was loaded is nothing to undo
+    assert page.text_content("#progress") == "1 of 31 decided, and 1 that are not on this page"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

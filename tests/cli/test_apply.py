@@ -43,6 +43,7 @@ def test_a_folder_is_written_as_decided_and_who_decided_what_lies_beside_it(phot
     result = invoke("apply", "d.csv", "--dataset", "photos/")
     assert result.exit_code == 0, result.stderr
     assert "9 of 10 rows -> photos.corrected" in result.stderr
+    assert "next: chgval value photos.corrected" in result.stderr
     before, after = ImageFolder("photos"), ImageFolder("photos.corrected")
     assert [label for _, label in after.samples].count(0) == 3 and len(after) == 9
     [moved] = [path for path, label in after.samples if "000" not in path and "cat" in path and label == 1]
@@ -54,11 +55,6 @@ def test_a_folder_is_written_as_decided_and_who_decided_what_lies_beside_it(phot
         assert filecmp.cmp(path, path.replace("photos", "photos.corrected", 1), shallow=False)
     kept = pd.read_csv("photos.corrected.decisions.csv", keep_default_na=False)
     assert kept.values.tolist() == ROWS and list(kept) == HEADER
-
-
-def rows_of_hub():
-    table = datasets.load_dataset("parquet", data_dir="hub", split="train")
-    return [(row["key"], table.features["label"].int2str(row["label"])) for row in table]
 
 
 @pytest.fixture
@@ -104,6 +100,33 @@ def test_a_table_of_paths_is_written_as_decided(photos, tmp_path):
     table = pd.read_csv("new.csv")
     assert len(table) == 9 and list(table.note.unique()) == ["x,y"]
     assert dict(zip(table.file_name, table.label, strict=True))["cat/001.png"] == "dog"
+
+
+@pytest.mark.parametrize(("encoding", "separator"), [("utf-8-sig", ";"), ("utf-16", "\t"), ("utf-8", ",")])
+def test_decisions_that_a_spreadsheet_wrote_are_read_and_other_columns_stay(
+    photos, tmp_path, encoding, separator
+):
+    lines = [
+        "id;label_name;decision;new_label_name;at;ticket",
+        "cat/000.png;cat;drop;;2026-01-02T03:04:05Z;007",
+        ";;;;;",
+        "",
+    ]
+    text = "\r\n".join(lines).replace(";", separator)
+    (tmp_path / "d.csv").write_bytes(text.encode(encoding))
+    result = invoke("apply", "d.csv", "--dataset", "photos", "-o", "new")
+    assert result.exit_code == 0, result.stderr
+    kept = pd.read_csv("new.decisions.csv", dtype=str, keep_default_na=False)
+    assert kept.values.tolist() == [["cat/000.png", "cat", "drop", "", "2026-01-02T03:04:05Z", "007"]]
+
+
+@pytest.mark.parametrize("column", [[["a", "b"]], [b"\xff\xfe"]])
+def test_columns_that_are_no_text_are_refused_before_anything_is_written(photos, tmp_path, column):
+    rows = {"id": ["cat/000.png"], "label_name": ["cat"], "decision": ["drop"], "new_label_name": [""]}
+    pq.write_table(pa.table({**rows, "tags": column}), tmp_path / "d.parquet")
+    result = invoke("apply", "d.parquet", "--dataset", "photos", "-o", "new")
+    assert result.exit_code == 1 and "column 'tags' holds" in result.stderr, result.output
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_decisions_give_the_same_dataset(photos, tmp_path):
@@ -217,6 +240,9 @@ def test_select_leaves_out_what_was_dropped_or_relabelled_and_keeps_what_was_kep
     result = invoke("select", *args, "--format", "indices")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "k.csv").read_text().split() == ["2", "3", "4", "5", "6", "7", "9"]
+    chgval.read_report("v.parquet").save("v.csv")
+    result = invoke("select", "v.csv", *args[1:], "--format", "indices", "--overwrite")
+    assert result.exit_code == 0 and (tmp_path / "k.csv").read_text().count("\n") == 7
 
 
 def test_train_with_decisions_is_training_on_a_table_with_those_labels(photos, tmp_path):

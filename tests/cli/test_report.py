@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +66,10 @@ def test_the_page_holds_what_the_report_says(vectors, tmp_path):
     assert chgval.report(root / "v.parquet", output=tmp_path / "r.html").num_pictures == 0
     data, report = data_of(tmp_path / "r.html"), chgval.read_report(root / "v.parquet")
     suspects = chgval.detect_noise(root / "v.parquet")
-    flagged = [sample for sample in data["samples"] if sample["score"] >= data["cut"]]
+    cut = data["curve"]["thresholds"][data["cut"]]
+    flagged = [sample for sample in data["samples"] if sample["flagged"]]
+    assert flagged == [sample for sample in data["samples"] if sample["score"] >= cut]
+    assert data["curve"]["counts"][data["cut"]] == len(flagged)
     assert [sample["id"] for sample in flagged] == suspects.table["id"].to_pylist()
     for sample in data["samples"]:
         row = sample["index"]
@@ -113,9 +118,69 @@ def test_a_report_as_csv_gets_its_pictures_from_the_dataset_that_is_named(tmp_pa
     write_folder(tmp_path / "photos", 8)
     chgval.value("photos", epochs=1, arch="resnet8", output="v.csv")
     assert "no pictures: v.csv: does not say" in invoke("report", "v.csv", "-o", "none.html").stderr
+    assert "the report does not say which dataset it is about" in (tmp_path / "none.html").read_text()
     assert invoke("report", "v.csv", "--dataset", "photos", "-o", "r.html").exit_code == 0
     found = data_of(tmp_path / "r.html")
     assert found["classes"] == ["cat", "dog"] and all(sample["picture"] for sample in found["samples"])
+
+
+def test_what_a_rule_without_a_threshold_flags_is_on_the_page(vectors, tmp_path):
+    root, _ = vectors
+    args = (
+        root / "v.parquet",
+        "--threshold",
+        "chg",
+        "-o",
+        tmp_path / "s.csv",
+        "--report",
+        tmp_path / "r.html",
+    )
+    result = invoke("detect-noise", *args)
+    assert result.exit_code == 0, result.stderr
+    ids = [line.split(",")[1].strip('"') for line in (tmp_path / "s.csv").read_text().splitlines()[1:]]
+    samples = data_of(tmp_path / "r.html")["samples"]
+    assert {sample["id"] for sample in samples if sample["flagged"]} == set(ids)
+    scores = [sample["score"] for sample in samples]
+    assert scores == sorted(scores, reverse=True)
+    assert "is no threshold of the score" in (tmp_path / "r.html").read_text()
+
+
+def test_a_page_of_many_classes_says_how_many_it_shows(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(800) % 200
+    vectors = np.eye(200)[labels] * 5 + rng.normal(size=(800, 200))
+    pq.write_table(pa.table({"v": vectors.tolist(), "label": labels}), tmp_path / "d.parquet")
+    report = chgval.value(tmp_path / "d.parquet", features_column="v", arch="linear", epochs=2)
+    report.save(tmp_path / "v.parquet")
+    assert invoke("report", tmp_path / "v.parquet", "-o", tmp_path / "r.html").exit_code == 0
+    data = data_of(tmp_path / "r.html")
+    assert len(data["extremes"]) == 150 and len(data["classes"]) == 200
+
+
+def test_what_lies_beside_a_report_and_is_not_of_it_is_no_error(vectors, tmp_path):
+    root, _ = vectors
+    for name in ("v.parquet", "d.parquet"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    shutil.copytree(root / "v.epochs", tmp_path / "v.epochs")
+    shutil.copytree(root / "v.epochs/epoch=1", tmp_path / "v.epochs/epoch=1 (copy)")
+    os.mkfifo(tmp_path / "fifo.npy")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04")
+    report = chgval.read_report(tmp_path / "v.parquet")
+    for number, file in enumerate(("", "/dev/zero", str(tmp_path / "fifo.npy"), str(tmp_path / "zip.npy"))):
+        report.metadata["features"]["file"] = file
+        report.save(tmp_path / "v.parquet", overwrite=True)
+        result = invoke("report", tmp_path / "v.parquet", "-o", tmp_path / f"{number}.html")
+        assert result.exit_code == 0, result.output
+        assert len(data_of(tmp_path / f"{number}.html")["epochs"]["numbers"]) == 3
+
+
+def test_the_next_command_is_named_where_there_is_one(vectors, tmp_path, monkeypatch):
+    root, _ = vectors
+    monkeypatch.chdir(tmp_path)
+    result = invoke("report", root / "v.parquet", "-o", "r.html")
+    assert f"chgval apply d.decisions.csv --dataset {root / 'd.parquet'}" in result.stderr
+    chgval.value("builtin:digits", epochs=1, output="digits.parquet")
+    assert "apply" not in invoke("report", "digits.parquet", "-o", "digits.html").stderr
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_confusion_counts_pairs_of_the_commonest_classes(rng):
     flagged_N = rng.random(3000) < 0.7
     found = confusion(label_N, suggested_N, flagged_N)
     assert 7 in found.labels and len(found.labels) == 30 and found.labels == sorted(found.labels)
+    assert found.num_classes == 50
     for row, given in enumerate(found.labels):
         for column, suggested in enumerate(found.labels):
             pairs = zip(label_N, suggested_N, flagged_N, strict=True)

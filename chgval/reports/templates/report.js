@@ -28,67 +28,91 @@
     saying = setTimeout(() => (byId("message").textContent = ""), 6000);
   }
 
-  // --- decisions: of samples by number of the row; rows of a loaded file that are not here are kept as they are
+  // --- decisions: rows of the file that they are downloaded as, by the sample; other pages of the report, with
+  // more samples or fewer, share them
 
   const KEY = `chgval:${data.key}`;
-  let state = { by: "", decisions: {}, others: [] };
-  const undone = [];
-  try {
-    state = { ...state, ...JSON.parse(localStorage.getItem(KEY)) };
-  } catch {
-    say("This browser keeps nothing of a page from a file: download your decisions before you close it.");
-  }
-  function keepState() {
+  const COLUMNS = ["index", "id", "label_name", "decision", "new_label_name", "by", "at"];
+  let state = { by: "", decisions: {} };
+  let undone = [];
+  let canKeep = true;
+  // Numbers tell rows of one id apart, where there are such.
+  const keyOf = (row) => (data.ids_are_unique || row.index === "" ? `id ${row.id}` : String(row.index));
+  const labelOf = (sample) => (sample.given < 0 ? "" : nameOf(sample.given));
+  const decisionOf = (sample) => state.decisions[keyOf(sample)];
+  const byKey = new Map(samples.map((sample) => [keyOf(sample), sample]));
+  samples.forEach((sample, place) => (sample.place = place));
+
+  function readState() {
+    if (!canKeep) return;
     try {
-      localStorage.setItem(KEY, JSON.stringify(state));
+      state = { ...state, ...JSON.parse(localStorage.getItem(KEY)) };
     } catch {
+      canKeep = false;
+      say("This browser keeps nothing of a page from a file: download your decisions before you close it.");
+    }
+  }
+  // Other tabs may have written meanwhile: what they decided is read before this page writes.
+  function changeState(change) {
+    readState();
+    change();
+    try {
+      if (canKeep) localStorage.setItem(KEY, JSON.stringify(state));
+    } catch {
+      canKeep = false;
       say("Decisions cannot be kept in this browser: download them before you close the page.");
     }
-    const decided = samples.filter((sample) => state.decisions[sample.index]).length;
-    byId("progress").textContent = `${decided.toLocaleString("en")} of ${samples.length.toLocaleString("en")} decided`;
+    showProgress();
+  }
+  function showProgress() {
+    const here = samples.filter(decisionOf).length;
+    const others = Object.keys(state.decisions).length - here;
+    byId("progress").textContent = `${here.toLocaleString("en")} of ${samples.length.toLocaleString("en")} decided` +
+      (others ? `, and ${others.toLocaleString("en")} that are not on this page` : "");
   }
   function decide(sample, word, label = -1) {
-    undone.push([sample, state.decisions[sample.index]]);
-    state.decisions[sample.index] = { word, label, by: state.by, at: new Date().toISOString().slice(0, 19) + "Z" };
-    changed(sample);
-    move(1);
+    const row = {
+      index: String(sample.index), id: sample.id, label_name: labelOf(sample), decision: word,
+      new_label_name: word === "relabel" ? nameOf(label) : "",
+      by: state.by, at: new Date().toISOString().slice(0, 19) + "Z",
+    };
+    undone.push([sample, decisionOf(sample)]);
+    changeState(() => (state.decisions[keyOf(sample)] = { ...decisionOf(sample), ...row }));
+    showDecision(sample);
+    if (shown.length && shown.at(-1) === sample) showDetail();
+    else move(1);
   }
   function undo() {
     const last = undone.pop();
     if (!last) return;
     const [sample, before] = last;
-    if (before) state.decisions[sample.index] = before;
-    else delete state.decisions[sample.index];
-    changed(sample);
+    changeState(() => {
+      if (before) state.decisions[keyOf(sample)] = before;
+      else delete state.decisions[keyOf(sample)];
+    });
+    showDecision(sample);
     select(sample);
   }
-  function changed(sample) {
-    keepState();
-    showDecision(sample);
-    if (sample === current) showDetail();
-  }
-  const textOf = (decision) =>
-    !decision ? "" : decision.word === "relabel" ? `relabel: ${nameOf(decision.label)}` : decision.word;
+  const textOf = (row) => (!row ? "" : row.decision === "relabel" ? `relabel: ${row.new_label_name}` : row.decision);
 
-  const COLUMNS = ["index", "id", "label_name", "decision", "new_label_name", "by", "at"];
   // A spreadsheet runs cells that begin so; chgval takes the mark off again.
   const mark = (text) => (/^[=+\-@\t\r']/.test(text) && !/^[+-]?[0-9]+(\.[0-9]+)?$/.test(text) ? `'${text}` : text);
   const unmark = (text) => (/^'[=+\-@\t\r']/.test(text) ? text.slice(1) : text);
   function toCsv() {
-    const rows = samples.flatMap((sample) => {
-      const decision = state.decisions[sample.index];
-      if (!decision) return [];
-      const fresh = decision.word === "relabel" ? nameOf(decision.label) : "";
-      const label = sample.given < 0 ? "" : nameOf(sample.given);
-      return [[String(sample.index), sample.id, label, decision.word, fresh, decision.by, decision.at]];
-    });
-    const quoted = (text) => (text === "" ? "" : `"${mark(text).replaceAll('"', '""')}"`);
-    return [COLUMNS, ...rows, ...state.others].map((row) => row.map(quoted).join(",") + "\r\n").join("");
+    const rows = Object.values(state.decisions);
+    const names = [...new Set([...COLUMNS, ...rows.flatMap(Object.keys)])];
+    const place = (row) => byKey.get(keyOf(row))?.place ?? samples.length;
+    rows.sort((a, b) => place(a) - place(b));
+    const lines = rows.map((row) => names.map((name) => row[name] ?? ""));
+    const quoted = (text, at) => (text === "" && names[at] !== "id" ? "" : `"${mark(text).replaceAll('"', '""')}"`);
+    return [names, ...lines].map((line) => line.map(quoted).join(",") + "\r\n").join("");
   }
   function parseCsv(text) {
     const rows = [[""]];
+    const [first] = text.split(/[\r\n]/, 1);
+    const separator = [",", ";", "\t"].find((mark) => first.split(mark).length >= 3);
     let quoted = false;
-    for (let at = text.startsWith("\ufeff") ? 1 : 0; at < text.length; at++) {
+    for (let at = 0; at < text.length; at++) {
       const letter = text[at];
       const row = rows[rows.length - 1];
       if (quoted) {
@@ -96,48 +120,61 @@
         else if (text[at + 1] === '"') row[row.length - 1] += text[++at];
         else quoted = false;
       } else if (letter === '"') quoted = true;
-      else if (letter === ",") row.push("");
-      else if (letter === "\n") rows.push([""]);
-      else if (letter !== "\r") row[row.length - 1] += letter;
+      else if (letter === separator) row.push("");
+      else if (letter === "\n" || letter === "\r") rows.push([""]);
+      else row[row.length - 1] += letter;
     }
-    return rows.filter((row) => row.length > 1 || row[0] !== "");
+    return rows.filter((row) => row.some((part) => part !== ""));
   }
-  function load(text) {
-    const [names, ...rows] = parseCsv(text);
-    const at = Object.fromEntries(COLUMNS.map((name) => [name, (names || []).indexOf(name)]));
-    if (at.id < 0 || at.label_name < 0 || at.decision < 0) {
-      say("No decisions: the file lacks a column id, label_name or decision.");
+  function textOfFile(bytes) {
+    const start = new Uint8Array(bytes.slice(0, 2));
+    const is16 = (start[0] === 255 && start[1] === 254) || (start[0] === 254 && start[1] === 255);
+    return new TextDecoder(!is16 ? "utf-8" : start[0] === 255 ? "utf-16le" : "utf-16be", { fatal: true }).decode(bytes);
+  }
+  function load(bytes) {
+    let text;
+    try {
+      text = textOfFile(bytes);
+    } catch {
+      say("No decisions: the file is not UTF-8. In a spreadsheet, save it as CSV UTF-8.");
+      return;
+    }
+    const [names = [], ...rows] = parseCsv(text);
+    const missing = ["id", "label_name", "decision"].find((name) => !names.includes(name));
+    if (missing) {
+      say(`No decisions: the file has no column ${missing}.`);
       return;
     }
     let taken = 0;
+    let others = 0;
     let refused = 0;
-    for (const row of rows) {
-      const part = (name) => (at[name] < 0 ? "" : unmark(row[at[name]] || ""));
-      const same = samples.filter((sample) => sample.id === part("id"));
-      const found = same.length > 1 ? same.find((sample) => String(sample.index) === part("index")) : same[0];
-      const label = part("decision") === "relabel" ? classes.indexOf(part("new_label_name")) : -1;
-      if (!found) {
-        state.others.push(COLUMNS.map(part));
-      } else if (
-        part("label_name") !== (found.given < 0 ? "" : nameOf(found.given)) ||
-        !WORDS.includes(part("decision")) || (part("decision") === "relabel" && label < 0)
-      ) {
-        refused++;
-      } else {
-        state.decisions[found.index] = { word: part("decision"), label, by: part("by"), at: part("at") };
-        taken++;
+    changeState(() => {
+      for (const parts of rows) {
+        const row = Object.fromEntries(COLUMNS.map((name) => [name, ""]));
+        names.forEach((name, at) => (row[name] = unmark(parts[at] ?? "")));
+        const sample = byKey.get(keyOf(row));
+        const relabels = row.decision === "relabel";
+        const fits = WORDS.includes(row.decision) && relabels === (row.new_label_name !== "") &&
+          (!relabels || classes.includes(row.new_label_name));
+        if (!fits || (sample && row.label_name !== labelOf(sample))) refused++;
+        else {
+          if (sample) row.index = String(sample.index);
+          state.decisions[keyOf(row)] = row;
+          if (sample) taken++;
+          else others++;
+        }
       }
-    }
-    state.others = [...new Map(state.others.map((row) => [row.slice(0, 3).join("\u0000"), row])).values()];
-    keepState();
+    });
+    undone = [];
     samples.forEach(showDecision);
     showDetail();
-    const kept = rows.length - taken - refused;
     say(
-      `${taken} decisions loaded` + (kept ? `, ${kept} about samples that are not on this page kept` : "") +
+      `${taken} decisions loaded` + (others ? `, ${others} about samples that are not on this page kept` : "") +
         (refused ? `, ${refused} left out: another label, or no decision` : ""),
     );
   }
+
+  readState();
 
   // --- the sheet
 
@@ -164,7 +201,8 @@
     return image;
   }
   for (const sample of samples) {
-    const button = make("button", { type: "button", class: "card", title: sample.id }, picture(sample, true));
+    const about = { type: "button", class: "card", title: sample.id, tabindex: "-1" };
+    const button = make("button", about, picture(sample, true));
     button.append(
       make("span", { class: "pair" }, `${nameOf(sample.given)} → ${nameOf(sample.suggested)}`),
       make("span", { class: "faint" }, `${share(sample.score)} ${sample.id}`),
@@ -177,9 +215,9 @@
     showDecision(sample);
   }
   function showDecision(sample) {
-    const decision = state.decisions[sample.index];
-    sample.said.textContent = textOf(decision);
-    sample.said.className = decision ? decision.word : "";
+    const row = decisionOf(sample);
+    sample.said.textContent = textOf(row);
+    sample.said.className = row ? row.decision : "";
   }
   const ORDERS = {
     score: (a, b) => a.place - b.place,
@@ -187,30 +225,36 @@
     given: (a, b) => a.given - b.given || a.place - b.place,
     id: (a, b) => (a.id < b.id ? -1 : 1),
   };
-  samples.forEach((sample, place) => (sample.place = place));
   function filter() {
     const [given, suggested] = [byId("given").value, byId("suggested").value];
     const [status, least] = [byId("status").value, Number(byId("least").value) || 0];
-    const search = byId("search").value.toLowerCase();
+    const [flagged, search] = [byId("flagged").value, byId("search").value.toLowerCase()];
     shown = samples.filter((sample) => {
-      const word = (state.decisions[sample.index] || { word: "none" }).word;
+      const word = decisionOf(sample)?.decision ?? "none";
       return (
         (given === "" || sample.given === Number(given)) &&
         (suggested === "" || sample.suggested === Number(suggested)) &&
-        (status === "" || status === word) && (sample.score ?? 0) >= least &&
+        (status === "" || status === word) && (flagged === "" || sample.flagged === (flagged === "yes")) &&
+        (sample.score ?? 0) >= least &&
         sample.id.toLowerCase().includes(search)
       );
     });
-    shown.sort(ORDERS[byId("sort").value]);
+    const order = byId("sort");
+    shown.sort(ORDERS[order.value]);
+    sheet.setAttribute("aria-label", `Samples by ${order.selectedOptions[0].textContent}`);
     sheet.replaceChildren(...shown.map((sample) => sample.item));
     if (!shown.length) sheet.append(make("li", {}, "No samples; change the filters."));
     if (!shown.includes(current)) select(shown[0] ?? null, false);
   }
   function select(sample, focus = true) {
-    if (current) current.button.removeAttribute("aria-current");
+    if (current) {
+      current.button.removeAttribute("aria-current");
+      current.button.tabIndex = -1;
+    }
     current = sample;
     if (sample) {
       sample.button.setAttribute("aria-current", "true");
+      sample.button.tabIndex = 0; // the arrows go to the others
       if (focus && document.activeElement !== sample.button) sample.button.focus();
     }
     showDetail();
@@ -225,11 +269,14 @@
     detail.replaceChildren();
     if (!current) return;
     const sample = current;
-    const choose = make("select", { id: "other", "aria-label": "Relabel as" }, make("option", { value: "" }, "other class ..."));
+    const choose = make("select", { id: "other", "aria-label": "Another class" }, make("option", { value: "" }, "another class ..."));
     classes.forEach((name, label) => {
       if (label !== sample.given) choose.append(make("option", { value: label }, name));
     });
-    choose.addEventListener("change", () => choose.value !== "" && decide(sample, "relabel", Number(choose.value)));
+    const chosen = () => choose.value !== "" && decide(sample, "relabel", Number(choose.value));
+    const relabel = make("button", { type: "button" }, "Relabel (Enter)");
+    relabel.addEventListener("click", chosen);
+    choose.addEventListener("keydown", (event) => event.key === "Enter" && (event.preventDefault(), chosen()));
     const choice = (word, text, label) => {
       const button = make("button", { type: "button" }, text);
       button.addEventListener("click", () => decide(sample, word, label));
@@ -243,11 +290,12 @@
         "div", { class: "choices" },
         choice("keep", "Keep (k)"),
         ...(sample.suggested < 0 ? [] : [choice("relabel", `Relabel: ${nameOf(sample.suggested)} (r)`, sample.suggested)]),
-        choice("drop", "Drop (d)"), choice("unsure", "Unsure (u)"), choose,
+        choice("drop", "Drop (d)"), choice("unsure", "Unsure (u)"),
+        make("span", { class: "other" }, choose, relabel),
       ),
       make(
-        "dl", {}, ...fact("decided", textOf(state.decisions[sample.index]) || "not yet"), ...fact("id", sample.id),
-        ...fact("row", sample.index.toLocaleString("en")), ...fact("label is wrong", share(sample.score)),
+        "dl", {}, ...fact("decided", textOf(decisionOf(sample)) || "not yet"), ...fact("id", sample.id),
+        ...fact("row", sample.index.toLocaleString("en")), ...fact("label is wrong", `${share(sample.score)}${sample.flagged ? ", flagged" : ""}`),
         ...fact("suggestion is right", share(sample.sure)),
         ...fact("value", `${short(sample.value)} (higher than ${short(sample.percentile)} % of all)`),
       ),
@@ -310,15 +358,16 @@
     byId("histogram").replaceChildren(bars(counts, `${short(low)} or less`, `${short(high)} or more`, label));
   }
   function showCut() {
-    const { counts, sums } = data.curve;
-    const cut = Number(byId("cut").value);
-    const at = Math.round(cut * (counts.length - 1));
+    const { thresholds, counts, sums } = data.curve;
+    const at = Number(byId("cut").value);
+    const cut = thresholds[at];
     const text = `from ${cut.toFixed(3)}: ${counts[at].toLocaleString("en")} flagged, about ${Math.round(sums[at]).toLocaleString("en")} of them wrong`;
+    byId("cut").setAttribute("aria-valuetext", text);
     byId("cut-text").textContent = text;
     const svg = frame(480, 180, text);
     // Low thresholds flag all samples; beside them what is wrong could not be seen.
     const most = Math.max(1, Math.min(counts[0], 2 * sums[0]));
-    const x = counts.map((_, step) => 10 + (460 * step) / (counts.length - 1));
+    const x = thresholds.map((threshold) => 10 + 460 * threshold);
     const y = (number) => 150 - (130 * Math.min(number, most)) / most;
     svg.append(
       draw("polyline", { class: "middle", points: points(x, counts.map(y)) }),
@@ -331,8 +380,11 @@
     byId("curve").replaceChildren(svg);
   }
   function showConfusion() {
-    const { labels, counts } = data.confusion;
+    const { labels, counts, flagged } = data.confusion;
     const table = byId("confusion");
+    if (flagged > labels.length) {
+      byId("confusion-note").textContent = `The ${labels.length} classes with most flags are shown, of ${flagged.toLocaleString("en")}.`;
+    }
     if (!labels.length) {
       table.append(make("caption", {}, "Nothing is flagged."));
       return;
@@ -373,6 +425,11 @@
     }
   }
 
+  if (data.extremes.length < classes.length) {
+    const text = `${data.extremes.length.toLocaleString("en")} of ${classes.length.toLocaleString("en")} classes are shown.`;
+    byId("extremes").before(make("p", {}, text));
+  }
+
   // --- parts of the page, and keys
 
   const tabs = [...document.querySelectorAll("[role=tab]")];
@@ -409,28 +466,29 @@
     ArrowDown: () => move(columnsOfSheet()),
     ArrowUp: () => move(-columnsOfSheet()),
   };
+  function find() {
+    byId("filters").open = true;
+    byId("search").focus();
+  }
   document.addEventListener("keydown", (event) => {
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
     if (byId("review").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && typing) {
       if (current) current.button.focus();
-    } else if (!typing) {
-      const act = { ...(current ? KEYS : {}), z: undo, "/": () => byId("search").focus() }[event.key];
+    } else if (!typing && (event.target === document.body || event.target.closest(".desk"))) {
+      const act = { ...(current ? KEYS : {}), z: undo, "/": find }[event.key];
       if (!act) return;
       event.preventDefault();
-      act();
+      if (!event.repeat || event.key.startsWith("Arrow")) act(); // a key that is held decides once
     }
   });
 
   for (const id of ["given", "suggested", "histogram-class"]) {
     classes.forEach((name, label) => byId(id).append(make("option", { value: label }, name)));
   }
-  for (const id of ["given", "suggested", "status", "least", "sort", "search"]) byId(id).addEventListener("input", filter);
+  for (const id of ["given", "suggested", "status", "flagged", "least", "sort", "search"]) byId(id).addEventListener("input", filter);
   byId("by").value = state.by;
-  byId("by").addEventListener("input", () => {
-    state.by = byId("by").value;
-    keepState();
-  });
+  byId("by").addEventListener("input", () => changeState(() => (state.by = byId("by").value)));
   byId("download").addEventListener("click", () => {
     const link = make("a", { download: data.decisions, href: URL.createObjectURL(new Blob([toCsv()], { type: "text/csv" })) });
     link.click();
@@ -438,7 +496,7 @@
   });
   byId("load").addEventListener("change", async (event) => {
     const [file] = event.target.files;
-    if (file) load(await file.text());
+    if (file) load(await file.arrayBuffer());
     event.target.value = "";
   });
   byId("theme").addEventListener("click", () => {
@@ -446,15 +504,23 @@
     document.documentElement.dataset.theme = dark ? "light" : "dark";
   });
   if (matchMedia("(max-width: 46rem)").matches) byId("filters").open = false;
+  byId("cut").max = data.curve.thresholds.length - 1;
   byId("cut").value = data.cut;
   byId("cut").addEventListener("input", showCut);
   byId("cut-show").addEventListener("click", () => {
-    byId("least").value = byId("cut").value;
+    byId("least").value = data.curve.thresholds[byId("cut").value];
     filter();
     open("review");
   });
   byId("histogram-class").addEventListener("change", showHistogram);
-  keepState();
+  addEventListener("storage", (event) => {
+    if (event.key !== KEY) return;
+    readState();
+    showProgress();
+    samples.forEach(showDecision);
+    showDetail();
+  });
+  showProgress();
   showCut();
   showConfusion();
   showHistogram();
