@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import apply, detect_noise, report, select, train, value
+    from chgval.api import apply, detect_noise, merge, report, select, train, value
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -25,6 +25,7 @@ _HOMES = {
     "apply": "chgval.api",
     "detect_noise": "chgval.api",
     "find_label_issues": "chgval.detection.issues",
+    "merge": "chgval.api",
     "read_report": "chgval.reports.report",
     "report": "chgval.api",
     "select": "chgval.api",
@@ -38,6 +39,7 @@ __all__ = [
     "apply",
     "detect_noise",
     "find_label_issues",
+    "merge",
     "read_report",
     "report",
     "select",

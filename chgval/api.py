@@ -8,11 +8,19 @@ KeyboardInterrupt; a run with an output keeps its state first, and resume=True r
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import (
+    ApplyConfig,
+    DetectConfig,
+    MergeConfig,
+    ReportConfig,
+    SelectConfig,
+    TrainingConfig,
+    ValueConfig,
+)
 from chgval.errors import SettingsError
 from chgval.interruption import Interrupted
 from chgval.settings import build, check_known, keywords_of
@@ -108,6 +116,21 @@ def report(values: str | Path, *, output: str | Path | None = None, **settings: 
     return _run(run_report, _config(ReportConfig, values, output, settings))
 
 
+def merge(reports: Sequence[str | Path], *, output: str | Path | None = None, **settings: Any) -> Report:
+    """Return what several runs on the same rows say together; see `chgval merge`.
+
+    Args:
+        reports: files of two or more values reports.
+        output: file of the merged report; None writes none.
+        settings: options of `chgval merge`, such as overwrite=True.
+    Raises:
+        ChgvalError: a report cannot be read, is about other rows, or the output is in the way.
+    """
+    from chgval.runs.merge import run_merge
+
+    return _run(run_merge, _config(MergeConfig, [str(path) for path in reports], output, settings))
+
+
 def apply(
     decisions: str | Path, dataset: str | Path, *, output: str | Path | None = None, **settings: Any
 ) -> Applied:
@@ -137,7 +160,10 @@ def _run(run: Callable[[ConfigT], ResultT], config: ConfigT) -> ResultT:
 
 
 def _config(
-    config_class: type[ConfigT], data: str | Path, output: str | Path | None, given: dict[str, Any]
+    config_class: type[ConfigT],
+    data: str | Path | list[str],
+    output: str | Path | None,
+    given: dict[str, Any],
 ) -> ConfigT:
     """Make settings from keywords, which are called as the options are."""
     paths = keywords_of(config_class)
@@ -145,7 +171,7 @@ def _config(
     about_output = [name for name, path in paths.items() if path[0] == "output" and name in given]
     if output is None and about_output:
         raise SettingsError(f"{about_output[0]}: is about the output; pass output= too.")
-    given = {**given, "data": str(data)}
+    given = {**given, "data": data if isinstance(data, list) else str(data)}
     if output is not None:
         given["output"] = str(output)
     values = {paths[name]: value for name, value in given.items()}

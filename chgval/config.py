@@ -99,9 +99,9 @@ def option(default: Any, help: str, panel: str = "", *names: str, **more: Any) -
     return field(default=default, metadata=metadata)
 
 
-def argument(metavar: str, help: str) -> Any:
+def argument(metavar: str, help: str, default: Any = "") -> Any:
     """Return the field of what a command is about: it is given without a name."""
-    return option("", help, is_argument=True, metavar=metavar, affects_results=False)
+    return option(default, help, is_argument=True, metavar=metavar, affects_results=False)
 
 
 def same_option(config_class: type, name: str) -> Any:
@@ -287,7 +287,7 @@ class TrainConfig(Settings):
 
 # What names of outputs leave out of the name of their input.
 _INPUT_ENDINGS = re.compile(
-    r"(\.(values|suspects|subset))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
+    r"(\.(values|suspects|subset|merged))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
     re.IGNORECASE,
 )
 
@@ -1064,6 +1064,49 @@ class ReportConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MergedOutput(OutputConfig):
+    """Where a merged report goes."""
+
+    name: ClassVar[str] = "merged"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeConfig(CommandConfig):
+    """Settings of `chgval merge`. Without an output nothing is written."""
+
+    sources: tuple[str, ...] = argument("REPORT...", "Values reports of runs on the same rows.", default=())
+    output: MergedOutput | None = field(default_factory=MergedOutput)
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if len(self.sources) < 2:
+            raise SettingsError(f"{' '.join(self.sources)}: is one report; name two or more to merge.")
+        if len(set(self.sources)) < len(self.sources):
+            raise SettingsError(f"{' '.join(self.sources)}: names a report twice; name each run once.")
+        _name_output(self, self.sources[0])
+
+    @property
+    def inputs(self) -> list[str]:
+        """The reports."""
+        return list(self.sources)
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The merged report."""
+        return _files(self.output)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a file may be replaced."""
+        return self.output is not None and self.output.overwrite
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether the report goes to standard output."""
+        return self.output is not None and self.output.to_stdout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyConfig(CommandConfig):
     """Settings of `chgval apply`."""
 
@@ -1166,7 +1209,7 @@ def _epochs_of(output: OutputConfig | None) -> Path | None:
     return None if output is None else output.epochs_folder
 
 
-def _name_output(config: ValueConfig | DetectConfig | SelectConfig, source: str) -> None:
+def _name_output(config: ValueConfig | DetectConfig | SelectConfig | MergeConfig, source: str) -> None:
     if config.output is not None:
         object.__setattr__(config, "output", config.output.named_after(source))
 

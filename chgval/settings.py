@@ -144,7 +144,7 @@ def keywords_of(config_class: type) -> dict[str, SettingPath]:
 
 def _keyword(path: SettingPath, name: str) -> str:
     """Return what a setting is called in Python and in files: as its option, if that can be a name."""
-    if path[-1] == "source":
+    if path[-1] in ("source", "sources"):
         return "data"
     keyword = name.lstrip("-").replace("-", "_")
     return keyword if keyword.isidentifier() else path[-1]

@@ -15,7 +15,15 @@ import typer
 import chgval
 from chgval.cli.options import PanelCommand, with_settings
 from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
-from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import (
+    ApplyConfig,
+    DetectConfig,
+    MergeConfig,
+    ReportConfig,
+    SelectConfig,
+    TrainingConfig,
+    ValueConfig,
+)
 from chgval.interruption import end_at_signals
 from chgval.system import wait_without_spinning
 
@@ -185,6 +193,26 @@ def report(console: "Console", config: ReportConfig) -> None:
     from chgval.runs.report import run_report
 
     show_page(console, run_report(config), config)
+
+
+@command("merge", MergeConfig)
+def merge(console: "Console", config: MergeConfig) -> None:
+    """Average the values and noise scores of several runs on the same rows.
+
+    The standard error is then that over runs, such as of several seeds: how far another run would differ.
+    That over the epochs of one run is not that, as its epochs have a model in common.
+
+    \b
+    Examples:
+      chgval value photos/ --seed 1 -o 1.parquet
+      chgval value photos/ --seed 2 -o 2.parquet
+      chgval merge 1.parquet 2.parquet -o photos.merged.parquet
+      chgval merge seeds/*.parquet -o - --format csv | head
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_merged
+    from chgval.runs.merge import run_merge
+
+    show_merged(console, run_merge(config), config)
 
 
 @command("apply", ApplyConfig)

@@ -184,7 +184,8 @@ def _parameter(path: SettingPath, setting: Setting) -> inspect.Parameter:
     shown = option.help.replace("{strategies}", ", ".join(strategies()))
     shown = shown.replace("{name}", setting.output_name)
     if option.is_argument:
-        source: Any = Annotated[str, typer.Argument(metavar=option.metavar, help=shown)]
+        one_or_many = str if setting.kind is str else list[str]
+        source: Any = Annotated[one_or_many, typer.Argument(metavar=option.metavar, help=shown)]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=source)
     more: dict[str, Any] = {"metavar": option.metavar, "rich_help_panel": option.panel, "help": shown}
     if path[-1] in COMPLETIONS:

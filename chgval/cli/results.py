@@ -13,7 +13,16 @@ import numpy as np
 from rich.text import Text
 
 from chgval.cli.console import Console, Side
-from chgval.config import ApplyConfig, DetectConfig, ReportConfig, SelectConfig, TrainingConfig, ValueConfig
+from chgval.config import (
+    ApplyConfig,
+    DetectConfig,
+    MergeConfig,
+    OutputConfig,
+    ReportConfig,
+    SelectConfig,
+    TrainingConfig,
+    ValueConfig,
+)
 from chgval.detection.verdict import annotators_shown
 from chgval.reports.report import Report
 from chgval.runs.detect_noise import summarise_labels
@@ -41,6 +50,24 @@ SHOWN_ANNOTATORS = 10
 
 def show_values(console: Console, report: Report, config: ValueConfig) -> None:
     """Print what a run found, what to read before acting on it, and where its report is."""
+    _report(console, report, config.output, config.outputs)
+
+
+def show_merged(console: Console, report: Report, config: MergeConfig) -> None:
+    """Print what several runs found together, and where that is."""
+    stderr_N, value_N = report.scores("value_stderr"), report.values
+    known_N = np.isfinite(stderr_N)
+    if known_N.any():
+        share = np.sqrt(np.square(stderr_N[known_N]).mean()) / max(value_N[known_N].std(), 1e-300)
+        console.say(
+            f"{len(config.sources)} runs; the standard error of a value over them is {share:.1%} of the "
+            "standard deviation of the values"
+        )
+    _report(console, report, config.output, config.outputs)
+
+
+def _report(console: Console, report: Report, output: OutputConfig | None, outputs: Sequence[Path]) -> None:
+    """Print what is in a values report, and where it is."""
     if console.is_quiet and not console.as_json:
         return
     summary, labels = summarise_values(report, console.shown), summarise_labels(report)
@@ -50,13 +77,13 @@ def show_values(console: Console, report: Report, config: ValueConfig) -> None:
     if labels is not None:
         console.say(_rate_line(labels))
     _notes(console, report.notes)
-    target = "" if config.output is None else f" -> {config.output.target}"
+    target = "" if output is None else f" -> {output.target}"
     console.say(f"{len(report):,} rows ({count_statuses(report)}) in {console.seconds:.1f} s{target}")
     following = None
-    if config.output is not None and not config.output.to_stdout:
-        following = _next(console, "report", config.output.path)
+    if output is not None and not output.to_stdout:
+        following = _next(console, "report", output.path)
     result = {
-        **_outputs(config.outputs),
+        **_outputs(outputs),
         "rows": len(report),
         "statuses": statuses(report),
         **dataclasses.asdict(summary),

@@ -49,8 +49,13 @@ VALUES_COLUMNS = (
     Column("label", INT, "given class; -1 if the row has none", is_known=True),
     Column("label_name", TEXT, "its name"),
     Column("value", FLOAT, "mean Shapley value over epochs; higher is more useful", is_score=True),
-    Column("value_std", FLOAT, "standard deviation of the value over epochs", is_score=True),
-    Column("value_stderr", FLOAT, "value_std / sqrt(number of epochs)"),
+    Column(
+        "value_std",
+        FLOAT,
+        "standard deviation of the value over epochs; in a merged report, of the runs' values over runs",
+        is_score=True,
+    ),
+    Column("value_stderr", FLOAT, "value_std / sqrt(number of epochs, or of runs in a merged report)"),
     Column("rank", INT, "1 is the highest value; with per-class values, within the class"),
     Column("percentile", FLOAT, "100 is the highest value, 0 the lowest"),
     *(
@@ -77,6 +82,8 @@ VALUES_COLUMNS = (
     Column("reason", TEXT, "why a row is unreadable"),
 )
 VALUES_SCHEMA = pa.schema([column.field for column in VALUES_COLUMNS])
+# Begins the column of an annotator's labels.
+ANNOTATOR_LABEL = "label_name_of_"
 # What `select --by` takes.
 RANKED_BY = (*(column.name for column in VALUES_COLUMNS if column.is_score), "random")
 
@@ -235,9 +242,29 @@ def _annotation_columns(
     for name, labels_N, score_N in zip(
         annotations.names, annotations.labels_NA.T, consensus.scores_NA.T, strict=True
     ):
-        columns[f"label_name_of_{name}"] = pa.array(names[labels_N], pa.string())
+        columns[f"{ANNOTATOR_LABEL}{name}"] = pa.array(names[labels_N], pa.string())
         columns[f"noise_score_of_{name}"] = or_null(score_N)
     return columns
+
+
+def annotations_of(
+    table: pa.Table, class_names: Sequence[str], told_apart: Sequence[str]
+) -> Annotations | None:
+    """Return the labels of several annotators that a report holds; None if it has none.
+
+    Args:
+        table: of the report.
+        class_names: of all classes.
+        told_apart: the annotators that its verdict tells apart.
+    """
+    names = [n.removeprefix(ANNOTATOR_LABEL) for n in table.column_names if n.startswith(ANNOTATOR_LABEL)]
+    if not names:
+        return None
+    labels = {name: label for label, name in enumerate(class_names)}
+    columns = [
+        [labels.get(name, -1) for name in table[f"{ANNOTATOR_LABEL}{who}"].to_pylist()] for who in names
+    ]
+    return Annotations(tuple(names), np.array(columns).T, are_told_apart=list(told_apart) == names)
 
 
 def epoch_table(signals: EpochSignals) -> pa.Table:
