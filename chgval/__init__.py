@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import apply, detect_noise, merge, report, select, train, value
+    from chgval.api import apply, detect_issues, detect_noise, merge, report, select, train, value
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -23,6 +23,7 @@ _HOMES = {
     "Report": "chgval.reports.report",
     "Tracker": "chgval.tracker",
     "apply": "chgval.api",
+    "detect_issues": "chgval.api",
     "detect_noise": "chgval.api",
     "find_label_issues": "chgval.detection.issues",
     "merge": "chgval.api",
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Tracker",
     "apply",
+    "detect_issues",
     "detect_noise",
     "find_label_issues",
     "merge",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chgval.config import (
     ApplyConfig,
     DetectConfig,
+    IssuesConfig,
     MergeConfig,
     ReportConfig,
     SelectConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from chgval.reports.report import Report
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.issues import Issues
     from chgval.runs.report import Written
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
@@ -69,6 +71,22 @@ def detect_noise(data: str | Path, *, output: str | Path | None = None, **settin
     from chgval.runs.detect_noise import run_detect_noise
 
     return _run(run_detect_noise, _config(DetectConfig, data, output, settings))
+
+
+def detect_issues(values: str | Path, *, output: str | Path | None = None, **settings: Any) -> Issues:
+    """Return outliers, copies, and samples that are also in a test set.
+
+    Args:
+        values: a values report; with `write_features`, for outliers.
+        output: file of the table; None writes none.
+        settings: options of `chgval detect-issues`, such as against="test/".
+    Raises:
+        ChgvalError: the report or a dataset cannot be read, do not fit each other, or the output is in the
+            way.
+    """
+    from chgval.runs.issues import run_detect_issues
+
+    return _run(run_detect_issues, _config(IssuesConfig, values, output, settings))
 
 
 def select(data: str | Path, *, output: str | Path | None = None, **settings: Any) -> Selection:

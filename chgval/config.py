@@ -287,7 +287,7 @@ class TrainConfig(Settings):
 
 # What names of outputs leave out of the name of their input.
 _INPUT_ENDINGS = re.compile(
-    r"(\.(values|suspects|subset|merged))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
+    r"(\.(values|suspects|subset|merged|issues))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
     re.IGNORECASE,
 )
 
@@ -670,7 +670,7 @@ class DetectConfig(FromValues):
         "all", "Rank by all signals, or by the CHG value alone.", DETECTION_PANEL
     )
     duplicates: bool = option(
-        False, "Also list near-duplicates with other labels; needs a dataset of images.", DETECTION_PANEL
+        False, "Also list near-duplicates with other labels; needs the images.", DETECTION_PANEL
     )
     fail_over: float | None = option(
         None,
@@ -720,7 +720,7 @@ class DetectConfig(FromValues):
         Settings.__post_init__(self)
         _name_output(self, self.source)
         self.check_needs("cleaned", "relabel", "link", "force")
-        if self.report is None:
+        if self.report is None and not self.duplicates:
             self.check_needs("cleaned", "dataset")
         self.rule  # noqa: B018 (to name a mistake at once)
         if self.expected_noise is not None and self.threshold != "auto":
@@ -1034,6 +1034,14 @@ class ReportConfig(CommandConfig):
         affects_results=False,
         is_common=True,
     )
+    issues: str | None = option(
+        None,
+        "What chgval detect-issues found, to review it too.",
+        DATASET_PANEL,
+        metavar="FILE",
+        affects_results=False,
+        is_common=True,
+    )
     top: int = option(1000, "Show at most so many samples to review.", ROWS_PANEL, least=1, is_common=True)
     overwrite: bool = same_option(OutputConfig, "overwrite")
 
@@ -1049,8 +1057,8 @@ class ReportConfig(CommandConfig):
 
     @property
     def inputs(self) -> list[str]:
-        """The report, and its dataset."""
-        return [self.source, *([] if self.dataset is None else [self.dataset])]
+        """The report, its dataset, and issues."""
+        return [self.source, *(name for name in (self.dataset, self.issues) if name is not None)]
 
     @property
     def outputs(self) -> list[Path]:
@@ -1061,6 +1069,68 @@ class ReportConfig(CommandConfig):
     def overwrites(self) -> bool:
         """Whether a file may be replaced."""
         return self.overwrite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IssuesOutput(OutputConfig):
+    """Where issues go."""
+
+    name: ClassVar[str] = "issues"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IssuesConfig(CommandConfig):
+    """Settings of `chgval detect-issues`. Without an output nothing is written."""
+
+    source: str = argument("VALUES", "Values report; - for one on standard input.")
+    output: IssuesOutput | None = field(default_factory=IssuesOutput)
+    dataset: str | None = same_option(ReportConfig, "dataset")
+    features: Path | None = option(
+        None,
+        "Features of all samples, to find outliers: .npy, .npz, .safetensors. Default: those of the run.",
+        DATASET_PANEL,
+        metavar="FILE",
+        affects_results=False,
+        is_common=True,
+    )
+    against: str | None = option(
+        None,
+        "Test set: find samples that are also in it.",
+        DATASET_PANEL,
+        metavar="DATA",
+        affects_results=False,
+        is_common=True,
+    )
+    quality: bool = option(
+        False,
+        "Also find dark, blurry and odd images, with the cleanvision library.",
+        DATASET_PANEL,
+        is_common=True,
+    )
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        _name_output(self, self.source)
+
+    @property
+    def inputs(self) -> list[str]:
+        """The report, its dataset, and the test set."""
+        return [self.source, *(data for data in (self.dataset, self.against) if data is not None)]
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The table."""
+        return _files(self.output)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a file may be replaced."""
+        return self.output is not None and self.output.overwrite
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether the table goes to standard output."""
+        return self.output is not None and self.output.to_stdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1209,7 +1279,9 @@ def _epochs_of(output: OutputConfig | None) -> Path | None:
     return None if output is None else output.epochs_folder
 
 
-def _name_output(config: ValueConfig | DetectConfig | SelectConfig | MergeConfig, source: str) -> None:
+def _name_output(
+    config: ValueConfig | DetectConfig | SelectConfig | MergeConfig | IssuesConfig, source: str
+) -> None:
     if config.output is not None:
         object.__setattr__(config, "output", config.output.named_after(source))
 

@@ -18,6 +18,7 @@ from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
 from chgval.config import (
     ApplyConfig,
     DetectConfig,
+    IssuesConfig,
     MergeConfig,
     ReportConfig,
     SelectConfig,
@@ -193,6 +194,28 @@ def report(console: "Console", config: ReportConfig) -> None:
     from chgval.runs.report import run_report
 
     show_page(console, run_report(config), config)
+
+
+@command("detect-issues", IssuesConfig)
+def detect_issues(console: "Console", config: IssuesConfig) -> None:
+    """List outliers, copies, and samples that are also in a test set.
+
+    Nothing is trained: copies are found by their pixels, also mirrored, encoded anew or cropped; outliers by
+    the features that the run kept (--write-features). The table proposes what to drop, and chgval apply and
+    chgval report take it.
+
+    \b
+    Examples:
+      chgval value photos/ --write-features photos.features.npy
+      chgval detect-issues photos.values.parquet
+      chgval detect-issues photos.values.parquet --against test-photos/
+      chgval report photos.values.parquet --issues photos.issues.parquet
+      chgval apply photos.issues.parquet --dataset photos/
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_issues
+    from chgval.runs.issues import run_detect_issues
+
+    show_issues(console, run_detect_issues(config), config)
 
 
 @command("merge", MergeConfig)

@@ -14,8 +14,10 @@ from rich.text import Text
 
 from chgval.cli.console import Console, Side
 from chgval.config import (
+    STANDARD_STREAM,
     ApplyConfig,
     DetectConfig,
+    IssuesConfig,
     MergeConfig,
     OutputConfig,
     ReportConfig,
@@ -40,6 +42,7 @@ from chgval.training.records import Evaluation
 if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.issues import Issues
     from chgval.runs.report import Written
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
@@ -192,6 +195,43 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
         "next": following,
     }
     console.hand_over(result)
+
+
+def show_issues(console: Console, issues: Issues, config: IssuesConfig) -> None:
+    """Print how many rows have which issue, the worst of each, and where all are."""
+    counts = [(name, f"{count:,}") for name, count in issues.counts.items()]
+    console.table("Issues", {"issue": "left", "rows": "right"}, counts)
+    columns: dict[str, Side] = {"id": "left", "label": "left", "times as sparse": "right"}
+    _listed(console, "Most unlike all others", columns, issues.outliers)
+    columns = {"id": "left", "label": "left", "other label": "left", "other id": "left"}
+    _listed(console, "Copies with another label", columns, issues.conflicts)
+    told = [(name, f"{share:.0%}") for name, share in issues.told.items()]
+    _listed(console, "What goes with the labels", {"property": "left", "explained by them": "right"}, told)
+    console.say("")
+    _notes(console, issues.notes)
+    rows = issues.table["issues"]
+    num_found = len(rows) - rows.null_count
+    following = None
+    if config.output is not None:
+        console.say(f"{num_found:,} of {len(rows):,} rows have an issue -> {config.output.target}")
+        if not config.output.to_stdout and config.source != STANDARD_STREAM:
+            following = _next(console, "report", config.source, "--issues", config.output.path)
+    result = {
+        **_outputs(config.outputs),
+        "rows": len(rows),
+        "issues": issues.counts,
+        "explained": issues.explained,
+        "notes": issues.notes,
+        "seconds": console.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
+
+
+def _listed(console: Console, title: str, columns: dict[str, Side], lines: Sequence[tuple[str, ...]]) -> None:
+    """Print as many lines as a person wants, if there are any."""
+    if lines and console.shown:
+        console.table(title, columns, lines[: console.shown])
 
 
 def show_page(console: Console, written: Written, config: ReportConfig) -> None:

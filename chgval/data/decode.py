@@ -131,6 +131,32 @@ def thumbnail(encoded: bytes, side: int, small_side: int, max_pixels: int = MAX_
         return file.getvalue(), is_small
 
 
+def upright(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode in full: RGB, upright.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
+    """
+    with _decoded(encoded, max_pixels, max_pixels) as image:
+        return image.copy()
+
+
+def grey_square(encoded: bytes, side: int, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], int]:
+    """Return the image, upright and grey, squeezed into a square, and its own shorter side.
+
+    Args:
+        encoded: the image.
+        side: of the square, in pixels.
+        max_pixels: that it may have.
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has more pixels than that.
+    """
+    shorter = shorter_side(encoded, max_pixels)
+    with _decoded(encoded, side, max_pixels) as image:
+        square = image.convert("L").resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return np.asarray(square), shorter
+
+
 def decode_random_crop(
     encoded: bytes, size: int, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
 ) -> Pixels:

@@ -69,6 +69,8 @@ def read_decisions(
     word_N = np.full(len(ids), None, dtype=object)
     new_labels_N = np.full(len(ids), -1)
     for decision in table.to_pylist():
+        if not decision["decision"]:
+            continue
         who = decision["id"]
         row = _row_of(decision, rows_of.get(who, []), name, dataset)
         label = None if labels_N[row] < 0 else class_names[labels_N[row]]

@@ -39,6 +39,9 @@ class PageSample:
         is_flagged: whether its label is held to be wrong.
         picture: WebP; None if there is none.
         is_small: whether the picture is shown in its pixels.
+        issues: what else was found in it, in words separated by commas; None for nothing.
+        test_id: sample of a test set that it is a copy of.
+        copies: places in `Page.neighbours` of its copies.
         near_given, near_suggested: places in `Page.neighbours` of the nearest samples that are surely of
             either class.
     """
@@ -54,6 +57,9 @@ class PageSample:
     is_flagged: bool
     picture: bytes | None
     is_small: bool
+    issues: str | None = None
+    test_id: str | None = None
+    copies: Sequence[int] = ()
     near_given: Sequence[int] = ()
     near_suggested: Sequence[int] = ()
 
@@ -71,6 +77,9 @@ class PageSample:
             "picture": None if self.picture is None else _data_uri(self.picture),
             "flagged": self.is_flagged,
             "small": self.is_small,
+            "issues": self.issues,
+            "test_id": self.test_id,
+            "copies": list(self.copies),
             "near": [list(self.near_given), list(self.near_suggested)],
         }
 

@@ -118,10 +118,30 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
+ISSUES_COLUMNS = (
+    *VALUES_COLUMNS[:4],
+    Column("issues", TEXT, "what was found, in words, separated by commas; null for nothing"),
+    Column(
+        "outlier_factor",
+        FLOAT,
+        "how much sparser its surroundings are than those of its nearest samples; about 1 is ordinary, from "
+        "1.5 on it is an outlier (local outlier factor, Breunig et al. 2000)",
+    ),
+    Column("copy_of", INT, "row of which it is a copy: the first of all its copies; null for that one"),
+    Column("copy_of_id", TEXT, "its id"),
+    Column("copy_similarity", FLOAT, "how alike it and its nearest copy are; 1 is equal"),
+    Column("conflicts_with", INT, "row of a copy that has another label"),
+    Column("test_id", TEXT, "id of the sample of the test set (--against) that it is a copy of"),
+    Column("test_similarity", FLOAT, "how alike these are"),
+    Column("decision", TEXT, "what could be decided: drop copies but the first, and what is in the test set"),
+    Column("new_label_name", TEXT, "null, for people to fill in"),
+)
+ISSUES_SCHEMA = pa.schema([column.field for column in ISSUES_COLUMNS])
+
 DECISIONS_COLUMNS = (
     VALUES_COLUMNS[1],
     VALUES_COLUMNS[3],
-    Column("decision", TEXT, "keep, relabel, drop or unsure", is_known=True),
+    Column("decision", TEXT, "keep, relabel, drop or unsure; null decides nothing"),
     Column("new_label_name", TEXT, "name of the class that a relabelled row gets"),
 )
 DECISIONS_SCHEMA = pa.schema([column.field for column in DECISIONS_COLUMNS])
@@ -156,6 +176,7 @@ class TableKind:
 VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
 SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
 MANIFEST = TableKind(MANIFEST_SCHEMA, "a subset", "select")
+ISSUES = TableKind(ISSUES_SCHEMA, "issues", "detect-issues")
 DECISIONS = TableKind(DECISIONS_SCHEMA, "decisions", "report", others_are_text=True)
 
 

@@ -74,31 +74,32 @@ def run_detect_noise(config: DetectConfig) -> Suspects:
     trains = isinstance(config.rule, str) and RULES[config.rule].trains
 
     def check(dataset: Dataset) -> None:
-        from chgval.runs.duplicates import check_images
+        from chgval.data.dataset import Embeddings
         from chgval.runs.threshold_samples import check_enough
 
         _check_relabel(config, several=dataset.annotations is not None)
-        if config.duplicates:
-            check_images(dataset)
+        if config.duplicates and isinstance(dataset.content, Embeddings):
+            raise _needs_images(dataset.source)
         if trains:
             check_enough(dataset)
 
-    if is_report(config.source):
-        _check_needs_no_dataset(config, trains=trains)
-    needs_training = trains or config.duplicates
+    if trains and is_report(config.source):
+        raise SettingsError(
+            f"--threshold {config.rule}: trains twice more; pass the dataset, not its report {config.source}."
+        )
     columns = COLUMNS if config.report is None else (*COLUMNS, *PAGE_COLUMNS)
     with values_of(
         "detect-noise",
         config,
         columns,
-        in_order=config.report is not None,
+        in_order=config.report is not None or config.duplicates,
         on_dataset=check,
-        needs_training=needs_training,
+        needs_training=trains,
     ) as given:
         if given.valued is None:
             _check_relabel(config, several=bool(given.report.verdict.get("annotators")))
         below_threshold_N = _threshold_flags(config, given) if trains else None
-        duplicates_N = _duplicates(given) if config.duplicates else None
+        duplicates_N = _conflicts(given, config) if config.duplicates else None
         report = given.report
         all_rows = config.all_rows or config.report is not None  # a page shows unflagged ones too
         assessment = assess(report, dataclasses.replace(config, all_rows=all_rows), below_threshold_N)
@@ -157,22 +158,10 @@ def _write_page(given: Input, found: Assessment, config: DetectConfig) -> None:
     page = dataclasses.replace(page, dataset=config.dataset)
     source = given.source or dataset_of_page(page, given.report)
     if given.valued is None:
-        features_ND = features_of_page(page, given.report)
+        features_ND = features_of_page(page.features, given.report, page.source)
     else:
         features_ND = given.valued[0].features_ND
     write_and_tell(given.report, found, source, page, features_ND)
-
-
-def _check_needs_no_dataset(config: DetectConfig, *, trains: bool) -> None:
-    """Raise SettingsError where a report alone is not enough."""
-    if trains:
-        raise SettingsError(
-            f"--threshold {config.rule}: trains twice more; pass the dataset, not its report {config.source}."
-        )
-    if config.duplicates:
-        raise SettingsError(
-            f"--duplicates: looks at images; pass the dataset, not its report {config.source}."
-        )
 
 
 def _threshold_flags(config: DetectConfig, given: Input) -> NDArray[np.bool_]:
@@ -189,14 +178,29 @@ def _threshold_flags(config: DetectConfig, given: Input) -> NDArray[np.bool_]:
     return threshold_flags(valued.run.dataset, config.train.seed, margins_of)
 
 
-def _duplicates(given: Input) -> IntArray:
-    """Return every row's near-duplicate with another label, -1 for none."""
-    from chgval.runs.duplicates import find_duplicates
+def _conflicts(given: Input, config: DetectConfig) -> IntArray:
+    """Return every row's copy with another label, -1 for none.
 
-    if given.valued is None:
-        raise ValueError("near-duplicates are found in a dataset")
-    valued, _ = given.valued
-    return find_duplicates(valued.run, valued.average.model)
+    Raises:
+        ChgvalError: the dataset is not there, is another by now, or has no images.
+    """
+    from chgval.data.formats import format_of  # these import torch
+    from chgval.runs.issues import conflicts_in
+    from chgval.runs.rewriting import data_behind, known_rows
+
+    report, source = given.report, given.source
+    if source is None:
+        source = format_of(data_behind(config.source, report.metadata, config.dataset))
+        source.check_same(known_rows(report.table, report.metadata))
+    if source.config.takes_features:
+        raise _needs_images(source.source)
+    return conflicts_in(source, report.integers("label"))
+
+
+def _needs_images(source: str) -> SettingsError:
+    return SettingsError(
+        f"--duplicates: needs images, and {source} holds embeddings; see chgval detect-issues."
+    )
 
 
 def _check_relabel(config: DetectConfig, *, several: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from chgval import progress
@@ -23,6 +24,7 @@ from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_
 from chgval.reports.files import features_of, in_input_order, is_report, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.report import Report
+from chgval.reports.tables import ISSUES
 from chgval.runs.assessment import Assessment, assess
 from chgval.runs.summaries import count_statuses
 from chgval.types import IntArray
@@ -77,9 +79,11 @@ def run_report(config: ReportConfig) -> Written:
             )
         table, metadata = read_table(config.source)
         report = Report(in_input_order(table, config.source), metadata)
+        issues = None if config.issues is None else read_issues(config.issues, report)
         source = dataset_of_page(config, report)
         found = assess(report, DetectConfig(source=config.source, output=None, all_rows=True))
-        return write_page(report, found, source, config, features_of_page(config, report))
+        features_ND = features_of_page(config.features, report, config.source)
+        return write_page(report, found, source, config, features_ND, issues)
 
 
 def write_page(
@@ -88,6 +92,7 @@ def write_page(
     source: Format | None,
     config: ReportConfig,
     features_ND: NDArray[np.floating] | None,
+    issues: PageIssues | None = None,
 ) -> Written:
     """Write the page of a report.
 
@@ -97,10 +102,11 @@ def write_page(
         source: its dataset, if that is there.
         config: the settings.
         features_ND: by which neighbours are found, if there are any.
+        issues: what else was found, if it was looked for.
     Raises:
         ChgvalError: the dataset or the epochs cannot be read, or the page cannot be written.
     """
-    page = page_of(report, found, source, config, features_ND)
+    page = page_of(report, found, source, config, features_ND, issues)
     text = render(page).encode("utf-8", "backslashreplace")
     with output_errors(config.target), replacing(config.target) as file:
         file.write(text)
@@ -155,10 +161,11 @@ def page_of(
     source: Format | None,
     config: ReportConfig,
     features_ND: NDArray[np.floating] | None,
+    issues: PageIssues | None = None,
 ) -> Page:
     """Return what the page of a report shows; see `write_page`."""
     num_flagged = int(found.flagged_N.sum())
-    rows = _rows_to_review(found, config.top)
+    rows = _rows_to_review(found, config.top, issues)
     label_N, value_N = report.integers("label"), report.values
     class_names = report.class_names
     count = max(1, min(SHOWN_OF_CLASS, SHOWN_OF_CLASSES // (2 * max(1, len(class_names)))))
@@ -172,6 +179,8 @@ def page_of(
     neighbours: list[PageSample] = []
     if features_ND is not None:
         samples, neighbours = _with_neighbours(samples, report, found, source, features_ND)
+    if issues is not None:
+        samples, neighbours = _with_issues(samples, neighbours, issues, report, found, source)
     of_classes = np.concatenate([np.concatenate([low, high]) for _, low, high in ends])
     shown = dict(
         zip(of_classes.tolist(), _samples(report, found, source, of_classes, CLASS_PICTURE_SIDE), strict=True)
@@ -213,22 +222,74 @@ def page_of(
     )
 
 
-def _rows_to_review(found: Assessment, most: int) -> IntArray:
-    """Return the flagged rows, and others to set a threshold by; of all these, the most suspicious first."""
+def _rows_to_review(found: Assessment, most: int, issues: PageIssues | None) -> IntArray:
+    """Return the flagged rows, those with issues, and others to set a threshold by.
+
+    Of all these, the most suspicious first; rows without a score last.
+    """
     scored = found.order[np.isfinite(found.score_N[found.order])]
     is_flagged = found.flagged_N[scored]
-    flagged_first = np.concatenate([scored[is_flagged], scored[~is_flagged]])
-    wanted = flagged_first[: min(most, 2 * int(is_flagged.sum()) + MORE_SAMPLES)]
-    return scored[np.isin(scored, wanted)]
+    with_issues = np.zeros(0, dtype=np.int64) if issues is None else issues.rows
+    others = scored[~is_flagged][: int(is_flagged.sum()) + MORE_SAMPLES]
+    wanted = np.concatenate([scored[is_flagged], with_issues, others])
+    _, first = np.unique(wanted, return_index=True)
+    wanted = wanted[np.sort(first)][:most]
+    return found.order[np.isin(found.order, wanted)]
 
 
-def features_of_page(config: ReportConfig, report: Report) -> NDArray[np.floating] | None:
-    """Return the features that the user named, or the run kept, if there are any."""
-    if config.features is None:
-        return features_of(report.metadata, config.source, len(report))
+@dataclass(frozen=True, slots=True)
+class PageIssues:
+    """What `chgval detect-issues` found in a dataset.
+
+    Attributes:
+        texts: of every row; None where nothing was found.
+        group_N: the first row of the copies that a row is one of; -1 for none.
+        test_ids: of the sample of the test set that a row is a copy of, if it is.
+    """
+
+    texts: Sequence[str | None]
+    group_N: IntArray
+    test_ids: Sequence[str | None]
+
+    @property
+    def rows(self) -> IntArray:
+        """The rows in which something was found."""
+        return np.array([row for row, text in enumerate(self.texts) if text is not None], dtype=np.int64)
+
+
+def read_issues(path: str, report: Report) -> PageIssues:
+    """Read what `chgval detect-issues` found in the dataset of a report.
+
+    Raises:
+        DataError: it cannot be read, or is about another dataset.
+    """
+    table, _ = read_table(path, kind=ISSUES)
+    same = table.num_rows == len(report) and table["id"].to_pylist() == list(report["id"])
+    if not same:
+        raise DataError(
+            f"{report_name(path)}: is not about the rows of this report; run chgval detect-issues on it."
+        )
+    copy_of_N = pc.fill_null(table["copy_of"], -1).to_numpy().copy()
+    firsts = np.unique(copy_of_N[copy_of_N >= 0])
+    if len(firsts) and firsts.max() >= len(report):
+        raise DataError(f"{report_name(path)}: row {firsts.max():,} is none of its rows.")
+    copy_of_N[firsts] = firsts
+    return PageIssues(table["issues"].to_pylist(), copy_of_N, table["test_id"].to_pylist())
+
+
+def features_of_page(path: Path | None, report: Report, source: str) -> NDArray[np.floating] | None:
+    """Return the features that the user named, or the run kept, if there are any.
+
+    Args:
+        path: of a file that the user named.
+        report: the report.
+        source: where it is.
+    """
+    if path is None:
+        return features_of(report.metadata, source, len(report))
     from chgval.data.features import read_features
 
-    features_ND, problems = read_features(config.features, len(report), report_name(config.source))
+    features_ND, problems = read_features(path, len(report), report_name(source))
     features_ND[list(problems)] = np.nan
     return features_ND
 
@@ -253,6 +314,37 @@ def _with_neighbours(
         dataclasses.replace(sample, near_given=given, near_suggested=suggested)
         for sample, given, suggested in placed
     ], neighbours
+
+
+def _with_issues(
+    samples: Sequence[PageSample],
+    neighbours: Sequence[PageSample],
+    issues: PageIssues,
+    report: Report,
+    found: Assessment,
+    source: Format | None,
+) -> tuple[list[PageSample], list[PageSample]]:
+    """Return samples that know what else was found in them, and the neighbours with the copies of them."""
+    members: dict[int, list[int]] = {}
+    for row in np.flatnonzero(issues.group_N >= 0).tolist():
+        members.setdefault(int(issues.group_N[row]), []).append(row)
+    copies = {
+        sample.index: [
+            row for row in members.get(int(issues.group_N[sample.index]), []) if row != sample.index
+        ]
+        for sample in samples
+    }
+    shown = np.unique([row for rows in copies.values() for row in rows[:NEIGHBOURS]]).astype(np.int64)
+    place = {row: len(neighbours) + at for at, row in enumerate(shown.tolist())}
+    return [
+        dataclasses.replace(
+            sample,
+            issues=issues.texts[sample.index],
+            test_id=issues.test_ids[sample.index],
+            copies=[place[row] for row in copies[sample.index][:NEIGHBOURS]],
+        )
+        for sample in samples
+    ], [*neighbours, *_samples(report, found, source, shown, NEIGHBOUR_SIDE)]
 
 
 def _places(near_RK: IntArray, shown: IntArray) -> list[list[int]]:

@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+import chgval
 from chgval.reports.tables import SUSPECTS_SCHEMA
 from tests import commands
 from tests.commands import imported_by
@@ -154,6 +155,25 @@ def test_duplicates_are_listed_whether_flagged_or_not(tmp_path):
     assert set(rows) == {"cat/008.png", "dog/copy.png"} and not any(r["flagged"] for r in rows.values())
     assert rows["cat/008.png"]["duplicate_of"] == rows["dog/copy.png"]["index"]
     assert rows["dog/copy.png"]["duplicate_of"] == rows["cat/008.png"]["index"]
+    arguments = ["--duplicates", "--expected-noise", "0", "-q", "-o", tmp_path / "again.parquet"]
+    report = chgval.value(folder, epochs=1, output=tmp_path / "v.parquet")
+    result = invoke(tmp_path / "v.parquet", *arguments)  # of a report: nothing is trained
+    assert result.exit_code == 0, result.stderr
+    again = {row["id"]: row["duplicate_of"] for row in pq.read_table(tmp_path / "again.parquet").to_pylist()}
+    assert again == {name: row["duplicate_of"] for name, row in rows.items()} and len(report) == 42
+    folder.rename(tmp_path / "moved")
+    refused = invoke(tmp_path / "v.parquet", *arguments, "--overwrite")
+    assert refused.exit_code == 1 and "no such file or folder" in refused.stderr
+    moved = ("--dataset", tmp_path / "moved", "--overwrite")
+    assert invoke(tmp_path / "v.parquet", *arguments, *moved).exit_code == 0
+
+
+def test_duplicates_need_images(tmp_path):
+    table = {"v": np.eye(4).tolist() * 5, "label": [0, 1, 2, 3] * 5}
+    pq.write_table(pa.table(table), tmp_path / "d.parquet")
+    settings = ("--features-column", "v", "--arch", "linear", "--epochs", "1", "-o", tmp_path / "s.csv")
+    result = invoke(tmp_path / "d.parquet", *settings, "--duplicates")
+    assert result.exit_code == 2 and "--duplicates: needs images" in result.stderr
 
 
 def test_flags_of_confident_learning_are_those_of_cleanlab(report):
@@ -342,8 +362,6 @@ def test_what_stands_in_the_way_of_a_cleaned_dataset_is_told(digits_folder, repo
             "--threshold often: expected aum, auto, chg, confident, gmm, or",
         ),
         (["{report}", "--threshold", "aum"], 2, "--threshold aum: trains twice more; pass the dataset, not"),
-        (["{report}", "--duplicates"], 2, "--duplicates: looks at images; pass the dataset, not its report"),
-        (["builtin:digits", "--epochs", "1", "-q", "--duplicates"], 2, "needs images of at least 16 pixels"),
         (["{report}", "--threshold", "1.5"], 2, "--threshold 1.5: scores lie between 0 and 1"),
         (
             ["{report}", "--expected-noise", "10"],

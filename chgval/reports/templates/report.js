@@ -208,6 +208,7 @@
       make("span", { class: "faint" }, `${share(sample.score)} ${sample.id}`),
       (sample.said = make("span", {})),
     );
+    if (sample.issues) button.append(make("span", { class: "issues" }, sample.issues));
     button.addEventListener("focus", () => select(sample, false));
     button.addEventListener("click", () => select(sample));
     sample.button = button;
@@ -219,6 +220,7 @@
     sample.said.textContent = textOf(row);
     sample.said.className = row ? row.decision : "";
   }
+  const issuesOf = (sample) => (sample.issues ? sample.issues.split(", ") : []);
   const ORDERS = {
     score: (a, b) => a.place - b.place,
     value: (a, b) => (a.value ?? Infinity) - (b.value ?? Infinity),
@@ -228,13 +230,15 @@
   function filter() {
     const [given, suggested] = [byId("given").value, byId("suggested").value];
     const [status, least] = [byId("status").value, Number(byId("least").value) || 0];
-    const [flagged, search] = [byId("flagged").value, byId("search").value.toLowerCase()];
+    const [flagged, issue] = [byId("flagged").value, byId("issue").value];
+    const search = byId("search").value.toLowerCase();
     shown = samples.filter((sample) => {
       const word = decisionOf(sample)?.decision ?? "none";
       return (
         (given === "" || sample.given === Number(given)) &&
         (suggested === "" || sample.suggested === Number(suggested)) &&
         (status === "" || status === word) && (flagged === "" || sample.flagged === (flagged === "yes")) &&
+        (issue === "" || (issue === "any" ? sample.issues : issue === "none" ? !sample.issues : issuesOf(sample).includes(issue))) &&
         (sample.score ?? 0) >= least &&
         sample.id.toLowerCase().includes(search)
       );
@@ -300,14 +304,14 @@
         ...fact("value", `${short(sample.value)} (higher than ${short(sample.percentile)} % of all)`),
       ),
     );
-    for (const [at, label] of [[0, sample.given], [1, sample.suggested]]) {
-      const near = sample.near[at].map((place) => data.neighbours[place]);
-      if (!near.length) continue;
-      const figure = (other) => make("figure", {}, picture(other, false), make("figcaption", {}, other.id));
-      detail.append(
-        make("h3", {}, `Surely ${nameOf(label)}, and most alike`), make("div", { class: "row" }, ...near.map(figure)),
-      );
-    }
+    const row = (title, places, said) => {
+      const others = places.map((place) => data.neighbours[place]);
+      const figure = (other) => make("figure", {}, picture(other, false), make("figcaption", {}, said(other)));
+      if (others.length) detail.append(make("h3", {}, title), make("div", { class: "row" }, ...others.map(figure)));
+    };
+    row("Copies of it", sample.copies, (other) => `${nameOf(other.given)}: ${other.id}`);
+    row(`Surely ${nameOf(sample.given)}, and most alike`, sample.near[0], (other) => other.id);
+    row(`Surely ${nameOf(sample.suggested)}, and most alike`, sample.near[1], (other) => other.id);
     if (sample.epochs) detail.append(make("div", { class: "figure" }, epochsOf(sample)));
   }
 
@@ -486,7 +490,10 @@
   for (const id of ["given", "suggested", "histogram-class"]) {
     classes.forEach((name, label) => byId(id).append(make("option", { value: label }, name)));
   }
-  for (const id of ["given", "suggested", "status", "flagged", "least", "sort", "search"]) byId(id).addEventListener("input", filter);
+  for (const id of ["given", "suggested", "status", "flagged", "issue", "least", "sort", "search"]) byId(id).addEventListener("input", filter);
+  const found = [...new Set(samples.flatMap(issuesOf))].sort();
+  byId("issue").append(...found.map((name) => make("option", {}, name)));
+  byId("with-issue").hidden = !found.length;
   byId("by").value = state.by;
   byId("by").addEventListener("input", () => changeState(() => (state.by = byId("by").value)));
   byId("download").addEventListener("click", () => {

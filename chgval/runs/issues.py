@@ -1,0 +1,282 @@
+"""`chgval detect-issues`: what is wrong with samples besides their labels.
+
+Shape legend: N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from chgval import progress
+from chgval.config import DataConfig, IssuesConfig
+from chgval.data.dataset import Embeddings
+from chgval.data.decode import UnreadableImageError, grey_square
+from chgval.data.formats import Format, format_of
+from chgval.detection.duplicates import (
+    LEAST_SIDE,
+    THUMBNAIL_SIDE,
+    Pairs,
+    Thumbnails,
+    copies_between,
+    copies_within,
+    groups_of,
+    near_between,
+    near_within,
+    other_labels,
+)
+from chgval.detection.outliers import LEAST_FACTOR, outlier_factors
+from chgval.errors import DataError
+from chgval.files import locked
+from chgval.reports.decisions import DROP, UNSURE
+from chgval.reports.files import (
+    check_output,
+    in_input_order,
+    read_table,
+    report_name,
+    with_metadata,
+    write_table,
+)
+from chgval.reports.report import Report
+from chgval.reports.tables import ISSUES_SCHEMA, or_null
+from chgval.runs.image_quality import PROPERTIES, explained_by_labels, image_quality
+from chgval.runs.report import features_of_page
+from chgval.runs.rewriting import data_behind, known_rows
+from chgval.runs.summaries import MOST_SHOWN
+from chgval.types import FloatArray, IntArray
+
+# What issues are called in tables, on the page and in the summary.
+OUTLIER, COPY, CONFLICT, LEAK = "outlier", "copy", "copy with another label", "in the test set"
+# Share of a property's variance between classes from which on it is told: it says much of the label.
+TOLD_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issues:
+    """What was found.
+
+    Attributes:
+        table: as it was, or would be, written: one row per input row.
+        counts: rows that each was found in, in the order of the summary.
+        explained: share of each property's variance that lies between classes, where images were looked at.
+        notes: what was not looked for, and why.
+        outliers: id, label and factor of the worst.
+        conflicts: id, label, the other's label and its id, of copies.
+    """
+
+    table: pa.Table
+    counts: dict[str, int]
+    explained: dict[str, float]
+    notes: list[str]
+    outliers: list[tuple[str, str, str]]
+    conflicts: list[tuple[str, str, str, str]]
+
+    @property
+    def told(self) -> dict[str, float]:
+        """Those of `explained` that a model could take for the class."""
+        return {name: share for name, share in self.explained.items() if share >= TOLD_SHARE}
+
+
+def run_detect_issues(config: IssuesConfig) -> Issues:
+    """Find outliers, copies and images that are also in a test set; write them if there is an output.
+
+    Raises:
+        ChgvalError: the report or a dataset cannot be read, or do not fit each other, or the output is in the
+            way.
+    """
+    with locked(*config.outputs):
+        if config.output is not None:
+            check_output(config.output, *config.inputs)
+        table, metadata = read_table(config.source)
+        report = Report(in_input_order(table, config.source), metadata)
+        source = format_of(data_behind(config.source, metadata, config.dataset))
+        source.check_same(known_rows(report.table, metadata))
+        found = _find(report, source, config)
+        if config.output is not None:
+            metadata = {**metadata, "command": progress.command(), "explained": found.explained}
+            write_table(config.output, with_metadata(found.table, metadata))
+        return found
+
+
+def thumbnails_of(source: Format, num_rows: int) -> Thumbnails:
+    """Read all images of a dataset, grey and small."""
+    grey_NTT = np.zeros((num_rows, THUMBNAIL_SIDE, THUMBNAIL_SIDE), dtype=np.uint8)
+    is_known_N, has_details_N = np.zeros((2, num_rows), dtype=bool)
+    for row, encoded in enumerate(source.pictures(range(num_rows))):
+        if encoded is None:
+            continue
+        try:
+            grey_NTT[row], shorter = grey_square(encoded, THUMBNAIL_SIDE)
+        except UnreadableImageError:  # the report has a reason for it
+            continue
+        is_known_N[row], has_details_N[row] = True, shorter >= LEAST_SIDE
+    return Thumbnails(grey_NTT, is_known_N, has_details_N)
+
+
+def conflicts_in(source: Format, labels_N: IntArray) -> IntArray:
+    """Return, for every image of a dataset, the row of a copy with another label; -1 for none."""
+    pairs = copies_within(thumbnails_of(source, len(labels_N)))
+    return other_labels(groups_of(pairs, len(labels_N)), labels_N)
+
+
+def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
+    num_rows, labels_N, notes = len(report), report.integers("label"), []
+    features_ND = _features(report, source, config)
+    if source.config.takes_features:
+        if features_ND is None:
+            raise DataError(f"{report_name(config.source)}: has no features to compare.")
+        pairs, leaks = near_within(features_ND), None
+        if config.against is not None:
+            leaks = near_between(features_ND, _vectors(_like(source.config, config.against)))
+        readable = np.zeros(0, dtype=np.int64)
+    else:
+        progress.detail("looking for copies")
+        thumbnails = thumbnails_of(source, num_rows)
+        pairs, leaks = copies_within(thumbnails), None
+        readable = np.flatnonzero(thumbnails.is_known_N)
+        if config.against is not None:
+            tested = format_of(_like(source.config, config.against))
+            leaks = copies_between(thumbnails, thumbnails_of(tested, len(tested.listed().ids)))
+    factor_N = np.full(num_rows, np.nan)
+    if features_ND is None:
+        notes.append(
+            "outliers were not looked for: the run kept no features. Value with --write-features, or pass "
+            "--features."
+        )
+    else:
+        progress.detail("looking for outliers")
+        factor_N = outlier_factors(features_ND)
+    group_N = groups_of(pairs, num_rows)
+    conflict_N = other_labels(group_N, labels_N)
+    leak_N, leak_similarity_N = _best(leaks, num_rows)
+    _, similarity_N = _best(_both_ways(pairs), num_rows)
+    found: dict[str, NDArray[np.bool_]] = {
+        **({} if leaks is None else {LEAK: leak_N >= 0}),
+        CONFLICT: conflict_N >= 0,
+        COPY: (group_N >= 0) & (conflict_N < 0),
+        **({} if features_ND is None else {OUTLIER: np.nan_to_num(factor_N) >= LEAST_FACTOR}),
+    }
+    explained: dict[str, float] = {}
+    columns: dict[str, pa.Array] = {}
+    if config.quality:
+        quality = image_quality(source, readable, num_rows)
+        found |= {name.replace("_", " "): quality.flags[name] for name in PROPERTIES}
+        columns = {f"{name}_score": or_null(quality.scores[name]) for name in PROPERTIES}
+        explained = {
+            name.replace("_", " "): explained_by_labels(quality.scores[name], labels_N) for name in PROPERTIES
+        }
+    ids = report["id"]
+    test_ids = [] if leaks is None else _ids(_like(source.config, _named(config.against)))
+    is_first_N = group_N == np.arange(num_rows)
+    copy_of_N = np.where(is_first_N, -1, group_N)
+    table = pa.table(
+        {
+            **{name: report.table[name] for name in ("index", "id", "label", "label_name")},
+            "issues": _listed(found, num_rows),
+            "outlier_factor": or_null(factor_N),
+            "copy_of": or_null(copy_of_N),
+            "copy_of_id": [None if row < 0 else ids[row] for row in copy_of_N.tolist()],
+            "copy_similarity": or_null(similarity_N),
+            "conflicts_with": or_null(conflict_N),
+            "test_id": [None if row < 0 else test_ids[row] for row in leak_N.tolist()],
+            "test_similarity": or_null(leak_similarity_N),
+            "decision": _proposed(found, is_first_N),
+            "new_label_name": pa.nulls(num_rows, pa.string()),
+        },
+        schema=ISSUES_SCHEMA,
+    )
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    counts = {name: int(flags_N.sum()) for name, flags_N in found.items()}
+    names = np.where(labels_N < 0, "", report["label_name"])
+    worst = np.argsort(-np.nan_to_num(factor_N), kind="stable")[: min(MOST_SHOWN, counts.get(OUTLIER, 0))]
+    doubled = np.flatnonzero(found[CONFLICT])[:MOST_SHOWN]
+    return Issues(
+        table=table,
+        counts=counts,
+        explained=explained,
+        notes=notes,
+        outliers=[(ids[row], names[row], f"{factor_N[row]:.1f}") for row in worst],
+        conflicts=[
+            (ids[row], names[row], names[other], ids[other])
+            for row, other in zip(doubled, conflict_N[doubled], strict=True)
+        ],
+    )
+
+
+def _features(report: Report, source: Format, config: IssuesConfig) -> NDArray[np.floating] | None:
+    """Return what the user named, what the run kept, or the embeddings that were valued."""
+    kept = features_of_page(config.features, report, config.source)
+    if kept is None and source.config.takes_features:
+        return _vectors(source.config)
+    return kept
+
+
+def _vectors(data: DataConfig) -> NDArray[np.float32]:
+    """Return the embeddings of a dataset; NaN where a row has none.
+
+    Raises:
+        DataError: it holds images.
+    """
+    dataset = format_of(data).read(largest_size=0)
+    if not isinstance(dataset.content, Embeddings):
+        raise DataError(f"{data.source}: holds images; expected embeddings, as the report is about.")
+    vectors_ND = dataset.content.vectors_ND.copy()
+    vectors_ND[list(dataset.problems)] = np.nan
+    return vectors_ND
+
+
+def _like(data: DataConfig, source: str) -> DataConfig:
+    """Return how another dataset is read, of the same kind: by the same columns, whatever its splits."""
+    return dataclasses.replace(data, source=source, split=None, images_root=None)
+
+
+def _named(source: str | None) -> str:
+    if source is None:
+        raise ValueError("no test set was named")
+    return source
+
+
+def _ids(data: DataConfig) -> list[str]:
+    return list(format_of(data).listed().ids)
+
+
+def _both_ways(pairs: Pairs) -> Pairs:
+    return Pairs(
+        np.concatenate([pairs.first_P, pairs.second_P]),
+        np.concatenate([pairs.second_P, pairs.first_P]),
+        np.concatenate([pairs.similarity_P, pairs.similarity_P]),
+    )
+
+
+def _best(pairs: Pairs | None, num_rows: int) -> tuple[IntArray, FloatArray]:
+    """Return the most similar row of each first row, and how similar it is; -1 and NaN for none."""
+    best_N, similarity_N = np.full(num_rows, -1), np.full(num_rows, np.nan)
+    if pairs is not None:
+        order = np.lexsort((-pairs.second_P, pairs.similarity_P))  # the last that is written stays
+        best_N[pairs.first_P[order]] = pairs.second_P[order]
+        similarity_N[pairs.first_P[order]] = pairs.similarity_P[order]
+    return best_N, similarity_N
+
+
+def _listed(found: dict[str, NDArray[np.bool_]], num_rows: int) -> list[str | None]:
+    """Return the names of what was found in each row, in one text; None for nothing."""
+    texts: list[list[str]] = [[] for _ in range(num_rows)]
+    for name, flags_N in found.items():
+        for row in np.flatnonzero(flags_N).tolist():
+            texts[row].append(name)
+    return [", ".join(names) or None for names in texts]
+
+
+def _proposed(found: dict[str, NDArray[np.bool_]], is_first_N: NDArray[np.bool_]) -> list[str | None]:
+    """Return what could be decided: copies but the first and leaks go, people look at the others."""
+    none_N = np.zeros(len(is_first_N), dtype=bool)
+    drops_N = found.get(LEAK, none_N) | (found[COPY] & ~is_first_N)
+    unsure_N = ~drops_N & (found.get(OUTLIER, none_N) | found[CONFLICT])
+    return [
+        DROP if drops else UNSURE if unsure else None for drops, unsure in zip(drops_N, unsure_N, strict=True)
+    ]
