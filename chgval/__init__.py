@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import apply, detect_issues, detect_noise, merge, report, select, train, value
+    from chgval.api import apply, detect_issues, detect_noise, embed, merge, report, select, train, value
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -25,6 +25,7 @@ _HOMES = {
     "apply": "chgval.api",
     "detect_issues": "chgval.api",
     "detect_noise": "chgval.api",
+    "embed": "chgval.api",
     "find_label_issues": "chgval.detection.issues",
     "merge": "chgval.api",
     "read_report": "chgval.reports.report",
@@ -40,6 +41,7 @@ __all__ = [
     "apply",
     "detect_issues",
     "detect_noise",
+    "embed",
     "find_label_issues",
     "merge",
     "read_report",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chgval.config import (
     ApplyConfig,
     DetectConfig,
+    EmbedConfig,
     IssuesConfig,
     MergeConfig,
     ReportConfig,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from chgval.reports.report import Report
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.embedding import Embedded
     from chgval.runs.issues import Issues
     from chgval.runs.report import Written
     from chgval.runs.select import Selection
@@ -71,6 +73,21 @@ def detect_noise(data: str | Path, *, output: str | Path | None = None, **settin
     from chgval.runs.detect_noise import run_detect_noise
 
     return _run(run_detect_noise, _config(DetectConfig, data, output, settings))
+
+
+def embed(data: str | Path, *, output: str | Path, **settings: Any) -> Embedded:
+    """Write what a pretrained network makes of images, for `value(..., features_column="embedding")`.
+
+    Args:
+        data: as for `value`.
+        output: file of the embeddings: Parquet, JSON lines or Arrow.
+        settings: options of `chgval embed`, such as arch="resnet50", weights="DEFAULT".
+    Raises:
+        ChgvalError: the data or the weights cannot be read, or the output is in the way.
+    """
+    from chgval.runs.embedding import run_embed
+
+    return _run(run_embed, _config(EmbedConfig, data, output, settings))
 
 
 def detect_issues(values: str | Path, *, output: str | Path | None = None, **settings: Any) -> Issues:

@@ -252,7 +252,18 @@ class TrainConfig(Settings):
         MODEL_PANEL,
         is_common=True,
     )
-    weights: Path | None = option(None, "Pretrained weights (safetensors or state dict).", MODEL_PANEL)
+    weights: str | None = option(
+        None,
+        "Pretrained weights: a file (safetensors or state dict), or what torchvision calls them, as DEFAULT.",
+        MODEL_PANEL,
+        metavar="FILE|NAME",
+    )
+    frozen: bool = option(
+        False,
+        "Train a linear model on what a pretrained network (--arch, --weights) makes of the images.",
+        MODEL_PANEL,
+        is_common=True,
+    )
     epochs: int | None = option(
         None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1, is_common=True
     )
@@ -283,11 +294,13 @@ class TrainConfig(Settings):
         Settings.__post_init__(self)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", self.device):
             raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
+        if self.frozen and self.augment is not None:
+            raise SettingsError("--augment: a frozen network sees each image once, as it is; leave it out.")
 
 
 # What names of outputs leave out of the name of their input.
 _INPUT_ENDINGS = re.compile(
-    r"(\.(values|suspects|subset|merged|issues))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
+    r"(\.(values|suspects|subset|merged|issues|embeddings))?\.(parquet|csv|tsv|jsonl|ndjson|json|arrow|tar|tgz|tar\.gz)$",
     re.IGNORECASE,
 )
 
@@ -1134,6 +1147,69 @@ class IssuesConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingsOutput(OutputConfig):
+    """Where embeddings go."""
+
+    name: ClassVar[str] = "embeddings"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedConfig(CommandConfig):
+    """Settings of `chgval embed`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    output: EmbeddingsOutput = field(default_factory=EmbeddingsOutput)
+    arch: str | None = option(
+        None,
+        "Any torchvision classifier, or timm/NAME. Default: as the file of weights says, or resnet18.",
+        MODEL_PANEL,
+        is_common=True,
+    )
+    weights: str | None = option(
+        None,
+        "A file (safetensors or state dict), or what torchvision calls them. Default: DEFAULT.",
+        MODEL_PANEL,
+        metavar="FILE|NAME",
+        is_common=True,
+    )
+    device: str = same_option(TrainConfig, "device")
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        _name_output(self, self.data.source)
+        if self.output.resolved_format == "csv":
+            raise SettingsError(
+                f"--output {self.output.path}: CSV has no lists of numbers; end it in .parquet, .jsonl or "
+                ".arrow."
+            )
+
+    @property
+    def train(self) -> TrainConfig:
+        """The network."""
+        return TrainConfig(arch=self.arch, weights=self.weights, device=self.device, frozen=True)
+
+    @property
+    def inputs(self) -> list[str]:
+        """The dataset."""
+        return [self.data.source]
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The table."""
+        return _files(self.output)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a file may be replaced."""
+        return self.output.overwrite
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether the table goes to standard output."""
+        return self.output.to_stdout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MergedOutput(OutputConfig):
     """Where a merged report goes."""
 
@@ -1280,7 +1356,7 @@ def _epochs_of(output: OutputConfig | None) -> Path | None:
 
 
 def _name_output(
-    config: ValueConfig | DetectConfig | SelectConfig | MergeConfig | IssuesConfig, source: str
+    config: ValueConfig | DetectConfig | SelectConfig | MergeConfig | IssuesConfig | EmbedConfig, source: str
 ) -> None:
     if config.output is not None:
         object.__setattr__(config, "output", config.output.named_after(source))

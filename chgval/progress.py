@@ -46,6 +46,10 @@ class Listener(Protocol):
         """Return what takes the records of a training of so many steps as they come."""
         ...
 
+    def counting(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Return what takes how many of all are done."""
+        ...
+
 
 class Log:
     """Listens by logging."""
@@ -73,6 +77,24 @@ class Log:
     def following(self, total_steps: int) -> Iterator[Callable[[Record], None]]:  # noqa: ARG002
         """Log a line per epoch, and one for debugging every few steps."""
         yield lambda record: tell_record(self, record)
+
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Log a line for every tenth."""
+        yield by_tenths(self, what, total)
+
+
+def by_tenths(listener: Listener, what: str, total: int) -> Callable[[int], None]:
+    """Return what takes how many of all are done, and says a line for every tenth."""
+    said = 0
+
+    def tell(done: int) -> None:
+        nonlocal said
+        if 10 * done // max(1, total) > said:
+            said = 10 * done // max(1, total)
+            listener.say(f"{done:,} of {total:,} {what}")
+
+    return tell
 
 
 _listener: ContextVar[Listener] = ContextVar("chgval_listener", default=Log())  # noqa: B039 (has no state)
@@ -116,6 +138,11 @@ def settings(pairs: Sequence[tuple[str, str]]) -> None:
 def following(total_steps: int) -> AbstractContextManager[Callable[[Record], None]]:
     """Return what takes the records of a training of so many steps as they come."""
     return _listener.get().following(total_steps)
+
+
+def counting(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Return what takes how many of all are done."""
+    return _listener.get().counting(what, total)
 
 
 def tell_record(listener: Listener, record: Record) -> None:

@@ -18,6 +18,7 @@ from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
 from chgval.config import (
     ApplyConfig,
     DetectConfig,
+    EmbedConfig,
     IssuesConfig,
     MergeConfig,
     ReportConfig,
@@ -216,6 +217,27 @@ def detect_issues(console: "Console", config: IssuesConfig) -> None:
     from chgval.runs.issues import run_detect_issues
 
     show_issues(console, run_detect_issues(config), config)
+
+
+@command("embed", EmbedConfig)
+def embed(console: "Console", config: EmbedConfig) -> None:
+    """Turn images into what a pretrained network makes of them, in one pass.
+
+    The table has ids, labels and embeddings (last-layer inputs), for chgval value --features-column embedding:
+    a linear model on good features is the fastest way to good verdicts. Image size and normalisation come
+    with the weights. Weights of a name are fetched once, and nothing else ever is.
+
+    \b
+    Examples:
+      chgval embed photos/
+      chgval embed photos/ --arch resnet50 --weights DEFAULT
+      chgval embed photos/ --weights photos.trained/model.safetensors
+      chgval value photos/ --frozen                  # the same in one step
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_embedded
+    from chgval.runs.embedding import run_embed
+
+    show_embedded(console, run_embed(config), config)
 
 
 @command("merge", MergeConfig)

@@ -17,7 +17,7 @@ from rich.status import Status
 from rich.text import Text
 
 from chgval.config import SHOWN_SAMPLES
-from chgval.progress import tell_record
+from chgval.progress import by_tenths, tell_record
 from chgval.training.records import Record, StepRecord
 
 Side = Literal["left", "right"]
@@ -196,6 +196,23 @@ class Console:
                 )
 
             yield show
+
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how many are done: a bar on a terminal, else a line for every tenth."""
+        if self.is_quiet or not self._rich.is_terminal:
+            yield by_tenths(self, what, total)
+            return
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.description}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        ]
+        if self._rich.width >= WIDTH_FOR_BAR:
+            columns.insert(1, BarColumn(bar_width=None))
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda done: progress.update(task, completed=done)
 
     def table(
         self, title: str, headings: dict[str, Side], rows: Sequence[tuple[str, ...]], last: str = ""

@@ -17,6 +17,7 @@ from chgval.config import (
     STANDARD_STREAM,
     ApplyConfig,
     DetectConfig,
+    EmbedConfig,
     IssuesConfig,
     MergeConfig,
     OutputConfig,
@@ -42,6 +43,7 @@ from chgval.training.records import Evaluation
 if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.apply import Applied
     from chgval.runs.detect_noise import Suspects
+    from chgval.runs.embedding import Embedded
     from chgval.runs.issues import Issues
     from chgval.runs.report import Written
     from chgval.runs.select import Selection
@@ -192,6 +194,28 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
         "class_names": trained.class_names,
         "target": trained.target,
         "seconds": trained.seconds,
+        "next": following,
+    }
+    console.hand_over(result)
+
+
+def show_embedded(console: Console, embedded: Embedded, config: EmbedConfig) -> None:
+    """Print what was made of how many images, which could not be read, and where it is."""
+    for name, reason in list(embedded.problems.items())[: console.shown]:
+        console.warn(f"{name}: {reason}; its embedding is null")
+    if len(embedded.problems) > console.shown:
+        console.warn(f"... and {len(embedded.problems) - console.shown:,} more that cannot be read")
+    console.say(
+        f"{embedded.num_embedded:,} of {embedded.num_rows:,} images, as {embedded.num_features:,} numbers "
+        f"each, by {embedded.arch} on {embedded.image_size} pixels -> {config.output.target}"
+    )
+    following = None
+    if not config.output.to_stdout:
+        following = _next(console, "value", config.output.path, "--features-column", "embedding")
+    result = {
+        **_outputs(config.outputs),
+        **dataclasses.asdict(embedded),
+        "seconds": console.seconds,
         "next": following,
     }
     console.hand_over(result)

@@ -20,16 +20,19 @@ import chgval
 from chgval import progress
 from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings, LargeImages
-from chgval.data.formats import Format
+from chgval.data.formats import Format, format_of
 from chgval.data.loader import Loader, make_loader
 from chgval.data.open import open_dataset
-from chgval.errors import DataError, SettingsError
+from chgval.errors import DataError
 from chgval.interruption import interruptible
 from chgval.reports.files import is_report
 from chgval.reports.tables import InputRows
+from chgval.runs.embedding import embedded_dataset
 from chgval.system import usable_cores
+from chgval.training.devices import pick_device
 from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
 from chgval.training.models import InputShape, SplitModel, build_model, check_names
+from chgval.training.pretrained import DEFAULT_ARCH, DEFAULT_WEIGHTS, described, normalisation
 from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.training.records import EpochRecord, Record
 from chgval.valuation.accumulator import ValueAccumulator
@@ -99,9 +102,11 @@ def read_dataset(data: DataConfig | Format, train: TrainConfig) -> Dataset:
     check_names(train.arch, train.weights)
     device = pick_device(train.device)
     progress.detail(f"reading {data.source}")
-    dataset = open_dataset(data, largest_image_size(train.arch, device.type))
+    dataset = open_dataset(data, largest_image_size(train.arch, device.type, frozen=train.frozen))
     for note in dataset.notes:
         progress.say(f"note: {note}")
+    if train.frozen:
+        return embedded_dataset(format_of(data) if isinstance(data, DataConfig) else data, dataset, train)
     return dataset
 
 
@@ -114,9 +119,16 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     generator = torch.Generator().manual_seed(train.seed)
     device = pick_device(train.device)
     is_embedding = isinstance(dataset.content, Embeddings)
-    arch = train.arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
+    # A frozen network has been passed: what is trained is a model of embeddings.
+    arch = None if train.frozen else train.arch or described(train.weights).get("arch")
+    arch = arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
+    weights = None if train.frozen else train.weights
     shape = InputShape(dataset.input_size, is_embedding)
-    model = build_model(arch, dataset.num_classes, shape, generator, train.weights)
+    model = build_model(arch, dataset.num_classes, shape, generator, weights)
+    mean, std = data.mean, data.std
+    if weights is not None:
+        trained_mean, trained_std = normalisation(arch, weights)
+        mean, std = mean or trained_mean, std or trained_std
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.backbone_dtype = torch.bfloat16 if device.type == "cuda" else None
     recipe = choose_recipe(
@@ -131,32 +143,14 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         batch_size=recipe.batch_size,
         augment=recipe.augment,
         device=device,
-        mean=data.mean,
-        std=data.std,
+        mean=None if is_embedding else mean,
+        std=None if is_embedding else std,
         workers=data.workers,
         fail_on_error=data.on_error == "fail",
     )
     if train.compile_model:
         model.backbone.compile()
     return Run(dataset, arch, model, loader, recipe, device, generator)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; auto takes the fastest there is.
-
-    Raises:
-        SettingsError: this machine, or this build of PyTorch, does not have it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise SettingsError("--device mps: not available on this machine.")
-    return device
 
 
 def make_accumulator(run: Run, config: ValueConfig) -> ValueAccumulator:
@@ -266,13 +260,19 @@ def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
             f"{dataset.input_size} {kind}{decoded}",
         ),
         *([("columns", columns)] if columns else []),
-        ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}"),
+        ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}{_frozen(train)}"),
         (
             "training",
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
             f"{recipe.augment}, seed {train.seed}",
         ),
     ]
+
+
+def _frozen(train: TrainConfig) -> str:
+    if not train.frozen:
+        return ""
+    return f", on {train.arch or DEFAULT_ARCH}, frozen, {train.weights or DEFAULT_WEIGHTS}"
 
 
 def tell_problems(dataset: Dataset, consequence: str) -> None:
@@ -303,13 +303,17 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any
     """Return what is kept of a run beside its results: all settings as they were resolved, and versions."""
     statistics = run.loader.statistics
     settings = dataclasses.asdict(config)
-    settings["train"].update(dataclasses.asdict(run.recipe), arch=run.arch, device=str(run.device))
+    settings["train"].update(dataclasses.asdict(run.recipe), device=str(run.device))
     settings["data"].update(run.dataset.columns)
-    settings["data"].update(
-        image_size=None if run.is_embedding else run.dataset.input_size,
-        mean=statistics.mean.flatten().tolist(),
-        std=statistics.std.flatten().tolist(),
-    )
+    if (
+        not config.train.frozen
+    ):  # then these are about the network that was passed, and stay as they were given
+        settings["train"]["arch"] = run.arch
+        settings["data"].update(
+            image_size=None if run.is_embedding else run.dataset.input_size,
+            mean=statistics.mean.flatten().tolist(),
+            std=statistics.std.flatten().tolist(),
+        )
     return {
         "version": chgval.__version__,
         "command": progress.command(),

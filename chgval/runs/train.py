@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from chgval import progress
-from chgval.config import DataConfig, TrainingConfig
+from chgval.config import DataConfig, TrainConfig, TrainingConfig
 from chgval.data.dataset import Dataset, Embeddings, as_seen
+from chgval.data.formats import format_of
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError, first_few
@@ -26,6 +27,7 @@ from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
 from chgval.runs.choosing import Chooser, Holdout, select_every, strategy_of
+from chgval.runs.embedding import embedded_dataset
 from chgval.runs.session import (
     Run,
     make_trainer,
@@ -85,11 +87,12 @@ def hold_out(
     return dataset.only(rows[~held_N]), dataset.only(rows[held_N])
 
 
-def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
+def read_test(data: DataConfig, train: TrainConfig, source: str, dataset: Dataset) -> Dataset:
     """Read a test dataset as the training data were read, with labels in the classes of these.
 
     Args:
         data: how the training data were read.
+        train: what is trained on them.
         source: the test dataset.
         dataset: the training data.
     Raises:
@@ -102,7 +105,11 @@ def read_test(data: DataConfig, source: str, dataset: Dataset) -> Dataset:
         read = DataConfig(source=source, on_error=data.on_error)
     elif not isinstance(dataset.content, Embeddings):
         read = dataclasses.replace(read, image_size=dataset.input_size)
+    elif train.frozen:
+        read = dataclasses.replace(read, image_size=data.image_size)
     test = open_dataset(read, dataset.input_size, least_classes=1)
+    if train.frozen:
+        test = embedded_dataset(format_of(read), test, train)
     for note in test.notes:
         progress.say(f"note: {note}")
     if test.fingerprint == dataset.fingerprint:
@@ -244,7 +251,7 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
     if not unfinished.resumes:
         check_training_folder(config)
     dataset = read_dataset(config.data, config.train)
-    tested = None if config.test is None else read_test(config.data, config.test, dataset)
+    tested = None if config.test is None else read_test(config.data, config.train, config.test, dataset)
     manifest = None if config.subset is None else read_manifest(config.subset, dataset)
     if config.decisions is not None:
         dataset = as_decided(dataset, config.decisions)
@@ -281,7 +288,7 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
         resumes = trainer.position != (0, 0)
         folder = TrainingFolder(config.folder, metadata, dataset, chooser, resumes=resumes)
         train(run, checkpoint.records(), so_far, config, test=test, folder=folder)
-        folder.finish(run.model, so_far)
+        folder.finish(run, so_far)
     tell_problems(dataset, "they were not trained on")
     if tested is not None:
         tell_problems(tested, "they were not tested on")

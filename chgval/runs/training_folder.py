@@ -30,8 +30,9 @@ from chgval.files import (
 from chgval.reports.files import with_metadata, write_table
 from chgval.reports.tables import MANIFEST
 from chgval.runs.choosing import Chooser
+from chgval.runs.session import Run
 from chgval.training.loop import Subset
-from chgval.training.models import SplitModel
+from chgval.training.pretrained import describe
 from chgval.training.records import EpochRecord, Evaluation
 from chgval.types import State
 
@@ -98,6 +99,20 @@ class TrainingProgress:
         self.epochs.append(row)
 
 
+def _described(run: Run) -> dict[str, str]:
+    """Return what the file of the model says of it, so that it can be a backbone without more words."""
+    if run.is_embedding:
+        return {"format": "pt"}
+    statistics = run.loader.statistics
+    return describe(
+        run.arch,
+        run.dataset.input_size,
+        statistics.mean.flatten().tolist(),
+        statistics.std.flatten().tolist(),
+        small_stem=run.model.small_stem,
+    )
+
+
 class TrainingFolder:
     """Where a training leaves its files: metrics and choices as they come, the model when it is trained.
 
@@ -138,11 +153,11 @@ class TrainingFolder:
             self._folder / METRICS_FILE, pa.Table.from_pylist(training.epochs, METRICS_SCHEMA), self._metadata
         )
 
-    def finish(self, model: SplitModel, training: TrainingProgress) -> None:
+    def finish(self, run: Run, training: TrainingProgress) -> None:
         """Write the model, and everything that is known of its training."""
         path = self._folder / MODEL_FILE
         with output_errors(path), replacing(path) as file:
-            file.write(save(model.network_state(), {"format": "pt"}))
+            file.write(save(run.model.network_state(), _described(run)))
         evaluation = training.evaluation
         results = {
             "epochs": len(training.epochs),

@@ -27,6 +27,8 @@ EMBEDDING_ARCHS = ("linear", "mlp")
 MLP_WIDTH = 256
 # From here on, reading a state dict with weights_only runs no code of it.
 SAFE_TORCH = (2, 10)
+# Weights of the auxiliary classifiers of GoogLeNet and Inception begin so.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 # What torch's models for several devices put before the name of each weight.
 PARALLEL_PREFIX = "module."
 
@@ -134,6 +136,27 @@ class _BasicBlock(nn.Module):
         return functional.relu(residual + hidden)
 
 
+# What comes before the names of networks of the timm library.
+TIMM_PREFIX = "timm/"
+
+
+def timm_library(arch: str) -> Any:
+    """Return the timm library, if it is there and knows a network.
+
+    Raises:
+        ModelError: it is not installed, or does not.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(
+            f"--arch {arch}: needs the timm library; install it with pip install 'chgval[timm]'."
+        ) from error
+    if not timm.is_model(arch.removeprefix(TIMM_PREFIX)):
+        raise ModelError(f"--arch {arch}: timm {timm.__version__} has no such model; see timm.list_models().")
+    return timm
+
+
 def image_archs() -> list[str]:
     """Return the names of all architectures for images."""
     import torchvision  # takes longer to load than torch, and our own networks do without
@@ -141,16 +164,23 @@ def image_archs() -> list[str]:
     return [*IMAGE_ARCHS_OF_CHGVAL, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def check_names(arch: str | None, weights: Path | None) -> None:
+def check_names(arch: str | None, weights: str | None) -> None:
     """Raise ModelError for what can be known to be wrong before any data is read."""
     own = (*IMAGE_ARCHS_OF_CHGVAL, *EMBEDDING_ARCHS)
-    if arch is not None and arch not in own and arch not in image_archs():
+    is_timm = arch is not None and arch.startswith(TIMM_PREFIX)
+    if arch is not None and is_timm:
+        timm_library(arch)
+    elif arch is not None and arch not in own and arch not in image_archs():
         raise ModelError(
             f"--arch {arch}: no such model; choose resnet8, resnet20 or a torchvision classification model "
             "such as resnet18, resnet50 or vit_b_16 (for embeddings: linear, mlp)."
         )
-    if weights is not None and not weights.is_file():
+    if weights is None or Path(weights).is_file() or (is_timm and weights == "DEFAULT"):
+        return
+    if "." in weights or "/" in weights or Path(weights).exists():
         raise ModelError(f"--weights {weights}: no such file, or a folder.")
+    if arch is not None:
+        _named_weights(arch, weights)
 
 
 def build_model(
@@ -158,7 +188,9 @@ def build_model(
     num_classes: int,
     input_shape: InputShape,
     generator: torch.Generator,
-    weights: Path | None = None,
+    weights: str | None = None,
+    *,
+    small_stem: bool | None = None,
 ) -> SplitModel:
     """Build a classifier and split it at its last linear layer.
 
@@ -167,8 +199,10 @@ def build_model(
         num_classes: outputs of the last layer.
         input_shape: what the model will be fed.
         generator: the initial weights are drawn from it.
-        weights: a safetensors file, or a state dict saved by torch.save, in the architecture's own names. A
-            last layer for another number of classes is left out.
+        weights: a safetensors file, or a state dict saved by torch.save, in the architecture's own names; or
+            what torchvision calls its weights, such as DEFAULT. A last layer for another number of classes is
+            left out.
+        small_stem: whether the first layers are those for small images; None says so by the size.
 
     Raises:
         ModelError: no such architecture or file; it does not fit the input; the weights do not fit it.
@@ -178,12 +212,13 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         network = _build_network(arch, num_classes, input_shape)
-        small_images = not input_shape.is_embedding and input_shape.size <= SMALL_IMAGE_PIXELS
-        small_stem = small_images and _exchange_stem(network)
+        if small_stem is None:
+            small_stem = not input_shape.is_embedding and input_shape.size <= SMALL_IMAGE_PIXELS
+        has_small_stem = small_stem and _exchange_stem(network)
     if weights is not None:
-        _load_weights(network, weights, arch)
+        _fit_weights(network, read_weights(weights, arch), weights, arch, has_small_stem=has_small_stem)
     model = _split(network, arch)
-    model.small_stem = small_stem
+    model.small_stem = has_small_stem
     _check_fit(model, arch, num_classes, input_shape)
     return model
 
@@ -197,6 +232,11 @@ def _build_network(arch: str, num_classes: int, input_shape: InputShape) -> nn.M
                 nn.Linear(input_shape.size, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, num_classes)
             )
         raise ModelError(f"--arch {arch}: not a model for embeddings; choose one of linear, mlp.")
+    if arch.startswith(TIMM_PREFIX):
+        timm_network: nn.Module = timm_library(arch).create_model(
+            arch.removeprefix(TIMM_PREFIX), num_classes=num_classes
+        )
+        return timm_network
     if arch == "resnet8":
         return CIFARResNet(1, num_classes)
     if arch == "resnet20":
@@ -250,7 +290,15 @@ def _small_conv(conv: nn.Conv2d) -> nn.Conv2d:
     return small
 
 
-def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
+def read_weights(weights: str, arch: str) -> dict[str, Tensor]:
+    """Return the state dict in a file, or of a name; that is fetched if it is not on this machine.
+
+    Raises:
+        ModelError: it cannot be read or fetched, or there is none of that name.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        return _fetched(arch, weights)
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if path.suffix != ".safetensors" and version < SAFE_TORCH:
         raise ModelError(
@@ -273,11 +321,72 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             f"--weights {path}: expected a state dict (names to tensors), found other contents "
             f"({type(state).__name__}); save model.state_dict()."
         )
+    return state
+
+
+def _named_weights(arch: str, name: str) -> Any:
+    """Return what torchvision has under that name.
+
+    Raises:
+        ModelError: it has none.
+    """
+    import torchvision
+
+    if arch not in torchvision.models.list_models(module=torchvision.models):
+        raise ModelError(f"--weights {name}: no such file, and --arch {arch} has no weights of a name.")
+    known = torchvision.models.get_model_weights(arch)
+    if name not in known.__members__:
+        raise ModelError(
+            f"--weights {name}: no such file; of --arch {arch} there are {', '.join(known.__members__)}."
+        )
+    return known[name]
+
+
+def _fetched(arch: str, name: str) -> dict[str, Tensor]:
+    """Return weights of that name: the only thing that is ever fetched, and only if it is not here yet.
+
+    Raises:
+        ModelError: there is no network, or the file is another than it should be.
+    """
+    if arch.startswith(TIMM_PREFIX):
+        timm = timm_library(arch)
+        try:
+            network = timm.create_model(arch.removeprefix(TIMM_PREFIX), pretrained=True)
+        except Exception as error:  # of whatever timm fetches with
+            raise ModelError(
+                f"--weights {name}: cannot be fetched ({first_line(error)}). Where there is a network, save "
+                f"timm.create_model('{arch.removeprefix(TIMM_PREFIX)}', pretrained=True).state_dict(), and "
+                "pass that file as --weights."
+            ) from error
+        timm_state: dict[str, Tensor] = network.state_dict()
+        return timm_state
+    weights = _named_weights(arch, name)
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a file that is another
+        here = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+        raise ModelError(
+            f"--weights {name}: cannot be fetched ({first_line(error)}). Fetch {weights.url} where there is "
+            f"a network, and put it at {here}, or pass it as --weights."
+        ) from error
+    return state
+
+
+def _fit_weights(
+    network: nn.Module, state: dict[str, Tensor], weights: str, arch: str, *, has_small_stem: bool
+) -> None:
+    """Load a state dict, without a last layer for other classes.
+
+    Raises:
+        ModelError: it does not fit.
+    """
     expected = network.state_dict()
     head_name = _head_name(network, arch)
     for name in (f"{head_name}.weight", f"{head_name}.bias"):
         if name in state and name in expected and state[name].shape != expected[name].shape:
             del state[name]
+    # Classifiers that help to train a network are none of those that it is split into.
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(AUXILIARY)}
     missing = [name for name in expected if name not in state and not name.startswith(f"{head_name}.")]
     unknown = [name for name in state if name not in expected]
     wrong = [n for n in expected if n in state and state[n].shape != expected[n].shape]
@@ -287,10 +396,14 @@ def _load_weights(network: nn.Module, path: Path, arch: str) -> None:
             for title, names in (("missing", missing), ("unknown", unknown), ("other shape", wrong))
             if names
         )
-        raise ModelError(
-            f"--weights {path}: does not fit --arch {arch} ({found}); pass weights of this architecture, and "
-            "the --image-size they were trained at."
-        )
+        advice = "pass weights of this architecture, and the --image-size they were trained at."
+        if has_small_stem and not missing and not unknown:
+            advice = (
+                f"images of up to {SMALL_IMAGE_PIXELS} pixels get a first layer of their own, which these "
+                "weights have not. Pass --frozen, which enlarges images as the weights want them, or "
+                "--image-size 224."
+            )
+        raise ModelError(f"--weights {weights}: does not fit --arch {arch} ({found}); {advice}")
     network.load_state_dict(state, strict=False)
 
 

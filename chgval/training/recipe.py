@@ -15,6 +15,8 @@ BATCH_SIZE = 128
 # large as SMALL_BATCH_SIZE.
 STEPS_PER_EPOCH = 150
 SMALL_BATCH_SIZE = 32
+# Share of the learning rate for weights that know something already, which the full one would destroy.
+FINE_TUNING = 0.1
 # And a tiny one at least so many.
 FEWEST_STEPS = 10
 
@@ -32,9 +34,9 @@ class Recipe:
     augment: Literal["none", "crop", "crop-flip"]
 
 
-def largest_image_size(arch: str | None, device_type: str) -> int:
+def largest_image_size(arch: str | None, device_type: str, *, frozen: bool = False) -> int:
     """Return the largest image size to choose; an architecture that the user names gets its usual 224."""
-    small_model = arch in (None, "resnet8", "resnet20")
+    small_model = arch in (None, "resnet8", "resnet20") and not frozen
     return LARGEST_SIZE_ON_CPU if device_type == "cpu" and small_model else LARGEST_SIZE
 
 
@@ -65,6 +67,8 @@ def choose_recipe(
     else:
         epochs = 30 if num_samples <= 5_000 else 15
         lr = 0.3 if has_batch_norm else 0.01
+        if config.weights is not None:
+            lr *= FINE_TUNING
     return Recipe(
         epochs=config.epochs or epochs,
         batch_size=config.batch_size or batch_size,
