@@ -294,7 +294,7 @@ class TrainConfig(Settings):
         Settings.__post_init__(self)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", self.device):
             raise SettingsError(f"--device {self.device}: expected auto, cpu, cuda, cuda:N or mps.")
-        if self.frozen and self.augment is not None:
+        if self.frozen and self.augment not in (None, "none"):
             raise SettingsError("--augment: a frozen network sees each image once, as it is; leave it out.")
 
 

@@ -223,9 +223,9 @@ def detect_issues(console: "Console", config: IssuesConfig) -> None:
 def embed(console: "Console", config: EmbedConfig) -> None:
     """Turn images into what a pretrained network makes of them, in one pass.
 
-    The table has ids, labels and embeddings (last-layer inputs), for chgval value --features-column embedding:
-    a linear model on good features is the fastest way to good verdicts. Image size and normalisation come
-    with the weights. Weights of a name are fetched once, and nothing else ever is.
+    The table has ids, labels and embeddings (last-layer inputs), for chgval value --features-column
+    embedding: a linear model on good features is the fastest way to good verdicts. Image size and
+    normalisation come with the weights. Weights of a name are fetched once, and nothing else ever is.
 
     \b
     Examples:

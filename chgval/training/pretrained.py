@@ -62,7 +62,7 @@ def describe(
 ) -> dict[str, str]:
     """Return what a file of weights says of its network, so that nobody needs to know it."""
     known = {"arch": arch, "image_size": size, "mean": mean, "std": std, "small_stem": small_stem}
-    return {"format": "pt", DESCRIPTION_KEY: json.dumps(known)}
+    return {DESCRIPTION_KEY: json.dumps(known)}  # of several keys safetensors writes any one first
 
 
 def described(weights: str | None) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _has_presets(arch: str) -> bool:
 
 
 def _transform(arch: str) -> Callable[..., Callable[[Image.Image], Tensor]]:
-    """Return torchvision's own preparation of images; for a network without weights there, that of another."""
+    """Return torchvision's own preparation of images; for a network that it has no weights of, another's."""
     import torchvision
 
     names = torchvision.models.get_model_weights(arch if _has_presets(arch) else DEFAULT_ARCH)

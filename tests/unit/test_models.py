@@ -40,7 +40,7 @@ def test_split_model_returns_what_the_whole_torchvision_model_computes(arch, tmp
     """Same weights, same images: torchvision's own logits, and its last linear layer's own input."""
     whole = torchvision.models.get_model(arch, weights=None, num_classes=7).eval()
     safetensors.torch.save_file(whole.state_dict(), tmp_path / "weights.safetensors")
-    model = build_model(arch, 7, InputShape(224), generator(), tmp_path / "weights.safetensors").eval()
+    model = build_model(arch, 7, InputShape(224), generator(), str(tmp_path / "weights.safetensors")).eval()
 
     inputs_of_linear = []
     last = [m for m in whole.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -86,7 +86,7 @@ def test_head_stays_in_float32_behind_a_half_precision_backbone():
 def test_pretrained_weights_for_other_classes_keep_the_new_head(tmp_path):
     whole = torchvision.models.resnet18(num_classes=1000)
     torch.save(whole.state_dict(), tmp_path / "w.pt")
-    model = build_model("resnet18", 5, InputShape(224), generator(), tmp_path / "w.pt")
+    model = build_model("resnet18", 5, InputShape(224), generator(), str(tmp_path / "w.pt"))
     assert torch.equal(model.backbone.conv1.weight, whole.conv1.weight)
     assert model.head.weight.shape == (5, 512)
 
@@ -100,10 +100,10 @@ class Trap:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
     (tmp_path / "w.pt").write_bytes(pickle.dumps({"conv.weight": Trap()}, protocol=2))
     with pytest.raises(ModelError, match="cannot be read as tensors"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "w.pt")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "w.pt"))
     torch.save({"conv.weight": Trap()}, tmp_path / "zip.pt")
     with pytest.raises(ModelError, match="cannot be read as tensors"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "zip.pt")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "zip.pt"))
     assert "the pickle ran" not in capsys.readouterr().out
 
 
@@ -122,12 +122,12 @@ def test_what_does_not_fit_is_named(tmp_path):
         build_model("resnet8", 5, InputShape(32, is_embedding=True), generator())
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match=r"missing: conv.weight, .* unknown: a"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "w.safetensors")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "w.safetensors"))
     (tmp_path / "broken.safetensors").write_bytes(b"{}")
     with pytest.raises(ModelError, match=r"broken\.safetensors: cannot be read as tensors"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "broken.safetensors")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "broken.safetensors"))
     with pytest.raises(ModelError, match=r"absent\.pt: no such file"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "absent.pt")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "absent.pt"))
 
 
 @reads_pickles
@@ -137,7 +137,7 @@ def test_weights_are_taken_out_of_what_trainings_keep(tmp_path):
     parallel = {f"module.{name}": value for name, value in whole.items()}
     for kept in (whole, parallel, {"epoch": 1, "state_dict": parallel}, {"model": whole}):
         torch.save(kept, tmp_path / "w.pt")
-        found = build_model("resnet18", 5, shape, generator(), tmp_path / "w.pt")
+        found = build_model("resnet18", 5, shape, generator(), str(tmp_path / "w.pt"))
         assert torch.equal(found.backbone.conv1.weight, whole["conv1.weight"])
         assert torch.equal(found.head.weight, whole["fc.weight"])
 
@@ -150,10 +150,10 @@ def test_files_that_are_no_state_dict_are_named(tmp_path):
             build_model("resnet8", 5, InputShape(32), generator(), tmp_path / f"{number}.pt")
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
     with pytest.raises(ModelError, match="expected a state dict"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "numbered.pt")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "numbered.pt"))
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ModelError, match="expected a state dict"):
-        build_model("resnet8", 5, InputShape(32), generator(), tmp_path / "list.pt")
+        build_model("resnet8", 5, InputShape(32), generator(), str(tmp_path / "list.pt"))
 
 
 def test_every_listed_name_is_a_torchvision_classifier_or_ours():
