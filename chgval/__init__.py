@@ -10,7 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chgval.api import apply, detect_issues, detect_noise, embed, merge, report, select, train, value
+    from chgval.api import (
+        apply,
+        compare,
+        detect_issues,
+        detect_noise,
+        embed,
+        merge,
+        report,
+        select,
+        train,
+        value,
+    )
     from chgval.detection.issues import find_label_issues
     from chgval.errors import ChgvalError
     from chgval.reports.report import Report, read_report
@@ -23,6 +34,7 @@ _HOMES = {
     "Report": "chgval.reports.report",
     "Tracker": "chgval.tracker",
     "apply": "chgval.api",
+    "compare": "chgval.api",
     "detect_issues": "chgval.api",
     "detect_noise": "chgval.api",
     "embed": "chgval.api",
@@ -39,6 +51,7 @@ __all__ = [
     "Report",
     "Tracker",
     "apply",
+    "compare",
     "detect_issues",
     "detect_noise",
     "embed",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from chgval.config import (
     ApplyConfig,
+    CompareConfig,
     DetectConfig,
     EmbedConfig,
     IssuesConfig,
@@ -30,6 +31,7 @@ from chgval.settings import build, check_known, keywords_of
 if TYPE_CHECKING:
     from chgval.reports.report import Report
     from chgval.runs.apply import Applied
+    from chgval.runs.compare import Comparison
     from chgval.runs.detect_noise import Suspects
     from chgval.runs.embedding import Embedded
     from chgval.runs.issues import Issues
@@ -164,6 +166,23 @@ def merge(reports: Sequence[str | Path], *, output: str | Path | None = None, **
     from chgval.runs.merge import run_merge
 
     return _run(run_merge, _config(MergeConfig, [str(path) for path in reports], output, settings))
+
+
+def compare(
+    sources: Sequence[str | Path], *, output: str | Path | None = None, **settings: Any
+) -> Comparison:
+    """Return trainings side by side, or how differently two reports rank the same rows.
+
+    Args:
+        sources: folders of trainings, or two values reports.
+        output: page to write; None writes none.
+        settings: options of `chgval compare`, such as plots="figures/".
+    Raises:
+        ChgvalError: something is neither, or the reports are about other rows, or an output is in the way.
+    """
+    from chgval.runs.compare import run_compare
+
+    return _run(run_compare, _config(CompareConfig, [str(path) for path in sources], output, settings))
 
 
 def apply(

@@ -1055,13 +1055,20 @@ class ReportConfig(CommandConfig):
         affects_results=False,
         is_common=True,
     )
+    plots: Path | None = option(
+        None,
+        "Also write the figures as PNG and SVG.",
+        OUTPUT_PANEL,
+        metavar="DIR",
+        affects_results=False,
+        is_common=True,
+    )
     top: int = option(1000, "Show at most so many samples to review.", ROWS_PANEL, least=1, is_common=True)
     overwrite: bool = same_option(OutputConfig, "overwrite")
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
-        if self.path is not None and self.path.suffix.lower() not in (".html", ".htm"):
-            raise SettingsError(f"--output {self.path}: is a page for browsers; end it in .html.")
+        _check_page(self.path)
 
     @property
     def target(self) -> Path:
@@ -1207,6 +1214,48 @@ class EmbedConfig(CommandConfig):
     def writes_to_stdout(self) -> bool:
         """Whether the table goes to standard output."""
         return self.output.to_stdout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig(CommandConfig):
+    """Settings of `chgval compare`."""
+
+    sources: tuple[str, ...] = argument(
+        "TRAINED...", "Folders of trainings, or two values reports.", default=()
+    )
+    path: Path | None = option(
+        None,
+        "Also write a page with the table and its curves.",
+        OUTPUT_PANEL,
+        "--output",
+        "-o",
+        metavar="FILE",
+        affects_results=False,
+        is_common=True,
+    )
+    plots: Path | None = same_option(ReportConfig, "plots")
+    overwrite: bool = same_option(OutputConfig, "overwrite")
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if len(self.sources) < 2:
+            raise SettingsError(f"{' '.join(self.sources)}: is one; name two or more to compare.")
+        _check_page(self.path)
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is compared."""
+        return list(self.sources)
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The page; figures go to a folder that may hold others."""
+        return _files(self.path)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether files may be replaced."""
+        return self.overwrite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1374,6 +1423,11 @@ def page_config(page: Path | None, values: OutputConfig | None, overwrite: bool)
         return None
     source = STANDARD_STREAM if values is None else values.path
     return ReportConfig(source=source, path=page, overwrite=overwrite)
+
+
+def _check_page(path: Path | None) -> None:
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise SettingsError(f"--output {path}: is a page for browsers; end it in .html.")
 
 
 def _check_one_stream(outputs: dict[str, OutputConfig | None]) -> None:

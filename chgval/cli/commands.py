@@ -17,6 +17,7 @@ from chgval.cli.options import PanelCommand, with_settings
 from chgval.cli.reporting import EXIT_FAILED, EXIT_TOO_NOISY
 from chgval.config import (
     ApplyConfig,
+    CompareConfig,
     DetectConfig,
     EmbedConfig,
     IssuesConfig,
@@ -238,6 +239,25 @@ def embed(console: "Console", config: EmbedConfig) -> None:
     from chgval.runs.embedding import run_embed
 
     show_embedded(console, run_embed(config), config)
+
+
+@command("compare", CompareConfig)
+def compare(console: "Console", config: CompareConfig) -> None:
+    """Put trainings side by side, or say how differently two reports rank the same rows.
+
+    Trainings are folders of chgval train: accuracies, times and what each was trained on. Of two reports: how
+    far their values and noise scores agree, and which rows they rank most differently.
+
+    \b
+    Examples:
+      chgval compare photos.trained/ pruned.trained/
+      chgval compare full.trained/ 30.trained/ 10.trained/ -o comparison.html
+      chgval compare seed1.parquet seed2.parquet --plots figures/
+    """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
+    from chgval.cli.results import show_comparison
+    from chgval.runs.compare import run_compare
+
+    show_comparison(console, run_compare(config), config)
 
 
 @command("merge", MergeConfig)

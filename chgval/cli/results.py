@@ -16,6 +16,7 @@ from chgval.cli.console import Console, Side
 from chgval.config import (
     STANDARD_STREAM,
     ApplyConfig,
+    CompareConfig,
     DetectConfig,
     EmbedConfig,
     IssuesConfig,
@@ -42,6 +43,7 @@ from chgval.training.records import Evaluation
 
 if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.apply import Applied
+    from chgval.runs.compare import Comparison
     from chgval.runs.detect_noise import Suspects
     from chgval.runs.embedding import Embedded
     from chgval.runs.issues import Issues
@@ -197,6 +199,20 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
         "next": following,
     }
     console.hand_over(result)
+
+
+def show_comparison(console: Console, found: Comparison, config: CompareConfig) -> None:
+    """Print a table of what was compared, and where pages and figures of it are."""
+    texts = ("", "training", "model", "strategy")
+    sides: list[Side] = ["left" if heading in texts else "right" for heading in found.headings]
+    console.table("Comparison", dict(zip(found.headings, sides, strict=True)), found.lines)
+    columns: dict[str, Side] = {"id": "left", "label": "left", "first": "right", "second": "right"}
+    _listed(console, "Ranked most differently (percentiles of values)", columns, found.different)
+    console.say("")
+    for path in (config.path, config.plots):
+        if path is not None:
+            console.say(f"-> {path}")
+    console.hand_over({**_outputs(config.outputs), "compared": found.facts, "seconds": console.seconds})
 
 
 def show_embedded(console: Console, embedded: Embedded, config: EmbedConfig) -> None:

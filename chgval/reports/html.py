@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from chgval.reports.figures import Confusion, EpochCurves, Histogram, ThresholdCurve
@@ -125,20 +125,57 @@ class Page:
 
 def render(page: Page) -> str:
     """Return the page as HTML."""
+    script = _own("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Only what is compared with its hash may run.
+    return _template("report.html").render(
+        page=page,
+        data=_data(page),
+        style=_own("report.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def render_comparison(
+    headings: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    different: Sequence[Sequence[str]],
+    figures: Mapping[str, str],
+) -> str:
+    """Return a page of things side by side.
+
+    Args:
+        headings: of the table.
+        lines: of it.
+        different: lines of the second table; empty leaves it out.
+        figures: SVG by name; as images, so that nothing in them runs.
+    """
+    pictures = {
+        name.replace(
+            "-", " "
+        ).capitalize(): f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+        for name, svg in figures.items()
+    }
+    return _template("comparison.html").render(
+        headings=headings,
+        lines=lines,
+        different=different,
+        figures=list(pictures.items()),
+        style=_own("report.css"),
+    )
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("chgval.reports"), autoescape=True, undefined=StrictUndefined
     )
-    templates = files("chgval.reports") / "templates"
-    script = (templates / "report.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Both are our own; only what is compared with its hash may run.
-    return environment.get_template("report.html").render(
-        page=page,
-        data=_data(page),
-        style=Markup((templates / "report.css").read_text("utf-8")),  # noqa: S704
-        script=Markup(script),  # noqa: S704
-        script_hash=f"sha256-{digest}",
-    )
+    return environment.get_template(name)
+
+
+def _own(name: str) -> Markup:
+    """Return a style or script of the package, which needs no escaping."""
+    return Markup((files("chgval.reports") / "templates" / name).read_text("utf-8"))  # noqa: S704
 
 
 def _data(page: Page) -> dict[str, Any]:

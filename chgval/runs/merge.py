@@ -30,7 +30,7 @@ from chgval.reports.tables import InputRows, annotations_of, values_table
 from chgval.types import FloatArray, IntArray
 from chgval.valuation.signals import SIGNAL_NAMES, RunSignals
 
-ADVICE = "only runs on the same rows, with the same classes, can be merged"
+ADVICE = "only runs on the same rows can be put together"
 # Settings under which values are of another kind.
 KINDS = ("utility", "per_class")
 
@@ -116,21 +116,25 @@ def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
     return Report(table, {**_metadata(reports, sources), "verdict": verdict})
 
 
-def check_same_rows(reports: Sequence[Report], sources: Sequence[str]) -> None:
-    """Raise DataError where reports are about other rows, other labels, or values of another kind."""
+def check_same_rows(reports: Sequence[Report], sources: Sequence[str], *, same_labels: bool = True) -> None:
+    """Raise DataError where reports are about other rows, or, if wanted, other labels or kinds of values."""
     first, name = reports[0], report_name(sources[0])
     ids, label_names, classes = first["id"], first["label_name"], _classes(first)
     for report, source in zip(reports[1:], sources[1:], strict=True):
         what = f"{report_name(source)}: "
         if len(report) != len(first):
             raise DataError(f"{what}has {len(report):,} rows where {name} has {len(first):,}; {ADVICE}.")
-        differs_N = (report["id"] != ids) | (report["label_name"] != label_names)
+        differs_N = report["id"] != ids
+        if same_labels:
+            differs_N |= report["label_name"] != label_names
         if differs_N.any():
             row = int(differs_N.argmax())
             raise DataError(
                 f"{what}row {row:,} is {report['id'][row]} ({report['label_name'][row]}), and is {ids[row]} "
                 f"({label_names[row]}) in {name}; {ADVICE}."
             )
+        if not same_labels:
+            continue
         if (classes or _classes(report)) != (_classes(report) or classes):
             raise DataError(f"{what}has other classes, or in another order, than {name}; {ADVICE}.")
         for kind in KINDS:

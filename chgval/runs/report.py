@@ -23,13 +23,23 @@ from chgval.files import check_file, locked, output_errors, replacing
 from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
 from chgval.reports.files import features_of, in_input_order, is_report, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
+from chgval.reports.plots import (
+    check_folder,
+    confusion_plot,
+    epochs_plot,
+    histogram_plot,
+    save_plots,
+    threshold_plot,
+)
 from chgval.reports.report import Report
 from chgval.reports.tables import ISSUES
 from chgval.runs.assessment import Assessment, assess
 from chgval.runs.summaries import count_statuses
 from chgval.types import IntArray
 
-if TYPE_CHECKING:  # imports torch, which reports do without
+if TYPE_CHECKING:  # these take long to load, and are not always needed
+    from matplotlib.figure import Figure
+
     from chgval.data.formats import Format
 
 # Sides of pictures: of samples to review, of those of a class, and of neighbours.
@@ -40,6 +50,8 @@ NEIGHBOURS = 3
 SHOWN_OF_CLASS, SHOWN_OF_CLASSES = 6, 300
 # Samples on the page: the flagged ones, as many again, and so many more to set a threshold by.
 MORE_SAMPLES = 100
+# Names of the figures that are also written as files.
+PLOTS = ("thresholds", "confusion", "values", "epochs")
 # Entries of a setting that is shown.
 LONGEST_LIST = 20
 
@@ -73,6 +85,8 @@ def run_report(config: ReportConfig) -> Written:
     """
     with locked(config.target):
         check_file(config.target, overwrite=config.overwrite)
+        if config.plots is not None:
+            check_folder(config.plots, PLOTS, overwrite=config.overwrite)
         if not is_report(config.source):
             raise DataError(
                 f"{config.source}: is no values report; value the dataset first, with chgval value."
@@ -110,6 +124,8 @@ def write_page(
     text = render(page).encode("utf-8", "backslashreplace")
     with output_errors(config.target), replacing(config.target) as file:
         file.write(text)
+    if config.plots is not None:
+        save_plots(_plots(page), config.plots)
     flagged = int(found.flagged_N[[sample.index for sample in page.samples]].sum())
     pictures = sum(sample.picture is not None for sample in page.samples)
     dataset = config.dataset or report.dataset
@@ -385,6 +401,18 @@ def _samples(
             )
         )
     return samples
+
+
+def _plots(page: Page) -> dict[str, Figure]:
+    """Return the figures of a page."""
+    figures = {
+        "thresholds": threshold_plot(page.curve),
+        "confusion": confusion_plot(page.confusion, page.class_names),
+        "values": histogram_plot(page.histogram, page.class_names),
+    }
+    if page.epochs is not None:
+        figures["epochs"] = epochs_plot(page.epochs, [sample.id for sample in page.samples])
+    return figures
 
 
 def _summary(report: Report, rate: NoiseRate, num_flagged: int) -> str:
