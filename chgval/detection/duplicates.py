@@ -31,9 +31,13 @@ NUM_CANDIDATES, LEAST_LAYOUT = 4, 0.85
 CROPS = {1.0: (1, (24,)), 0.92: (2, (22, 23, 21)), 0.84: (3, (20, 21, 19)), 0.77: (4, (18, 19, 17))}
 # Details are what differs from the mean of so many pixels around.
 DETAIL_WINDOW = 5
-# Correlations, of the details and of the whole, from which on two images are one; and of the details in the
-# first side that is tried, below which no other is.
+# Correlations, of the details and of the whole, that copies have at least; and of the details in the first
+# side that is tried, below which no other is.
 LEAST_DETAILS, LEAST_WHOLE, LEAST_AT_FIRST = 0.8, 0.85, 0.4
+# Where all pictures are alike, as of hands before a wall, copies must be alike beyond that. How alike pictures
+# are is said by their third nearest, which of few is a copy; where that is symmetric around the median, so many
+# times its distance from the lower quartile is where Tukey's far outliers begin. So much is enough in any case.
+NEAREST_THAT_IS_NONE, FAR_BEYOND, ENOUGH = 3, 7, 0.95
 # Features are near-duplicates if they are nearer than this share of the median distance to the nearest: that
 # of cleanlab's Datalab (its near_duplicate threshold).
 NEAR_SHARE = 0.13
@@ -69,8 +73,12 @@ class Pairs:
     similarity_P: FloatArray
 
 
-def copies_within(thumbnails: Thumbnails) -> Pairs:
-    """Return the pairs of images of one dataset that are copies."""
+def copies_within(thumbnails: Thumbnails) -> tuple[Pairs, float]:
+    """Return the pairs of images of one dataset that are copies, and the similarity that these have at least.
+
+    Args:
+        thumbnails: of the dataset.
+    """
     # Equal ones are one image: there may be more of them than there are candidates.
     known = np.flatnonzero(thumbnails.is_known_N)
     pixels_NP = thumbnails.grey_NTT[known].reshape(len(known), THUMBNAIL_SIDE**2)
@@ -81,15 +89,24 @@ def copies_within(thumbnails: Thumbnails) -> Pairs:
     rows = np.sort(known[firsts])
     rows = rows[thumbnails.has_details_N[rows]]
     grey_NHW = _floats(thumbnails, rows)
-    return _each_once([equal, _placed(_copies(grey_NHW, grey_NHW, is_one=True), rows, rows)], is_one=True)
+    found, whole_P = _alike(grey_NHW, grey_NHW, is_one=True)
+    least = _least(found, len(rows))
+    similar = _placed(_only_copies(found, whole_P, least), rows, rows)
+    return _each_once([equal, similar], is_one=True), least
 
 
-def copies_between(thumbnails: Thumbnails, others: Thumbnails) -> Pairs:
-    """Return the pairs of an image of one dataset and its copy in another."""
+def copies_between(thumbnails: Thumbnails, others: Thumbnails, least: float) -> Pairs:
+    """Return the pairs of an image of one dataset and its copy in another.
+
+    Args:
+        thumbnails: of the one.
+        others: of the other.
+        least: similarity that copies within the first have at least.
+    """
     rows, other_rows = (np.flatnonzero(part.is_known_N & part.has_details_N) for part in (thumbnails, others))
     grey_NHW, other_NHW = _floats(thumbnails, rows), _floats(others, other_rows)
-    found = _placed(_copies(grey_NHW, other_NHW), rows, other_rows)
-    back = _placed(_copies(other_NHW, grey_NHW), other_rows, rows)
+    found = _placed(_only_copies(*_alike(grey_NHW, other_NHW), least), rows, other_rows)
+    back = _placed(_only_copies(*_alike(other_NHW, grey_NHW), least), other_rows, rows)
     turned = Pairs(back.second_P, back.first_P, back.similarity_P)
     return _each_once([_equal_between(thumbnails, others), found, turned])
 
@@ -137,15 +154,18 @@ def other_labels(group_N: IntArray, labels_N: IntArray) -> IntArray:
     return other_N
 
 
-def _copies(images_NHW: Tensor, others_MHW: Tensor, *, is_one: bool = False) -> Pairs:
-    """Return pairs of an image and another that it, or a part of it, is a copy of.
+def _alike(images_NHW: Tensor, others_MHW: Tensor, *, is_one: bool = False) -> tuple[Pairs, FloatArray]:
+    """Return pairs of an image and another that is laid out as it, or a part of it, is.
 
     Args:
         images_NHW: thumbnails.
         others_MHW: the same.
-        is_one: whether both are the same dataset, and no image is a copy of itself.
+        is_one: whether both are the same dataset, and no image is paired with itself.
+    Returns:
+        The pairs, each once for every scale, with the correlations of their details; and those of the whole,
+        shape (P,).
     """
-    found = [Pairs(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
+    found, wholes = [], [np.zeros(0)]
     if len(images_NHW) and len(others_MHW):
         layouts_ML = _layouts(others_MHW)
         for scale, (num_places, sides) in CROPS.items():
@@ -157,10 +177,33 @@ def _copies(images_NHW: Tensor, others_MHW: Tensor, *, is_one: bool = False) -> 
             first_P, second_P = np.unique(np.concatenate(near), axis=0).T
             for start in range(0, len(first_P), CHUNK_PAIRS):
                 first, second = (part[start : start + CHUNK_PAIRS] for part in (first_P, second_P))
-                similarity = _agreement(images_NHW[first], others_MHW[second], sides)
-                is_copy = similarity > 0
-                found.append(Pairs(first[is_copy], second[is_copy], similarity[is_copy]))
-    return _joined(found)
+                details, whole = _agreement(images_NHW[first], others_MHW[second], sides)
+                found.append(Pairs(first, second, details))
+                wholes.append(whole)
+    return _joined(found), np.concatenate(wholes)
+
+
+def _least(pairs: Pairs, num_images: int) -> float:
+    """Return the similarity that copies have at least, where pairs of one dataset are alike as these are."""
+    pairs = _each_once([pairs], is_one=True)
+    rows = np.concatenate([pairs.first_P, pairs.second_P])
+    similarity = np.concatenate([pairs.similarity_P, pairs.similarity_P])
+    order = np.lexsort((-similarity, rows))
+    ends = np.searchsorted(rows[order], np.arange(num_images + 1))
+    at_N = ends[:-1] + NEAREST_THAT_IS_NONE - 1
+    has_N = at_N < ends[1:]
+    if not has_N.any():
+        return LEAST_DETAILS
+    third_N = np.zeros(num_images)
+    third_N[has_N] = similarity[order[at_N[has_N]]]
+    # Fisher's transform: correlations near 1 are not crowded.
+    lower, median = np.quantile(np.arctanh(third_N.clip(0, 0.999999)), (0.25, 0.5))
+    return float(np.clip(np.tanh(median + FAR_BEYOND * (median - lower)), LEAST_DETAILS, ENOUGH))
+
+
+def _only_copies(pairs: Pairs, whole_P: FloatArray, least: float) -> Pairs:
+    is_copy = (pairs.similarity_P >= least) & (whole_P >= LEAST_WHOLE)
+    return Pairs(pairs.first_P[is_copy], pairs.second_P[is_copy], pairs.similarity_P[is_copy])
 
 
 def _candidates(queries_NL: NDArray[np.float32], layouts_ML: NDArray[np.float32], is_one: bool) -> IntArray:
@@ -202,8 +245,10 @@ def _cropped(images_NHW: Tensor, scale: float, shift: tuple[float, float]) -> Te
     return functional.grid_sample(images_NHW[None], grid, padding_mode="border", align_corners=False)[0]
 
 
-def _agreement(images_PHW: Tensor, others_PHW: Tensor, sides: tuple[int, ...]) -> FloatArray:
-    """Return how far the details of others agree with a part of the images, mirrored or not; 0 for no copy.
+def _agreement(
+    images_PHW: Tensor, others_PHW: Tensor, sides: tuple[int, ...]
+) -> tuple[FloatArray, FloatArray]:
+    """Return how far others agree with a part of images, mirrored or not: in their details, and as a whole.
 
     Args:
         images_PHW: thumbnails.
@@ -228,9 +273,7 @@ def _agreement(images_PHW: Tensor, others_PHW: Tensor, sides: tuple[int, ...]) -
             is_better = best > details_P[rows]
             details_P[rows] = torch.where(is_better, best, details_P[rows])
             whole_P[rows] = torch.where(is_better, of_whole, whole_P[rows])
-    is_copy_P = (details_P >= LEAST_DETAILS) & (whole_P >= LEAST_WHOLE)
-    similarity_P: FloatArray = torch.where(is_copy_P, details_P, 0).double().clamp(max=1).numpy()
-    return similarity_P
+    return details_P.double().clamp(max=1).numpy(), whole_P.double().numpy()
 
 
 def _correlations(images_PHW: Tensor, parts_PHW: Tensor) -> Tensor:

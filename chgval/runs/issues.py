@@ -51,6 +51,8 @@ from chgval.types import FloatArray, IntArray
 
 # What issues are called in tables, on the page and in the summary.
 OUTLIER, COPY, CONFLICT, LEAK = "outlier", "copy", "copy with another label", "in the test set"
+# Similarity from which on nobody needs to look whether it is a copy.
+PLAIN_SIMILARITY = 0.9
 # Share of a property's variance between classes from which on it is told: it says much of the label.
 TOLD_SHARE = 0.25
 
@@ -119,7 +121,7 @@ def thumbnails_of(source: Format, num_rows: int) -> Thumbnails:
 
 def conflicts_in(source: Format, labels_N: IntArray) -> IntArray:
     """Return, for every image of a dataset, the row of a copy with another label; -1 for none."""
-    pairs = copies_within(thumbnails_of(source, len(labels_N)))
+    pairs, _ = copies_within(thumbnails_of(source, len(labels_N)))
     return other_labels(groups_of(pairs, len(labels_N)), labels_N)
 
 
@@ -136,11 +138,11 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
     else:
         progress.detail("looking for copies")
         thumbnails = thumbnails_of(source, num_rows)
-        pairs, leaks = copies_within(thumbnails), None
+        (pairs, least), leaks = copies_within(thumbnails), None
         readable = np.flatnonzero(thumbnails.is_known_N)
         if config.against is not None:
             tested = format_of(_like(source.config, config.against))
-            leaks = copies_between(thumbnails, thumbnails_of(tested, len(tested.listed().ids)))
+            leaks = copies_between(thumbnails, thumbnails_of(tested, len(tested.listed().ids)), least)
     factor_N = np.full(num_rows, np.nan)
     if features_ND is None:
         notes.append(
@@ -184,7 +186,7 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
             "conflicts_with": or_null(conflict_N),
             "test_id": [None if row < 0 else test_ids[row] for row in leak_N.tolist()],
             "test_similarity": or_null(leak_similarity_N),
-            "decision": _proposed(found, is_first_N),
+            "decision": _proposed(found, copy_of_N, np.fmax(similarity_N, leak_similarity_N)),
             "new_label_name": pa.nulls(num_rows, pa.string()),
         },
         schema=ISSUES_SCHEMA,
@@ -272,11 +274,14 @@ def _listed(found: dict[str, NDArray[np.bool_]], num_rows: int) -> list[str | No
     return [", ".join(names) or None for names in texts]
 
 
-def _proposed(found: dict[str, NDArray[np.bool_]], is_first_N: NDArray[np.bool_]) -> list[str | None]:
-    """Return what could be decided: copies but the first and leaks go, people look at the others."""
-    none_N = np.zeros(len(is_first_N), dtype=bool)
-    drops_N = found.get(LEAK, none_N) | (found[COPY] & ~is_first_N)
-    unsure_N = ~drops_N & (found.get(OUTLIER, none_N) | found[CONFLICT])
+def _proposed(
+    found: dict[str, NDArray[np.bool_]], copy_of_N: IntArray, similarity_N: FloatArray
+) -> list[str | None]:
+    """Return what could be decided: plain copies but the first, and plain leaks, go; people look at more."""
+    none_N = np.zeros(len(copy_of_N), dtype=bool)
+    leaks_N, copies_N = found.get(LEAK, none_N), found[COPY] & (copy_of_N >= 0)
+    drops_N = (leaks_N | copies_N) & (similarity_N >= PLAIN_SIMILARITY)
+    unsure_N = ~drops_N & (leaks_N | copies_N | found[CONFLICT] | found.get(OUTLIER, none_N))
     return [
         DROP if drops else UNSURE if unsure else None for drops, unsure in zip(drops_N, unsure_N, strict=True)
     ]

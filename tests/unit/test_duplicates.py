@@ -80,7 +80,8 @@ def test_copies_of_all_kinds_are_found_and_nothing_else(originals):
     # Copies of one picture: more than there are candidates.
     images += [encoded(originals[-1])] * 12
     images.append(None)
-    found = copies_within(thumbnails(images))
+    found, least = copies_within(thumbnails(images))
+    assert least == 0.8
     group_N = groups_of(found, len(images))
     crowd = NUM_ORIGINALS + len(COPIES)
     expected = np.full(len(images), -1)
@@ -98,16 +99,39 @@ def test_a_copy_in_another_dataset_is_found_whichever_is_the_part(originals, nam
     images = thumbnails([encoded(image) for image in originals])
     row = list(COPIES).index(name) + 10
     others = thumbnails([encoded(make_blobs(1000, SIZE)), COPIES[name](originals[row]), None])
-    assert pairs_of(copies_between(images, others)) == {(row, 1)}
-    assert pairs_of(copies_between(others, images)) == {(1, row)}
+    assert pairs_of(copies_between(images, others, 0.8)) == {(row, 1)}
+    assert pairs_of(copies_between(others, images, 0.8)) == {(1, row)}
+
+
+def test_where_all_pictures_are_alike_copies_must_be_alike_beyond_that():
+    """One scene, with as much of its own in each picture as makes them alike to about 0.85."""
+    rng = np.random.default_rng(0)
+    scene = np.asarray(make_blobs(0, SIZE), dtype=float)
+
+    def picture(seed):
+        own = np.asarray(make_blobs(seed, SIZE), dtype=float)
+        return Image.fromarray((scene + 0.35 * (own - 128)).clip(0, 255).astype(np.uint8))
+
+    pictures = [picture(seed) for seed in range(1, 81)]
+    images = [encoded(image) for image in pictures]
+    images += [encoded(ImageOps.mirror(pictures[row])) for row in range(5)]
+    images += [encoded(pictures[row], "jpeg", quality=70) for row in range(5, 10)]
+    found, least = copies_within(thumbnails(images))
+    assert 0.85 < least <= 0.95
+    planted = {(row, 80 + row) for row in range(10)}
+    assert planted <= pairs_of(found) and len(pairs_of(found)) < 14  # at 0.8, over 1,000 pairs
+    order = rng.permutation(80)[:20]
+    others = thumbnails([encoded(picture(seed)) for seed in range(200, 210)] + [images[order[0]]])
+    assert pairs_of(copies_between(thumbnails(images), others, least)) >= {(int(order[0]), 10)}
+    assert len(pairs_of(copies_between(thumbnails(images), others, least))) <= 2
 
 
 def test_tiny_images_are_copies_only_if_they_are_equal():
     rng = np.random.default_rng(0)
     tiny = [Image.fromarray(rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)) for _ in range(4)]
     images = thumbnails([encoded(image) for image in [*tiny, tiny[2], ImageOps.mirror(tiny[1])]])
-    assert pairs_of(copies_within(images)) == {(2, 4)}
-    assert pairs_of(copies_between(images, images)) == {(n, n) for n in range(6)} | {(2, 4), (4, 2)}
+    assert pairs_of(copies_within(images)[0]) == {(2, 4)}
+    assert pairs_of(copies_between(images, images, 0.8)) == {(n, n) for n in range(6)} | {(2, 4), (4, 2)}
 
 
 def test_groups_and_other_labels_are_those_of_a_search(originals):
@@ -149,5 +173,5 @@ def test_near_features_are_those_within_a_share_of_the_median_distance():
 
 def test_there_may_be_nothing_to_compare():
     none = thumbnails([None, None])
-    assert not pairs_of(copies_within(none)) and not pairs_of(copies_between(none, none))
+    assert not pairs_of(copies_within(none)[0]) and not pairs_of(copies_between(none, none, 0.8))
     assert not pairs_of(near_within(np.full((3, 2), np.nan)))
