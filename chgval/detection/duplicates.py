@@ -34,9 +34,10 @@ DETAIL_WINDOW = 5
 # Correlations, of the details and of the whole, that copies have at least; and of the details in the first
 # side that is tried, below which no other is.
 LEAST_DETAILS, LEAST_WHOLE, LEAST_AT_FIRST = 0.8, 0.85, 0.4
-# Where all pictures are alike, as of hands before a wall, copies must be alike beyond that. How alike pictures
-# are is said by their third nearest, which of few is a copy; where that is symmetric around the median, so many
-# times its distance from the lower quartile is where Tukey's far outliers begin. So much is enough in any case.
+# Where all pictures are alike, as of hands before a wall, copies must be alike beyond that. How alike
+# pictures are is said by their third nearest, which of few is a copy; where that is symmetric around the
+# median, so many times its distance from the lower quartile is where Tukey's far outliers begin. So much is
+# enough in any case.
 NEAREST_THAT_IS_NONE, FAR_BEYOND, ENOUGH = 3, 7, 0.95
 # Features are near-duplicates if they are nearer than this share of the median distance to the nearest: that
 # of cleanlab's Datalab (its near_duplicate threshold).
