@@ -479,7 +479,7 @@
     if (byId("review").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && typing) {
       if (current) current.button.focus();
-    } else if (!typing && (event.target === document.body || event.target.closest(".desk"))) {
+    } else if (!typing && (event.target.tagName !== "BUTTON" || event.target.closest(".desk"))) {
       const act = { ...(current ? KEYS : {}), z: undo, "/": find }[event.key];
       if (!act) return;
       event.preventDefault();
