@@ -1,4 +1,4 @@
-"""Draw docs/suspects-digits.png: the most suspicious labels of the built-in digits, under their pictures.
+"""Draw docs/images/suspects-digits.png: the most suspicious labels of the digits, under their pictures.
 
 chgval value builtin:digits && python benchmarks/suspects_picture.py digits.values.parquet out.png
 """

@@ -262,7 +262,6 @@ class TrainConfig(Settings):
         False,
         "Train a linear model on what a pretrained network (--arch, --weights) makes of the images.",
         MODEL_PANEL,
-        is_common=True,
     )
     epochs: int | None = option(
         None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1, is_common=True

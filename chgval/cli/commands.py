@@ -93,6 +93,7 @@ def value(
       chgval value train.csv --images-root train/   # file names and labels
       chgval value "shards/*.parquet" --arch resnet18 --epochs 20
       chgval value embeddings.parquet --features-column embedding
+      chgval value photos/ --frozen                 # by a pretrained network
       chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     if plan:

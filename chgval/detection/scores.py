@@ -1,6 +1,6 @@
 """How probably each label is wrong, and what it should be: evidence and noise models put together.
 
-docs/detection.md says how, and what else was tried.
+docs/detection.md says how, docs/research/detection.md what else was tried.
 
 Shape legend: N samples, K of them known, C classes, D features, A annotators.
 """

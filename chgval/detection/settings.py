@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSettings:
-    """All constants of the noise score. docs/detection.md has the trials behind them.
+    """All constants of the noise score. docs/research/detection.md has the trials behind them.
 
     Attributes:
         shrinkages: shares of the covariance that may be replaced by its mean variance; the labels choose one.

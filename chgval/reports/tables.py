@@ -44,20 +44,35 @@ class Column:
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 
 VALUES_COLUMNS = (
-    Column("index", INT, "row number in the input, from 0", is_known=True),
-    Column("id", TEXT, "path below the folder, or the id column, or the row number", is_known=True),
-    Column("label", INT, "given class; -1 if the row has none", is_known=True),
-    Column("label_name", TEXT, "its name"),
-    Column("value", FLOAT, "mean Shapley value over epochs; higher is more useful", is_score=True),
+    Column("index", INT, "number of the input row, from 0", is_known=True),
+    Column(
+        "id",
+        TEXT,
+        "path below the data folder, value of the id column, path inside the image column, or row number",
+        is_known=True,
+    ),
+    Column("label", INT, "given class, as an index into the class names; -1 if unknown", is_known=True),
+    Column("label_name", TEXT, "name of the given class; null if unknown"),
+    Column(
+        "value",
+        FLOAT,
+        "mean over epochs of the Shapley value, in squared gradient units; higher is more useful",
+        is_score=True,
+    ),
     Column(
         "value_std",
         FLOAT,
-        "standard deviation of the value over epochs; in a merged report, of the runs' values over runs",
+        "standard deviation of the value over epochs (n - 1), null for one; in a merged report over runs",
         is_score=True,
     ),
-    Column("value_stderr", FLOAT, "value_std / sqrt(number of epochs, or of runs in a merged report)"),
-    Column("rank", INT, "1 is the highest value; with per-class values, within the class"),
-    Column("percentile", FLOAT, "100 is the highest value, 0 the lowest"),
+    Column(
+        "value_stderr",
+        FLOAT,
+        "`value_std` / sqrt(epochs), in a merged report / sqrt(runs): how far the mean may be off by the "
+        "choice of epochs, or of runs",
+    ),
+    Column("rank", INT, "1 is the highest value, ties by index; with `--per-class` within the class"),
+    Column("percentile", FLOAT, "share of the other valued samples that rank behind it, 0 to 100"),
     *(
         Column(f"{signal.name}_mean", FLOAT, f"mean over epochs of: {signal.about}", is_score=True)
         for signal in SIGNALS
@@ -65,21 +80,35 @@ VALUES_COLUMNS = (
     Column(
         "forgetting_events",
         INT,
-        "times the prediction went from right to wrong between epochs",
+        "changes from predicted right to wrong between epochs; 0 also if never right",
         is_score=True,
     ),
-    Column("num_epochs", INT, "epochs that saw the row", is_known=True),
-    Column("predicted_label", INT, "class of the highest averaged probability"),
+    Column("num_epochs", INT, "epochs that saw the sample, in a merged report of all runs", is_known=True),
+    Column("predicted_label", INT, "class with the highest averaged probability"),
     Column("predicted_name", TEXT, "its name"),
-    Column("predicted_probability", FLOAT, "that probability", is_score=True),
-    Column("noise_score", FLOAT, "probability that the label is wrong", is_score=True),
-    Column("noise_score_std", FLOAT, "standard deviation of the noise score over noise models"),
-    Column("suggested_label", INT, "most probable class other than the given one"),
+    Column("predicted_probability", FLOAT, "its averaged probability, 0 to 1", is_score=True),
+    Column(
+        "noise_score",
+        FLOAT,
+        "probability that the given label is wrong; higher is more suspicious",
+        is_score=True,
+    ),
+    Column(
+        "noise_score_std",
+        FLOAT,
+        "its standard deviation over noise models that explain the labels about equally well; null also "
+        "where nothing can be said",
+    ),
+    Column("suggested_label", INT, "the most probable class other than the given one"),
     Column("suggested_name", TEXT, "its name"),
-    Column("suggested_probability", FLOAT, "probability that it is the right one"),
-    Column("confident_label", INT, "class that confident learning counts the row in"),
-    Column("status", TEXT, "valued, unlabelled or unreadable", is_known=True),
-    Column("reason", TEXT, "why a row is unreadable"),
+    Column("suggested_probability", FLOAT, "probability that the true class is the suggested one"),
+    Column(
+        "confident_label",
+        INT,
+        "class that confident learning counts the sample in (arXiv:1911.00068); null for none",
+    ),
+    Column("status", TEXT, "`valued`; `unlabelled` (label null or -1); `unreadable`", is_known=True),
+    Column("reason", TEXT, "why the sample is unreadable"),
 )
 VALUES_SCHEMA = pa.schema([column.field for column in VALUES_COLUMNS])
 # Begins the column of an annotator's labels.
@@ -87,36 +116,47 @@ ANNOTATOR_LABEL = "label_name_of_"
 # What `select --by` takes.
 RANKED_BY = (*(column.name for column in VALUES_COLUMNS if column.is_score), "random")
 
-EPOCH_SCHEMA = pa.schema(
-    [
-        pa.field("index", INT, nullable=False),
-        pa.field("value", FLOAT),
-        *(pa.field(signal.name, pa.float32()) for signal in SIGNALS),
-        pa.field("predicted_label", pa.int32()),
-    ]
+EPOCH_COLUMNS = (
+    VALUES_COLUMNS[0],
+    Column("value", FLOAT, "Shapley value in the game of that epoch"),
+    *(Column(signal.name, pa.float32(), signal.about) for signal in SIGNALS),
+    Column("predicted_label", pa.int32(), "class of the highest logit"),
 )
+EPOCH_SCHEMA = pa.schema([column.field for column in EPOCH_COLUMNS])
 
-SUSPECTS_SCHEMA = pa.schema(
-    [
-        *(VALUES_SCHEMA.field(name) for name in ("index", "id", "label", "label_name")),
-        *(VALUES_SCHEMA.field(name) for name in ("suggested_label", "suggested_name")),
-        *(VALUES_SCHEMA.field(name) for name in ("suggested_probability", "noise_score", "noise_score_std")),
-        VALUES_SCHEMA.field("value"),
-        pa.field("margin", FLOAT),
-        pa.field("rank", INT),
-        pa.field("flagged", pa.bool_(), nullable=False),
-        pa.field("duplicate_of", INT),
-    ]
+
+def _of_values(*names: str) -> list[Column]:
+    """Return columns of the values report, in this order."""
+    return [column for name in names for column in VALUES_COLUMNS if column.name == name]
+
+
+SUSPECTS_COLUMNS = (
+    *_of_values("index", "id", "label", "label_name", "suggested_label", "suggested_name"),
+    *_of_values("suggested_probability", "noise_score", "noise_score_std", "value"),
+    Column("margin", FLOAT, "`margin_mean` of the report, in logits"),
+    Column("rank", INT, "place among all rows with a score; 1 is the most suspicious"),
+    Column("flagged", pa.bool_(), "whether the rule flags the row", is_known=True),
+    Column("duplicate_of", INT, "row of a copy with another label (`--duplicates`); null for none"),
 )
+SUSPECTS_SCHEMA = pa.schema([column.field for column in SUSPECTS_COLUMNS])
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        *(VALUES_SCHEMA.field(name) for name in ("index", "id", "label", "value", "rank")),
-        pa.field("weight", FLOAT),
-        pa.field("kept", pa.bool_(), nullable=False),
-    ]
+MANIFEST_COLUMNS = (
+    *_of_values("index", "id", "label"),
+    Column("value", FLOAT, "what rows are ranked by; null where a row has none"),
+    Column(
+        "rank",
+        INT,
+        "1 is kept first; within the class, unless `--global`; null for rows that cannot be kept",
+    ),
+    Column(
+        "weight",
+        FLOAT,
+        "1, or with `--weigh` the value scaled from 0 (lowest kept) to 1 (highest kept), as in Algorithm 2, "
+        "step 10, of the paper; null where not kept",
+    ),
+    Column("kept", pa.bool_(), "whether the row is kept", is_known=True),
 )
-
+MANIFEST_SCHEMA = pa.schema([column.field for column in MANIFEST_COLUMNS])
 
 ISSUES_COLUMNS = (
     *VALUES_COLUMNS[:4],
@@ -139,21 +179,20 @@ ISSUES_COLUMNS = (
 ISSUES_SCHEMA = pa.schema([column.field for column in ISSUES_COLUMNS])
 
 DECISIONS_COLUMNS = (
-    VALUES_COLUMNS[1],
-    VALUES_COLUMNS[3],
-    Column("decision", TEXT, "keep, relabel, drop or unsure; null decides nothing"),
-    Column("new_label_name", TEXT, "name of the class that a relabelled row gets"),
+    *_of_values("id"),
+    Column("label_name", TEXT, "the label when it was decided about; another one by now is an error"),
+    Column("decision", TEXT, "`keep`, `relabel`, `drop` or `unsure`; null decides nothing"),
+    Column("new_label_name", TEXT, "name of the class that a relabelled row gets; null for all others"),
 )
 DECISIONS_SCHEMA = pa.schema([column.field for column in DECISIONS_COLUMNS])
 
-LABELS_SCHEMA = pa.schema(
-    [
-        VALUES_SCHEMA.field("id"),
-        pa.field("label", TEXT),
-        pa.field("original_label", TEXT),
-        pa.field("decision", TEXT),
-    ]
+LABELS_COLUMNS = (
+    *_of_values("id"),
+    Column("label", TEXT, "name of the class that the row has now"),
+    Column("original_label", TEXT, "name of the class that it had"),
+    Column("decision", TEXT, "what was decided about it; null for nothing"),
 )
+LABELS_SCHEMA = pa.schema([column.field for column in LABELS_COLUMNS])
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,22 +58,25 @@ def _margin(outputs: Outputs) -> Tensor:
 
 SIGNALS = (
     Signal(
-        "loss", "cross entropy, in nats", lambda outputs: -outputs.of_labels(outputs.log_probabilities_BC)
+        "loss",
+        "cross entropy, in nats; lower is better fitted",
+        lambda outputs: -outputs.of_labels(outputs.log_probabilities_BC),
     ),
     Signal(
         "margin",
-        "logit of the given label minus the highest other one; its mean over epochs is AUM (Pleiss et al. "
-        "2020, arXiv:2001.10528)",
+        "logit of the given label minus the highest other one, higher is better fitted; its mean over epochs "
+        "is AUM (Pleiss et al. 2020, arXiv:2001.10528)",
         _margin,
     ),
     Signal(
         "el2n",
-        "Euclidean norm of softmax minus one-hot, from 0 to 1.41 (Paul et al. 2021, arXiv:2107.07075)",
+        "Euclidean norm of softmax minus one-hot, from 0 (well fitted) to 1.41 (Paul et al. 2021, "
+        "arXiv:2107.07075)",
         lambda outputs: outputs.residuals_BC.square().sum(1).sqrt(),
     ),
     Signal(
         "label_probability",
-        "softmax probability of the given label",
+        "softmax probability of the given label, 0 to 1",
         lambda outputs: outputs.of_labels(outputs.log_probabilities_BC).exp(),
     ),
 )

@@ -14,8 +14,12 @@ import chgval
 from chgval.cli import app
 from tests.commands import imported_by
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = [[], ["value"], ["detect-noise"], ["select"], ["train"], ["report"], ["apply"]]
+PAGES = Path(__file__).parents[2] / "docs" / "commands"
+NAMES = [
+    *("value", "detect-noise", "detect-issues", "select", "train"),
+    *("report", "apply", "embed", "merge", "compare"),
+]
+COMMANDS = [[], *([name] for name in NAMES)]
 
 
 def help_of(command, option="--help-all"):
@@ -25,22 +29,32 @@ def help_of(command, option="--help-all"):
     return result.stdout
 
 
-def documentation():
-    parts = ["# Command line\n\nThe help of every command, as it prints it.\n"]
-    for command in COMMANDS:
-        title = " ".join(["chgval", *command])
-        parts.append(f"## `{title}`\n\n```text\n{help_of(command)}```\n")
-    return "\n".join(parts)
+def page_of(command):
+    title = " ".join(["chgval", *command])
+    about = (
+        "The help of the command, as it prints it. `--help` alone shows the options that most people need."
+    )
+    if not command:
+        listed = "".join(f"- [`chgval {name}`]({name}.md)\n" for name in NAMES)
+        return f"# Command line\n\n```text\n{help_of([])}```\n\n{listed}"
+    return f"# `{title}`\n\n{about}\n\n```text\n{help_of(command)}```\n"
 
 
 @pytest.mark.skipif(
     not typer.__version__.startswith("0.29."), reason="other versions of typer lay out help in other ways"
 )
-def test_documentation_is_the_help_itself():
-    """A changed option shows here. To renew the page: CHGVAL_WRITE_DOCS=1 pytest tests/cli/test_help.py"""
+@pytest.mark.parametrize("command", COMMANDS)
+def test_pages_of_commands_are_the_help_itself(command):
+    """A changed option shows here. To renew the pages: CHGVAL_WRITE_DOCS=1 pytest tests/cli/test_help.py"""
+    path = PAGES / f"{command[0] if command else 'index'}.md"
     if os.environ.get("CHGVAL_WRITE_DOCS"):
-        DOCUMENTATION.write_text(documentation())
-    assert DOCUMENTATION.read_text() == documentation()
+        path.write_text(page_of(command))
+    assert path.read_text() == page_of(command)
+
+
+def test_every_command_has_a_page():
+    shown = {command.name for command in app.registered_commands if not command.hidden}
+    assert shown == set(NAMES) and {path.stem for path in PAGES.iterdir()} == {*NAMES, "index"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
