@@ -203,6 +203,8 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
 
 def show_comparison(console: Console, found: Comparison, config: CompareConfig) -> None:
     """Print a table of what was compared, and where pages and figures of it are."""
+    if console.is_quiet and not console.as_json:
+        return
     texts = ("", "training", "model", "strategy")
     sides: list[Side] = ["left" if heading in texts else "right" for heading in found.headings]
     console.table("Comparison", dict(zip(found.headings, sides, strict=True)), found.lines)
@@ -239,6 +241,8 @@ def show_embedded(console: Console, embedded: Embedded, config: EmbedConfig) -> 
 
 def show_issues(console: Console, issues: Issues, config: IssuesConfig) -> None:
     """Print how many rows have which issue, the worst of each, and where all are."""
+    if console.is_quiet and not console.as_json:
+        return
     counts = [(name, f"{count:,}") for name, count in issues.counts.items()]
     console.table("Issues", {"issue": "left", "rows": "right"}, counts)
     columns: dict[str, Side] = {"id": "left", "label": "left", "times as sparse": "right"}

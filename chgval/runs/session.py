@@ -32,7 +32,7 @@ from chgval.system import usable_cores
 from chgval.training.devices import pick_device
 from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
 from chgval.training.models import InputShape, SplitModel, build_model, check_names
-from chgval.training.pretrained import DEFAULT_ARCH, DEFAULT_WEIGHTS, described, normalisation
+from chgval.training.pretrained import DEFAULT_ARCH, DEFAULT_WEIGHTS, arch_of, normalisation
 from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
 from chgval.training.records import EpochRecord, Record
 from chgval.valuation.accumulator import ValueAccumulator
@@ -120,7 +120,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     device = pick_device(train.device)
     is_embedding = isinstance(dataset.content, Embeddings)
     # A frozen network has been passed: what is trained is a model of embeddings.
-    arch = None if train.frozen else train.arch or described(train.weights).get("arch")
+    arch = None if train.frozen else train.arch or arch_of(train.weights)
     arch = arch or choose_arch(None if is_embedding else dataset.input_size, device.type)
     weights = None if train.frozen else train.weights
     shape = InputShape(dataset.input_size, is_embedding)

@@ -7,7 +7,7 @@ layer itself. So nothing needs hooks, and the head can run in float32 while the 
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -27,6 +27,8 @@ EMBEDDING_ARCHS = ("linear", "mlp")
 MLP_WIDTH = 256
 # From here on, reading a state dict with weights_only runs no code of it.
 SAFE_TORCH = (2, 10)
+# Side of the images that most networks of torchvision are made for.
+USUAL_SIZE = 224
 # Weights of the auxiliary classifiers of GoogLeNet and Inception begin so.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 # What torch's models for several devices put before the name of each weight.
@@ -322,6 +324,21 @@ def read_weights(weights: str, arch: str) -> dict[str, Tensor]:
             f"({type(state).__name__}); save model.state_dict()."
         )
     return state
+
+
+def recognised_arch(state: dict[str, Tensor]) -> str | None:
+    """Return the architecture whose weights, but for the last layer, are called and shaped so."""
+    shapes = {name: tensor.shape for name, tensor in state.items() if not name.startswith(AUXILIARY)}
+    for arch in image_archs():
+        with suppress(ModelError), torch.device("meta"):  # some cannot be built without memory
+            network = _build_network(arch, 2, InputShape(USUAL_SIZE))
+            head_name = _head_name(network, arch)
+            expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+            differing = [name for name in expected if shapes.get(name) != expected[name]]
+            is_head_only = all(name.startswith(f"{head_name}.") for name in differing)
+            if expected.keys() >= shapes.keys() and is_head_only:
+                return arch
+    return None
 
 
 def _named_weights(arch: str, name: str) -> Any:

@@ -22,6 +22,8 @@ from chgval.training.models import (
     InputShape,
     SplitModel,
     build_model,
+    read_weights,
+    recognised_arch,
     timm_library,
 )
 
@@ -77,6 +79,18 @@ def described(weights: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def arch_of(weights: str | None) -> str | None:
+    """Return the architecture that weights are of, if their file tells, or has the names of one.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    known = described(weights).get("arch")
+    if known is None and weights is not None and Path(weights).is_file():
+        return recognised_arch(read_weights(weights, ""))
+    return known
+
+
 def load_backbone(
     arch: str | None,
     weights: str | None,
@@ -99,7 +113,7 @@ def load_backbone(
     weights = weights or DEFAULT_WEIGHTS
     known = described(weights)
     if arch is None:
-        arch = known.get("arch") or (DEFAULT_ARCH if weights == DEFAULT_WEIGHTS else None)
+        arch = arch_of(weights) or (DEFAULT_ARCH if weights == DEFAULT_WEIGHTS else None)
     if arch is None:
         raise ModelError(f"--weights {weights}: does not say which network it is of; name it with --arch.")
     if arch.startswith(TIMM_PREFIX):

@@ -366,6 +366,33 @@ def test_decisions_that_a_spreadsheet_wrote_are_loaded_with_all_columns(
     assert page.text_content("#progress") == "1 of 31 decided, and 1 that are not on this page"
 
 
+def test_issues_are_shown_filtered_and_told(photos, opened, tmp_path):
+    for name in ("cat/014.png", "dog/000.png"):
+        shutil.copy(photos / "photos/cat/003.png", photos / "photos" / name)
+    ids = [path.removeprefix(f"{photos}/photos/") for path, _ in ImageFolder(photos / "photos").samples]
+    labels = np.array([label for _, label in ImageFolder(photos / "photos").samples])
+    scores = np.full(len(ids), 0.001)
+    write_report(
+        tmp_path / "v.parquet", photos / "photos", ids, labels, ["cat", "cow", "dog"], scores, 1 - labels % 2
+    )
+    found = invoke("detect-issues", tmp_path / "v.parquet", "-o", tmp_path / "i.csv")
+    assert found.exit_code == 0, found.stderr
+    args = ("--issues", tmp_path / "i.csv", "--top", "5", "-o", tmp_path / "r.html")
+    assert invoke("report", tmp_path / "v.parquet", *args).exit_code == 0
+    page = opened(tmp_path / "r.html")
+    titles = {card.get_attribute("title") for card in page.locator(".card").all()}
+    # Before what is not suspicious; the only cow is a picture of a cat, too.
+    assert titles == {"cat/003.png", "cat/014.png", "dog/000.png", "cat/005.png", "cow/=1+1.png"}
+    page.select_option("#issue", "copy with another label")
+    page.locator(".card[title='dog/000.png']").click()
+    assert "copy with another label" in page.text_content("#detail dl")
+    assert page.locator("#detail h3").first.text_content() == "Copies of it"
+    shown = page.locator("#detail figcaption").all_text_contents()
+    assert sorted(shown) == ["cat: cat/003.png", "cat: cat/014.png"]
+    page.select_option("#issue", "none")
+    assert page.locator(".card").count() == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(strange, opened, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")

@@ -34,6 +34,7 @@ def photos(tmp_path_factory):
     torch.manual_seed(0)
     network = torchvision.models.resnet18()
     torch.save(network.state_dict(), root / "resnet18.pt")
+    torch.save(torch.nn.Linear(3, 2).state_dict(), root / "other.pt")
     return root
 
 
@@ -179,7 +180,7 @@ def test_several_annotators_and_unknown_labels_stay(tmp_path):
         (("--weights", "none.pt"), 1, "--weights none.pt: no such file"),
         (("--arch", "resnet18", "--weights", "BEST"), 1, "of --arch resnet18 there are IMAGENET1K_V1"),
         (("--arch", "resnet8", "--weights", "DEFAULT"), 1, "--arch resnet8 has no weights of a name"),
-        (("--weights", "{root}/resnet18.pt"), 1, "does not say which network it is of; name it with --arch"),
+        (("--weights", "{root}/other.pt"), 1, "does not say which network it is of; name it with --arch"),
         (("--arch", "resnet34", "--weights", "{root}/resnet18.pt"), 1, "does not fit --arch resnet34"),
         (("--arch", "resnet18", "--weights", "{root}/resnet18.pt", "-o", "e.csv"), 2, "CSV has no lists"),
         (
@@ -199,6 +200,14 @@ def test_wrong_networks_are_named(photos, tmp_path, monkeypatch, args, code, mes
         pytest.importorskip("timm", reason="timm is not installed")
     assert result.exit_code == code and message in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "mobilenet_v3_small"])
+def test_networks_of_torchvision_are_recognised_by_their_weights(photos, tmp_path, arch):
+    network = torchvision.models.get_model(arch, num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    settings = {"weights": tmp_path / "w.pt", "image_size": 32}
+    assert chgval.embed(photos / "photos", output=tmp_path / "e.parquet", **settings).arch == arch
 
 
 def test_a_first_layer_for_small_images_is_explained(photos):

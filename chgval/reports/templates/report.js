@@ -299,7 +299,9 @@
       ),
       make(
         "dl", {}, ...fact("decided", textOf(decisionOf(sample)) || "not yet"), ...fact("id", sample.id),
-        ...fact("row", sample.index.toLocaleString("en")), ...fact("label is wrong", `${share(sample.score)}${sample.flagged ? ", flagged" : ""}`),
+        ...fact("row", sample.index.toLocaleString("en")), ...(sample.issues ? fact("issues", sample.issues) : []),
+        ...(sample.test_id === null ? [] : fact("in the test set", sample.test_id)),
+        ...fact("label is wrong", `${share(sample.score)}${sample.flagged ? ", flagged" : ""}`),
         ...fact("suggestion is right", share(sample.sure)),
         ...fact("value", `${short(sample.value)} (higher than ${short(sample.percentile)} % of all)`),
       ),
