@@ -24,6 +24,8 @@ ARRAY_ENDING = ".npy"
 EPOCHS_ENDING = ".epochs"
 # What is in the folder of a training from its start, and holds its state while it is unfinished.
 TRAINING_FILE, TRAINING_STATE_FILE = "training.json", f"training{STATE_ENDING}"
+# Metrics of its epochs.
+METRICS_FILE = "metrics.parquet"
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

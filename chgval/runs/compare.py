@@ -18,7 +18,7 @@ from scipy.stats import rankdata, spearmanr
 
 from chgval.config import CompareConfig, DetectConfig
 from chgval.errors import ChgvalError, DataError, first_line
-from chgval.files import TRAINING_FILE, check_file, locked, output_errors, replacing
+from chgval.files import METRICS_FILE, TRAINING_FILE, check_file, locked, output_errors, replacing
 from chgval.reports.files import in_input_order, is_report, read_table, report_name
 from chgval.reports.html import render_comparison
 from chgval.reports.plots import as_svg, check_folder, check_plots, learning_plot, ranks_plot, save_plots
@@ -157,7 +157,7 @@ def _training(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     try:
         known = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
         known["settings"]["train"]["arch"], known["settings"]["strategy"]  # whether they are there
-        path = folder / "metrics.parquet"
+        path = folder / METRICS_FILE
         columns = ("epoch", "num_samples", "seconds", "test_accuracy")
         if not path.is_file():
             return known, {name: [] for name in columns}

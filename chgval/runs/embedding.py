@@ -23,7 +23,7 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.decode import UnreadableImageError, upright
 from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read, open_dataset
-from chgval.errors import SettingsError
+from chgval.errors import DataError, SettingsError
 from chgval.files import locked
 from chgval.interruption import interruptible
 from chgval.reports.files import check_output, write_table
@@ -122,7 +122,15 @@ def _embed(source: Format, dataset: Dataset, backbone: Backbone, train: TrainCon
     bad_N = ~np.isfinite(vectors_ND).all(1)
     problems |= dict.fromkeys(np.flatnonzero(bad_N).tolist(), "the network makes no finite numbers of it")
     vectors_ND[bad_N] = 0
-    return dataclasses.replace(dataset, content=Embeddings(vectors_ND), problems=problems)
+    embedded = dataclasses.replace(dataset, content=Embeddings(vectors_ND), problems=problems)
+    embedded.check(least_classes=1)
+    if problems and source.config.on_error == "fail":
+        row, reason = next(iter(problems.items()))
+        raise DataError(
+            f"{dataset.source}: {len(problems):,} of {len(dataset):,} samples cannot be read (the first, "
+            f"{dataset.ids[row]}: {reason}); fix them, or leave out --on-error fail."
+        )
+    return embedded
 
 
 def _batches(

@@ -88,7 +88,7 @@ class _Pictures:
         encoded = self._read[place]
         if encoded is None:
             raise UnreadableImageError("it is gone")
-        return (upright(encoded),)
+        return (upright(encoded, self._source.config.max_pixels),)
 
     def __iter__(self) -> Iterator[tuple[Image.Image]]:
         return (self[place] for place in range(len(self)))

@@ -6,6 +6,7 @@ Shape legend: N rows.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,14 +31,13 @@ from chgval.detection.duplicates import (
     other_labels,
 )
 from chgval.detection.outliers import LEAST_FACTOR, outlier_factors
-from chgval.errors import DataError
+from chgval.errors import ChgvalError, DataError, SettingsError
 from chgval.files import locked
 from chgval.reports.decisions import DROP, UNSURE
 from chgval.reports.files import (
     check_output,
     in_input_order,
     read_table,
-    report_name,
     with_metadata,
     write_table,
 )
@@ -108,14 +108,13 @@ def thumbnails_of(source: Format, num_rows: int) -> Thumbnails:
     """Read all images of a dataset, grey and small."""
     grey_NTT = np.zeros((num_rows, THUMBNAIL_SIDE, THUMBNAIL_SIDE), dtype=np.uint8)
     is_known_N, has_details_N = np.zeros((2, num_rows), dtype=bool)
-    for row, encoded in enumerate(source.pictures(range(num_rows))):
-        if encoded is None:
-            continue
-        try:
-            grey_NTT[row], shorter = grey_square(encoded, THUMBNAIL_SIDE)
-        except UnreadableImageError:  # the report has a reason for it
-            continue
-        is_known_N[row], has_details_N[row] = True, shorter >= LEAST_SIDE
+    with progress.counting(f"images of {source.source}", num_rows) as tell:
+        for row, encoded in enumerate(source.pictures(range(num_rows))):
+            if encoded is not None:
+                with suppress(UnreadableImageError):  # the report has a reason for it
+                    grey_NTT[row], shorter = grey_square(encoded, THUMBNAIL_SIDE, source.config.max_pixels)
+                    is_known_N[row], has_details_N[row] = True, shorter >= LEAST_SIDE
+            tell(row + 1)
     return Thumbnails(grey_NTT, is_known_N, has_details_N)
 
 
@@ -125,24 +124,62 @@ def conflicts_in(source: Format, labels_N: IntArray) -> IntArray:
     return other_labels(groups_of(pairs, len(labels_N)), labels_N)
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What is alike in a dataset, and what of it is in a test set.
+
+    Attributes:
+        pairs: of copies.
+        leaks: pairs of a row and one of the test set; None without one.
+        test_ids: of the rows of the test set.
+        readable: rows whose images can be read; none of embeddings.
+    """
+
+    pairs: Pairs
+    leaks: Pairs | None
+    test_ids: list[str]
+    readable: IntArray
+
+
+def _compare(
+    source: Format, num_rows: int, features_ND: NDArray[np.floating] | None, against: str | None
+) -> _Compared:
+    """Compare the samples of a dataset with each other, and with those of a test set of the same kind."""
+    tested = None if against is None else _test_set(source.config, against)
+    test_ids = [] if tested is None else list(tested.listed().ids)
+    if source.config.takes_features and features_ND is not None:
+        leaks = None if tested is None else near_between(features_ND, _vectors(tested))
+        return _Compared(near_within(features_ND), leaks, test_ids, np.zeros(0, dtype=np.int64))
+    thumbnails = thumbnails_of(source, num_rows)
+    progress.say("comparing")
+    pairs, least = copies_within(thumbnails)
+    leaks = None
+    if tested is not None:
+        leaks = copies_between(thumbnails, thumbnails_of(tested, len(test_ids)), least)
+    return _Compared(pairs, leaks, test_ids, np.flatnonzero(thumbnails.is_known_N))
+
+
+def _test_set(data: DataConfig, source: str) -> Format:
+    """Return a test set, read by the columns of the dataset if it has these."""
+    same = dataclasses.replace(data, source=source, split=None, images_root=None, features=None)
+    if same.names_columns and not same.takes_features:
+        try:
+            tested = format_of(same)
+            tested.listed()
+            return tested
+        except ChgvalError:  # in another form than the dataset
+            same = DataConfig(source=source, max_pixels=data.max_pixels)
+    return format_of(same)
+
+
 def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
+    if config.quality and source.config.takes_features:
+        raise SettingsError(
+            f"--quality: looks at images, and {source.source} holds embeddings; leave it out."
+        )
     num_rows, labels_N, notes = len(report), report.integers("label"), []
     features_ND = _features(report, source, config)
-    if source.config.takes_features:
-        if features_ND is None:
-            raise DataError(f"{report_name(config.source)}: has no features to compare.")
-        pairs, leaks = near_within(features_ND), None
-        if config.against is not None:
-            leaks = near_between(features_ND, _vectors(_like(source.config, config.against)))
-        readable = np.zeros(0, dtype=np.int64)
-    else:
-        progress.detail("looking for copies")
-        thumbnails = thumbnails_of(source, num_rows)
-        (pairs, least), leaks = copies_within(thumbnails), None
-        readable = np.flatnonzero(thumbnails.is_known_N)
-        if config.against is not None:
-            tested = format_of(_like(source.config, config.against))
-            leaks = copies_between(thumbnails, thumbnails_of(tested, len(tested.listed().ids)), least)
+    compared = _compare(source, num_rows, features_ND, config.against)
     factor_N = np.full(num_rows, np.nan)
     if features_ND is None:
         notes.append(
@@ -150,14 +187,13 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
             "--features."
         )
     else:
-        progress.detail("looking for outliers")
         factor_N = outlier_factors(features_ND)
-    group_N = groups_of(pairs, num_rows)
+    group_N = groups_of(compared.pairs, num_rows)
     conflict_N = other_labels(group_N, labels_N)
-    leak_N, leak_similarity_N = _best(leaks, num_rows)
-    _, similarity_N = _best(_both_ways(pairs), num_rows)
+    leak_N, leak_similarity_N = _best(compared.leaks, num_rows)
+    _, similarity_N = _best(_both_ways(compared.pairs), num_rows)
     found: dict[str, NDArray[np.bool_]] = {
-        **({} if leaks is None else {LEAK: leak_N >= 0}),
+        **({} if compared.leaks is None else {LEAK: leak_N >= 0}),
         CONFLICT: conflict_N >= 0,
         COPY: (group_N >= 0) & (conflict_N < 0),
         **({} if features_ND is None else {OUTLIER: np.nan_to_num(factor_N) >= LEAST_FACTOR}),
@@ -165,16 +201,15 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
     explained: dict[str, float] = {}
     columns: dict[str, pa.Array] = {}
     if config.quality:
-        quality = image_quality(source, readable, num_rows)
+        progress.say("looking for dark, blurry and odd images")
+        quality = image_quality(source, compared.readable, num_rows)
         found |= {name.replace("_", " "): quality.flags[name] for name in PROPERTIES}
         columns = {f"{name}_score": or_null(quality.scores[name]) for name in PROPERTIES}
         explained = {
             name.replace("_", " "): explained_by_labels(quality.scores[name], labels_N) for name in PROPERTIES
         }
     ids = report["id"]
-    test_ids = [] if leaks is None else _ids(_like(source.config, _named(config.against)))
-    is_first_N = group_N == np.arange(num_rows)
-    copy_of_N = np.where(is_first_N, -1, group_N)
+    copy_of_N = np.where(group_N == np.arange(num_rows), -1, group_N)
     table = pa.table(
         {
             **{name: report.table[name] for name in ("index", "id", "label", "label_name")},
@@ -184,7 +219,7 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
             "copy_of_id": [None if row < 0 else ids[row] for row in copy_of_N.tolist()],
             "copy_similarity": or_null(similarity_N),
             "conflicts_with": or_null(conflict_N),
-            "test_id": [None if row < 0 else test_ids[row] for row in leak_N.tolist()],
+            "test_id": [None if row < 0 else compared.test_ids[row] for row in leak_N.tolist()],
             "test_similarity": or_null(leak_similarity_N),
             "decision": _proposed(found, copy_of_N, np.fmax(similarity_N, leak_similarity_N)),
             "new_label_name": pa.nulls(num_rows, pa.string()),
@@ -213,38 +248,21 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
 def _features(report: Report, source: Format, config: IssuesConfig) -> NDArray[np.floating] | None:
     """Return what the user named, what the run kept, or the embeddings that were valued."""
     kept = features_of_page(config.features, report, config.source)
-    if kept is None and source.config.takes_features:
-        return _vectors(source.config)
-    return kept
+    return _vectors(source) if kept is None and source.config.takes_features else kept
 
 
-def _vectors(data: DataConfig) -> NDArray[np.float32]:
+def _vectors(source: Format) -> NDArray[np.float32]:
     """Return the embeddings of a dataset; NaN where a row has none.
 
     Raises:
         DataError: it holds images.
     """
-    dataset = format_of(data).read(largest_size=0)
+    dataset = source.read(largest_size=0)
     if not isinstance(dataset.content, Embeddings):
-        raise DataError(f"{data.source}: holds images; expected embeddings, as the report is about.")
+        raise DataError(f"{source.source}: holds images; expected embeddings, as the report is about.")
     vectors_ND = dataset.content.vectors_ND.copy()
     vectors_ND[list(dataset.problems)] = np.nan
     return vectors_ND
-
-
-def _like(data: DataConfig, source: str) -> DataConfig:
-    """Return how another dataset is read, of the same kind: by the same columns, whatever its splits."""
-    return dataclasses.replace(data, source=source, split=None, images_root=None)
-
-
-def _named(source: str | None) -> str:
-    if source is None:
-        raise ValueError("no test set was named")
-    return source
-
-
-def _ids(data: DataConfig) -> list[str]:
-    return list(format_of(data).listed().ids)
 
 
 def _both_ways(pairs: Pairs) -> Pairs:

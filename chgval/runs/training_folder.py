@@ -19,6 +19,7 @@ from chgval.config import OutputConfig, TrainingConfig
 from chgval.data.dataset import Dataset
 from chgval.errors import OutputError
 from chgval.files import (
+    METRICS_FILE,
     TRAINING_FILE,
     check_new_folder,
     check_writable,
@@ -36,7 +37,7 @@ from chgval.training.pretrained import describe
 from chgval.training.records import EpochRecord, Evaluation
 from chgval.types import State
 
-MODEL_FILE, METRICS_FILE, SUBSETS_FOLDER = "model.safetensors", "metrics.parquet", "subsets"
+MODEL_FILE, SUBSETS_FOLDER = "model.safetensors", "subsets"
 
 METRICS_SCHEMA = pa.schema(
     [

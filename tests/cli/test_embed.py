@@ -202,6 +202,15 @@ def test_wrong_networks_are_named(photos, tmp_path, monkeypatch, args, code, mes
     assert not list(tmp_path.iterdir())
 
 
+def test_unreadable_images_fail_where_that_is_wanted(photos, tmp_path):
+    network = ("--arch", "resnet18", "--weights", photos / "resnet18.pt", "--image-size", "32")
+    for command in ("embed", "value"):
+        frozen = ("--frozen",) if command == "value" else ()
+        args = (*network, *frozen, "--on-error", "fail", "-o", tmp_path / "x.parquet")
+        result = invoke(command, photos / "photos", *args)
+        assert result.exit_code == 1 and "dog/broken.jpg" in result.stderr and "--on-error" in result.stderr
+
+
 @pytest.mark.parametrize("arch", ["resnet34", "mobilenet_v3_small"])
 def test_networks_of_torchvision_are_recognised_by_their_weights(photos, tmp_path, arch):
     network = torchvision.models.get_model(arch, num_classes=7)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,25 @@ def test_copies_and_leaks_are_listed_with_what_could_be_decided(photos, tmp_path
     assert applied.num_written == 60 and applied.counts["drop"] == 3
     names = {path.split("new/")[1] for path, _ in ImageFolder(tmp_path / "new").samples}
     assert not names & set(dropped) and {"cat/010.png", "dog/wrong.png", "dog/broken.png"} <= names
+
+
+def test_a_test_set_may_have_another_form_than_the_dataset(photos, tmp_path):
+    ids, labels = [], []
+    for path, label in ImageFolder(
+        photos / "photos", is_valid_file=lambda path: "broken" not in path
+    ).samples:
+        ids.append(path)
+        labels.append(label)
+    rows = [
+        {"picture": {"bytes": Path(path).read_bytes(), "path": None}, "what": label}
+        for path, label in zip(ids, labels, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    columns = {"image_column": "picture", "label_column": "what", "arch": "resnet8", "epochs": 1}
+    chgval.value(tmp_path / "d.parquet", output=tmp_path / "v.parquet", **columns)
+    found = chgval.detect_issues(tmp_path / "v.parquet", against=str(photos / "test"))
+    assert found.counts["in the test set"] == 2
+    assert set(found.table["test_id"].drop_null().to_pylist()) == {"cat/one.jpg", "dog/two.png"}
 
 
 def test_the_page_shows_what_was_found(photos, tmp_path):
@@ -177,12 +197,15 @@ def test_what_goes_with_a_label_is_told(tmp_path, monkeypatch):
         (("v.parquet", "--dataset", "test"), 1, "test: has 3 rows where the report has 63"),
         (("v.parquet", "--features", "few.npy"), 1, "few.npy: has 3 rows where"),
         (("v.parquet", "-o", "v.parquet", "--overwrite"), 1, "v.parquet: is the input itself"),
+        (("w.parquet", "--quality", "--dataset", "d.parquet"), 2, "--quality: looks at images"),
+        (("w.parquet", "--dataset", "d.parquet", "--against", "test"), 2, "test is a folder of images"),
     ],
 )
 def test_wrong_inputs_are_named(photos, vectors, tmp_path, monkeypatch, args, code, message):
     monkeypatch.chdir(tmp_path)
     shutil.copy(photos / "v.parquet", tmp_path)
     shutil.copy(vectors / "d.parquet", tmp_path)
+    shutil.copy(vectors / "v.parquet", tmp_path / "w.parquet")
     shutil.copytree(photos / "test", tmp_path / "test")
     np.save("few.npy", np.ones((3, 2)))
     result = invoke("detect-issues", *args)
