@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from chgval.config import OutputConfig
 from chgval.detection.verdict import notes_on
 from chgval.errors import DataError
-from chgval.reports.files import check_output, read_table, with_metadata, write_table
+from chgval.reports.files import (
+    check_output,
+    in_input_order,
+    is_report,
+    read_table,
+    with_metadata,
+    write_table,
+)
 from chgval.reports.tables import VALUES
 from chgval.types import FloatArray, IntArray
 
@@ -152,3 +159,15 @@ def read_report(source: str | Path) -> Report:
     """
     table, metadata = read_table(str(source), kind=VALUES)
     return Report(table, metadata)
+
+
+def read_whole_report(source: str) -> Report:
+    """Read a values report with all of its rows, in input order; "-" is standard input.
+
+    Raises:
+        DataError: it cannot be read, is no values report, or lacks rows.
+    """
+    if not is_report(source):
+        raise DataError(f"{source}: is no values report; value the dataset first, with chgval value.")
+    table, metadata = read_table(source, kind=VALUES)
+    return Report(in_input_order(table, source), metadata)

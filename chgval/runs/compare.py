@@ -19,10 +19,10 @@ from scipy.stats import rankdata, spearmanr
 from chgval.config import CompareConfig, DetectConfig
 from chgval.errors import ChgvalError, DataError, first_line
 from chgval.files import METRICS_FILE, TRAINING_FILE, check_file, locked, output_errors, replacing
-from chgval.reports.files import in_input_order, is_report, read_table, report_name
+from chgval.reports.files import is_report, report_name
 from chgval.reports.html import render_comparison
 from chgval.reports.plots import as_svg, check_folder, check_plots, learning_plot, ranks_plot, save_plots
-from chgval.reports.report import Report
+from chgval.reports.report import Report, read_whole_report
 from chgval.runs.assessment import assess, can_be_assessed
 from chgval.runs.merge import check_same_rows
 from chgval.types import FloatArray
@@ -172,10 +172,7 @@ def _training(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 def _compare_reports(sources: Sequence[str], *, draws: bool) -> Comparison:
     if len(sources) != 2:
         raise DataError(f"{' '.join(sources)}: are {len(sources)} reports; compare two, or merge them.")
-    reports = []
-    for source in sources:
-        table, metadata = read_table(source)
-        reports.append(Report(in_input_order(table, source), metadata))
+    reports = [read_whole_report(source) for source in sources]
     check_same_rows(reports, sources, same_labels=False)
     facts: list[dict[str, object]] = []
     figures = {}
@@ -223,7 +220,8 @@ def _different(reports: Sequence[Report]) -> list[tuple[str, str, str, str]]:
     first_N, second_N = (report.values for report in reports)
     rows = np.flatnonzero(np.isfinite(first_N) & np.isfinite(second_N))
     first, second = _percentiles(first_N[rows]), _percentiles(second_N[rows])
-    order = np.argsort(-np.abs(first - second), kind="stable")[:MOST_DIFFERENT]
+    apart = np.abs(first - second)
+    order = np.argsort(-apart, kind="stable")[: min(MOST_DIFFERENT, int((apart > 0).sum()))]
     ids, labels = reports[0]["id"], reports[0]["label_name"]
     return [
         (str(ids[rows[at]]), str(labels[rows[at]] or ""), f"{first[at]:.0f}", f"{second[at]:.0f}")

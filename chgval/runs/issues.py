@@ -36,12 +36,10 @@ from chgval.files import locked
 from chgval.reports.decisions import DROP, UNSURE
 from chgval.reports.files import (
     check_output,
-    in_input_order,
-    read_table,
     with_metadata,
     write_table,
 )
-from chgval.reports.report import Report
+from chgval.reports.report import Report, read_whole_report
 from chgval.reports.tables import ISSUES_SCHEMA, or_null
 from chgval.runs.image_quality import PROPERTIES, explained_by_labels, image_quality
 from chgval.runs.report import features_of_page
@@ -93,13 +91,12 @@ def run_detect_issues(config: IssuesConfig) -> Issues:
     with locked(*config.outputs):
         if config.output is not None:
             check_output(config.output, *config.inputs)
-        table, metadata = read_table(config.source)
-        report = Report(in_input_order(table, config.source), metadata)
-        source = format_of(data_behind(config.source, metadata, config.dataset))
-        source.check_same(known_rows(report.table, metadata))
+        report = read_whole_report(config.source)
+        source = format_of(data_behind(config.source, report.metadata, config.dataset))
+        source.check_same(known_rows(report.table, report.metadata))
         found = _find(report, source, config)
         if config.output is not None:
-            metadata = {**metadata, "command": progress.command(), "explained": found.explained}
+            metadata = {**report.metadata, "command": progress.command(), "explained": found.explained}
             write_table(config.output, with_metadata(found.table, metadata))
         return found
 

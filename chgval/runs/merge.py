@@ -19,13 +19,11 @@ from chgval.errors import DataError
 from chgval.files import locked
 from chgval.reports.files import (
     check_output,
-    in_input_order,
-    read_table,
     report_name,
     with_metadata,
     write_table,
 )
-from chgval.reports.report import Report
+from chgval.reports.report import Report, read_whole_report
 from chgval.reports.tables import InputRows, annotations_of, values_table
 from chgval.types import FloatArray, IntArray
 from chgval.valuation.signals import SIGNAL_NAMES, RunSignals
@@ -45,10 +43,7 @@ def run_merge(config: MergeConfig) -> Report:
     with locked(*config.outputs):
         if config.output is not None:
             check_output(config.output, *config.inputs)
-        reports = []
-        for source in config.sources:
-            table, metadata = read_table(source)
-            reports.append(Report(in_input_order(table, source), metadata))
+        reports = [read_whole_report(source) for source in config.sources]
         check_same_rows(reports, config.sources)
         _tell_repeated(reports, config.sources)
         merged = merge(reports, config.sources)

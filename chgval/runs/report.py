@@ -21,7 +21,7 @@ from chgval.detection.signals import NoiseRate
 from chgval.errors import ChgvalError, DataError
 from chgval.files import check_file, locked, output_errors, replacing
 from chgval.reports.figures import confusion, epoch_curves, extremes, threshold_curve, value_histogram
-from chgval.reports.files import features_of, in_input_order, is_report, read_table, report_name
+from chgval.reports.files import features_of, read_table, report_name
 from chgval.reports.html import SMALL_SIDE, Page, PageSample, render
 from chgval.reports.plots import (
     check_folder,
@@ -31,7 +31,7 @@ from chgval.reports.plots import (
     save_plots,
     threshold_plot,
 )
-from chgval.reports.report import Report
+from chgval.reports.report import Report, read_whole_report
 from chgval.reports.tables import ISSUES
 from chgval.runs.assessment import Assessment, assess
 from chgval.runs.summaries import count_statuses
@@ -87,12 +87,7 @@ def run_report(config: ReportConfig) -> Written:
         check_file(config.target, overwrite=config.overwrite)
         if config.plots is not None:
             check_folder(config.plots, PLOTS, overwrite=config.overwrite)
-        if not is_report(config.source):
-            raise DataError(
-                f"{config.source}: is no values report; value the dataset first, with chgval value."
-            )
-        table, metadata = read_table(config.source)
-        report = Report(in_input_order(table, config.source), metadata)
+        report = read_whole_report(config.source)
         issues = None if config.issues is None else read_issues(config.issues, report)
         source = dataset_of_page(config, report)
         found = assess(report, DetectConfig(source=config.source, output=None, all_rows=True))

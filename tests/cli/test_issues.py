@@ -192,7 +192,7 @@ def test_what_goes_with_a_label_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("d.parquet",), 1, "d.parquet: no column 'index'; expected a values report"),
+        (("d.parquet",), 1, "d.parquet: is no values report; value the dataset first"),
         (("v.parquet", "--against", "none"), 1, "none: no such file or folder"),
         (("v.parquet", "--dataset", "test"), 1, "test: has 3 rows where the report has 63"),
         (("v.parquet", "--features", "few.npy"), 1, "few.npy: has 3 rows where"),

@@ -124,7 +124,7 @@ def test_labels_of_several_annotators_are_merged(tmp_path):
         (("0.parquet",), 2, "0.parquet: is one report; name two or more"),
         (("0.parquet", "0.parquet"), 2, "names a report twice"),
         (("0.parquet", "x.parquet"), 1, "x.parquet: no such file"),
-        (("0.parquet", "d.parquet"), 1, "d.parquet: no column 'index'"),
+        (("0.parquet", "d.parquet"), 1, "d.parquet: is no values report; value the dataset first"),
         (("0.parquet", "few.parquet"), 1, "few.parquet: has 299 rows where 0.parquet has 300"),
         (("0.parquet", "order.parquet"), 1, "order.parquet: row 1 is row-2 (cow), and is row-1 (bee)"),
         (("0.parquet", "classes.parquet"), 1, "classes.parquet: has other classes"),
