@@ -4,7 +4,7 @@ python benchmarks/issues.py CIFAR10.parquet --work FOLDER
 
 The dataset is Parquet with images in it (a column `image` of {bytes, path}) and a column `label`. Copies are
 mirrored, encoded as JPEG of quality 50, cropped to 75 to 95 % of the side, or cropped and mirrored; strangers
-are scikit-learn's digits, enlarged, with random labels. The second part trains twice, in the default settings.
+are scikit-learn's digits, enlarged, with random labels. The second part trains twice, in default settings.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def strangers(
     is_outlier = table.issues.fillna("").str.contains("outlier").to_numpy()
     print(
         f"{count} strangers among {len(pictures):,}: "
-        f"AUROC {roc_auc_score(is_stranger, table.outlier_factor):.3f}, {is_outlier.sum()} flagged, recall {is_outlier[is_stranger].mean():.2f}, "
-        f"precision {is_stranger[is_outlier].mean():.2f}"
+        f"AUROC {roc_auc_score(is_stranger, table.outlier_factor):.3f}, {is_outlier.sum()} flagged, "
+        f"recall {is_outlier[is_stranger].mean():.2f}, precision {is_stranger[is_outlier].mean():.2f}"
     )
 
 
