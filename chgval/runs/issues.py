@@ -96,7 +96,7 @@ def run_detect_issues(config: IssuesConfig) -> Issues:
         source.check_same(known_rows(report.table, report.metadata))
         found = _find(report, source, config)
         if config.output is not None:
-            metadata = {**report.metadata, "command": progress.command(), "explained": found.explained}
+            metadata = {**report.metadata, "command": progress.command(), "goes_with_labels": found.told}
             write_table(config.output, with_metadata(found.table, metadata))
         return found
 

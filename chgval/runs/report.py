@@ -196,7 +196,7 @@ def page_of(
     shown = dict(
         zip(of_classes.tolist(), _samples(report, found, source, of_classes, CLASS_PICTURE_SIDE), strict=True)
     )
-    notes = list(report.notes)
+    notes = [*report.notes, *(() if issues is None else issues.notes)]
     if all(sample.picture is None for sample in samples):
         notes.append("There are no pictures on this page: " + _why_no_pictures(source, report))
     left_out = num_flagged - int(found.flagged_N[rows].sum())
@@ -256,11 +256,13 @@ class PageIssues:
         texts: of every row; None where nothing was found.
         group_N: the first row of the copies that a row is one of; -1 for none.
         test_ids: of the sample of the test set that a row is a copy of, if it is.
+        notes: what else is to be known of the dataset.
     """
 
     texts: Sequence[str | None]
     group_N: IntArray
     test_ids: Sequence[str | None]
+    notes: Sequence[str]
 
     @property
     def rows(self) -> IntArray:
@@ -274,7 +276,7 @@ def read_issues(path: str, report: Report) -> PageIssues:
     Raises:
         DataError: it cannot be read, or is about another dataset.
     """
-    table, _ = read_table(path, kind=ISSUES)
+    table, metadata = read_table(path, kind=ISSUES)
     same = table.num_rows == len(report) and table["id"].to_pylist() == list(report["id"])
     if not same:
         raise DataError(
@@ -285,7 +287,14 @@ def read_issues(path: str, report: Report) -> PageIssues:
     if len(firsts) and firsts.max() >= len(report):
         raise DataError(f"{report_name(path)}: row {firsts.max():,} is none of its rows.")
     copy_of_N[firsts] = firsts
-    return PageIssues(table["issues"].to_pylist(), copy_of_N, table["test_id"].to_pylist())
+    shares = metadata.get("goes_with_labels")
+    notes = [
+        f"How {name} images are goes with their labels ({share:.0%} of its variance lies between classes): a "
+        "model may learn that instead."
+        for name, share in (shares.items() if isinstance(shares, dict) else ())
+        if isinstance(share, float)
+    ]
+    return PageIssues(table["issues"].to_pylist(), copy_of_N, table["test_id"].to_pylist(), notes)
 
 
 def features_of_page(path: Path | None, report: Report, source: str) -> NDArray[np.floating] | None:

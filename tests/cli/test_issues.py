@@ -187,6 +187,8 @@ def test_what_goes_with_a_label_is_told(tmp_path, monkeypatch):
         and found.told["dark"] > 0.5
     )
     assert "What goes with the labels" in result.stderr
+    chgval.report("v.parquet", issues="i.parquet", output="r.html")
+    assert "How dark images are goes with their labels" in Path("r.html").read_text()
 
 
 @pytest.mark.parametrize(
