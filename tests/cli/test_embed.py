@@ -211,12 +211,11 @@ def test_unreadable_images_fail_where_that_is_wanted(photos, tmp_path):
         assert result.exit_code == 1 and "dog/broken.jpg" in result.stderr and "--on-error" in result.stderr
 
 
-@pytest.mark.parametrize("arch", ["resnet34", "mobilenet_v3_small"])
-def test_networks_of_torchvision_are_recognised_by_their_weights(photos, tmp_path, arch):
-    network = torchvision.models.get_model(arch, num_classes=7)
+def test_networks_of_torchvision_are_recognised_by_their_weights(photos, tmp_path):
+    network = torchvision.models.get_model("densenet121", num_classes=7)
     torch.save(network.state_dict(), tmp_path / "w.pt")
     settings = {"weights": tmp_path / "w.pt", "image_size": 32}
-    assert chgval.embed(photos / "photos", output=tmp_path / "e.parquet", **settings).arch == arch
+    assert chgval.embed(photos / "photos", output=tmp_path / "e.parquet", **settings).arch == "densenet121"
 
 
 def test_a_first_layer_for_small_images_is_explained(photos):
