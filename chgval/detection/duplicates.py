@@ -9,6 +9,8 @@ Shape legend: N images, P pairs, T side of a thumbnail, L numbers of a layout, D
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,7 +169,9 @@ def _alike(images_NHW: Tensor, others_MHW: Tensor, *, is_one: bool = False) -> t
         shape (P,).
     """
     found, wholes = [], [np.zeros(0)]
-    if len(images_NHW) and len(others_MHW):
+    if not len(images_NHW) or not len(others_MHW):
+        return _joined([]), np.zeros(0)
+    with _one_thread():
         layouts_ML = _layouts(others_MHW)
         for scale, (num_places, sides) in CROPS.items():
             along = np.linspace(scale - 1, 1 - scale, num_places).tolist()
@@ -182,6 +186,17 @@ def _alike(images_NHW: Tensor, others_MHW: Tensor, *, is_one: bool = False) -> t
                 found.append(Pairs(first, second, details))
                 wholes.append(whole)
     return _joined(found), np.concatenate(wholes)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: of many small steps, threads beside a busy machine wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _least(pairs: Pairs, num_images: int) -> float:
