@@ -1275,7 +1275,7 @@ class MergeConfig(CommandConfig):
         Settings.__post_init__(self)
         if len(self.sources) < 2:
             raise SettingsError(f"{' '.join(self.sources)}: is one report; name two or more to merge.")
-        if len(set(self.sources)) < len(self.sources):
+        if len({os.path.realpath(source) for source in self.sources}) < len(self.sources):
             raise SettingsError(f"{' '.join(self.sources)}: names a report twice; name each run once.")
         _name_output(self, self.sources[0])
 

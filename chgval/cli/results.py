@@ -229,7 +229,9 @@ def show_embedded(console: Console, embedded: Embedded, config: EmbedConfig) -> 
     )
     following = None
     if not config.output.to_stdout:
-        following = _next(console, "value", config.output.path, "--features-column", "embedding")
+        several = config.data.label_columns if len(config.data.label_columns) > 1 else ()
+        columns = ["--features-column", "embedding", *(f"--label-column={name}" for name in several)]
+        following = _next(console, "value", config.output.path, *columns)
     result = {
         **_outputs(config.outputs),
         **dataclasses.asdict(embedded),

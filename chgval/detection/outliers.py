@@ -32,11 +32,13 @@ def outlier_factors(features_ND: NDArray[np.floating]) -> FloatArray:
     from sklearn.neighbors import LocalOutlierFactor
 
     factor_N = np.full(len(features_ND), np.nan)
-    known_N = np.isfinite(features_ND).all(1)
+    with np.errstate(over="ignore"):  # what is too large for the type is known of nothing
+        vectors_ND = features_ND.astype(np.float32)
+    known_N = np.isfinite(vectors_ND).all(1)
     count = min(MOST_NEIGHBOURS, int(SHARE_OF_NEIGHBOURS * known_N.sum()))
     if count < 1:
         return factor_N
-    known_KD = features_ND[known_N].astype(np.float32)
+    known_KD = vectors_ND[known_N]
     roots_KD = np.sign(known_KD) * np.sqrt(np.abs(known_KD))
     roots_KD /= np.maximum(np.linalg.norm(roots_KD, axis=1, keepdims=True), 1e-12)
     factors = LocalOutlierFactor(n_neighbors=count, algorithm="brute").fit(roots_KD)

@@ -330,10 +330,29 @@ def dataset_of(metadata: dict[str, Any], source: str) -> DataConfig:
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:
     metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    names = ("root", "fingerprint", "command")
-    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(n), str | None) for n in names):
+    if not isinstance(metadata, dict) or not _is_as_written(metadata):
         raise ValueError("what it says of its run is not in the form that chgval writes")
     return metadata
+
+
+def _is_as_written(metadata: dict[str, Any]) -> bool:
+    """Say whether metadata, which a stranger may have written, have the types that chgval writes."""
+    settings, verdict = metadata.get("settings", {}), metadata.get("verdict", {})
+    classes = metadata.get("class_names", [])
+    if not (isinstance(settings, dict) and isinstance(verdict, dict) and isinstance(classes, list)):
+        return False
+    groups = [settings.get(name, {}) for name in ("data", "train", "tracker")]
+    annotators = verdict.get("annotators", [])
+    texts = [metadata.get(name) for name in ("root", "fingerprint", "command")]
+    return (
+        all(isinstance(text, str | None) for text in texts)
+        and all(isinstance(group, dict) for group in groups)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(metadata.get("epochs"), int | None)
+        and (not verdict or isinstance(verdict.get("explained"), float | int))
+        and isinstance(annotators, list)
+        and all(isinstance(who, dict) and {"name", "labels", "wrong"} <= who.keys() for who in annotators)
+    )
 
 
 def _parse(file: pa.NativeFile, wanted: pa.Schema, *, whole: bool, others_are_text: bool) -> pa.Table:

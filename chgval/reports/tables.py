@@ -169,11 +169,18 @@ ISSUES_COLUMNS = (
     ),
     Column("copy_of", INT, "row of which it is a copy: the first of all its copies; null for that one"),
     Column("copy_of_id", TEXT, "its id"),
-    Column("copy_similarity", FLOAT, "how alike it and its nearest copy are; 1 is equal"),
+    Column(
+        "copy_similarity", FLOAT, "how alike it and its nearest copy are (not always the first); 1 is equal"
+    ),
     Column("conflicts_with", INT, "row of a copy that has another label"),
     Column("test_id", TEXT, "id of the sample of the test set (--against) that it is a copy of"),
     Column("test_similarity", FLOAT, "how alike these are"),
-    Column("decision", TEXT, "what could be decided: drop copies but the first, and what is in the test set"),
+    Column(
+        "decision",
+        TEXT,
+        "what could be decided: drop plain copies but the first, and plain ones of the test set; be unsure "
+        "about others",
+    ),
     Column("new_label_name", TEXT, "null, for people to fill in"),
 )
 ISSUES_SCHEMA = pa.schema([column.field for column in ISSUES_COLUMNS])
@@ -307,6 +314,11 @@ def _annotation_columns(
     return columns
 
 
+def annotators_in(table: pa.Table) -> list[str]:
+    """Return the annotators whose labels a report holds."""
+    return [n.removeprefix(ANNOTATOR_LABEL) for n in table.column_names if n.startswith(ANNOTATOR_LABEL)]
+
+
 def annotations_of(
     table: pa.Table, class_names: Sequence[str], told_apart: Sequence[str]
 ) -> Annotations | None:
@@ -317,7 +329,7 @@ def annotations_of(
         class_names: of all classes.
         told_apart: the annotators that its verdict tells apart.
     """
-    names = [n.removeprefix(ANNOTATOR_LABEL) for n in table.column_names if n.startswith(ANNOTATOR_LABEL)]
+    names = annotators_in(table)
     if not names:
         return None
     labels = {name: label for label, name in enumerate(class_names)}

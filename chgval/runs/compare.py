@@ -181,7 +181,8 @@ def _compare_reports(sources: Sequence[str], *, draws: bool) -> Comparison:
         both_N = np.isfinite(first_N) & np.isfinite(second_N)
         first, second = first_N[both_N], second_N[both_N]
         correlation = float(spearmanr(first, second).statistic) if len(first) > 1 else np.nan
-        facts.append({"what": f"rank correlation of {what}s", "number": correlation, "rows": len(first)})
+        number = correlation if np.isfinite(correlation) else None  # JSON has no NaN
+        facts.append({"what": f"rank correlation of {what}s", "number": number, "rows": len(first)})
         if draws and len(first):
             names = (report_name(sources[0]), report_name(sources[1]))
             figures[what.replace("_", "-")] = ranks_plot(

@@ -6,6 +6,7 @@ Shape legend: N rows, B images of a batch, D last-layer inputs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,14 @@ from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.decode import UnreadableImageError, upright
 from chgval.data.formats import Format, format_of
 from chgval.data.open import check_not_read, open_dataset
-from chgval.errors import DataError, SettingsError
+from chgval.errors import DataError, ModelError, SettingsError
 from chgval.files import locked
 from chgval.interruption import interruptible
 from chgval.reports.files import check_output, write_table
 from chgval.system import usable_cores
 from chgval.training.devices import pick_device
 from chgval.training.models import check_names
-from chgval.training.pretrained import Backbone, load_backbone
+from chgval.training.pretrained import DEFAULT_WEIGHTS, Backbone, load_backbone
 from chgval.training.recipe import largest_image_size
 from chgval.types import IntArray
 
@@ -96,6 +97,14 @@ def embedded_dataset(source: Format, dataset: Dataset, train: TrainConfig) -> Da
     return _embed(source, dataset, _backbone(source, train), train)
 
 
+def digest_of(dataset: Dataset) -> str:
+    """Return what tells embeddings from those of other weights: a run is resumed with its own only."""
+    content = dataset.content
+    if not isinstance(content, Embeddings):
+        raise TypeError("images have a fingerprint")
+    return hashlib.blake2b(content.vectors_ND.tobytes(), digest_size=16).hexdigest()
+
+
 def _backbone(source: Format, train: TrainConfig) -> Backbone:
     data = source.config
     backbone = load_backbone(
@@ -120,6 +129,11 @@ def _embed(source: Format, dataset: Dataset, backbone: Backbone, train: TrainCon
                 vectors_ND[[row for row in rows if row not in problems]] = features_BD
             tell(rows[-1] + 1)
     bad_N = ~np.isfinite(vectors_ND).all(1)
+    if len(problems) < len(dataset) and bad_N.sum() + len(problems) >= len(dataset):
+        raise ModelError(
+            f"--weights {train.weights or DEFAULT_WEIGHTS}: the network makes no finite numbers of "
+            "any image; the weights may be broken."
+        )
     problems |= dict.fromkeys(np.flatnonzero(bad_N).tolist(), "the network makes no finite numbers of it")
     vectors_ND[bad_N] = 0
     embedded = dataclasses.replace(dataset, content=Embeddings(vectors_ND), problems=problems)
@@ -172,6 +186,11 @@ def _table(dataset: Dataset) -> pa.Table:
     labels: dict[str, IntArray] = {"label": dataset.labels_N}
     if dataset.annotations is not None:
         labels = dict(zip(dataset.annotations.names, dataset.annotations.labels_NA.T, strict=True))
+        for name in {"id", FEATURES_COLUMN} & set(labels):
+            raise DataError(
+                f"{dataset.source}: an annotator is called '{name}', as a column of the output is; "
+                "rename that column."
+            )
     columns = {name: pa.array(label_N, mask=label_N < 0) for name, label_N in labels.items()}
     features: dict[str, object] = {"id": {"dtype": "string", "_type": "Value"}}
     features |= {name: {"names": names, "_type": "ClassLabel"} for name in labels}

@@ -18,6 +18,7 @@ from chgval.config import DataConfig, IssuesConfig
 from chgval.data.dataset import Embeddings
 from chgval.data.decode import UnreadableImageError, grey_square
 from chgval.data.formats import Format, format_of
+from chgval.data.sources import is_folder
 from chgval.detection.duplicates import (
     LEAST_SIDE,
     THUMBNAIL_SIDE,
@@ -145,7 +146,15 @@ def _compare(
     tested = None if against is None else _test_set(source.config, against)
     test_ids = [] if tested is None else list(tested.listed().ids)
     if source.config.takes_features and features_ND is not None:
-        leaks = None if tested is None else near_between(features_ND, _vectors(tested))
+        leaks = None
+        if tested is not None:
+            test_MD = _vectors(tested)
+            if test_MD.shape[1] != features_ND.shape[1]:
+                raise DataError(
+                    f"{tested.source}: has embeddings of {test_MD.shape[1]:,} numbers where the report is "
+                    f"about {features_ND.shape[1]:,}; embed both by the same network."
+                )
+            leaks = near_between(features_ND, test_MD)
         return _Compared(near_within(features_ND), leaks, test_ids, np.zeros(0, dtype=np.int64))
     thumbnails = thumbnails_of(source, num_rows)
     progress.say("comparing")
@@ -158,7 +167,16 @@ def _compare(
 
 def _test_set(data: DataConfig, source: str) -> Format:
     """Return a test set, read by the columns of the dataset if it has these."""
-    same = dataclasses.replace(data, source=source, split=None, images_root=None, features=None)
+    if data.features is not None:
+        raise SettingsError(
+            f"--against: {data.source} was valued by embeddings in a file of their own ({data.features}), "
+            "and there are none of the test set; value a table with a column of them, as chgval embed does."
+        )
+    same = dataclasses.replace(data, source=source, split=None, images_root=None)
+    if same.takes_features and is_folder(source):
+        raise DataError(
+            f"{source}: is a folder of images; the report is about embeddings. Run chgval embed on it."
+        )
     if same.names_columns and not same.takes_features:
         try:
             tested = format_of(same)
@@ -185,6 +203,8 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
         )
     else:
         factor_N = outlier_factors(features_ND)
+        if not np.isfinite(factor_N).any():
+            notes.append("outliers were not looked for: too few samples have features.")
     group_N = groups_of(compared.pairs, num_rows)
     conflict_N = other_labels(group_N, labels_N)
     leak_N, leak_similarity_N = _best(compared.leaks, num_rows)
@@ -218,7 +238,12 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
             "conflicts_with": or_null(conflict_N),
             "test_id": [None if row < 0 else compared.test_ids[row] for row in leak_N.tolist()],
             "test_similarity": or_null(leak_similarity_N),
-            "decision": _proposed(found, copy_of_N, np.fmax(similarity_N, leak_similarity_N)),
+            "decision": _proposed(
+                found,
+                _is_plain_copy(compared.pairs, copy_of_N, labels_N),
+                np.nan_to_num(leak_similarity_N) >= PLAIN_SIMILARITY,
+                copy_of_N,
+            ),
             "new_label_name": pa.nulls(num_rows, pa.string()),
         },
         schema=ISSUES_SCHEMA,
@@ -289,13 +314,25 @@ def _listed(found: dict[str, NDArray[np.bool_]], num_rows: int) -> list[str | No
     return [", ".join(names) or None for names in texts]
 
 
+def _is_plain_copy(pairs: Pairs, copy_of_N: IntArray, labels_N: IntArray) -> NDArray[np.bool_]:
+    """Return which rows are plainly copies of the row that stays, and lose no label by going."""
+    is_plain_P = pairs.similarity_P >= PLAIN_SIMILARITY
+    is_of_first_P = is_plain_P & (copy_of_N[pairs.second_P] == pairs.first_P)
+    is_plain_N = np.zeros(len(copy_of_N), dtype=bool)
+    is_plain_N[pairs.second_P[is_of_first_P]] = True
+    return is_plain_N & ((labels_N[copy_of_N] >= 0) | (labels_N < 0))
+
+
 def _proposed(
-    found: dict[str, NDArray[np.bool_]], copy_of_N: IntArray, similarity_N: FloatArray
+    found: dict[str, NDArray[np.bool_]],
+    is_plain_copy_N: NDArray[np.bool_],
+    is_plain_leak_N: NDArray[np.bool_],
+    copy_of_N: IntArray,
 ) -> list[str | None]:
     """Return what could be decided: plain copies but the first, and plain leaks, go; people look at more."""
     none_N = np.zeros(len(copy_of_N), dtype=bool)
     leaks_N, copies_N = found.get(LEAK, none_N), found[COPY] & (copy_of_N >= 0)
-    drops_N = (leaks_N | copies_N) & (similarity_N >= PLAIN_SIMILARITY)
+    drops_N = (leaks_N & is_plain_leak_N) | (copies_N & is_plain_copy_N)
     unsure_N = ~drops_N & (leaks_N | copies_N | found[CONFLICT] | found.get(OUTLIER, none_N))
     return [
         DROP if drops else UNSURE if unsure else None for drops, unsure in zip(drops_N, unsure_N, strict=True)

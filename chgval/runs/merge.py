@@ -24,7 +24,7 @@ from chgval.reports.files import (
     write_table,
 )
 from chgval.reports.report import Report, read_whole_report
-from chgval.reports.tables import InputRows, annotations_of, values_table
+from chgval.reports.tables import InputRows, annotations_of, annotators_in, values_table
 from chgval.types import FloatArray, IntArray
 from chgval.valuation.signals import SIGNAL_NAMES, RunSignals
 
@@ -45,6 +45,7 @@ def run_merge(config: MergeConfig) -> Report:
             check_output(config.output, *config.inputs)
         reports = [read_whole_report(source) for source in config.sources]
         check_same_rows(reports, config.sources)
+        _check_annotators(reports, config.sources)
         _tell_repeated(reports, config.sources)
         merged = merge(reports, config.sources)
         if config.output is not None:
@@ -108,7 +109,7 @@ def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
     )
     table = values_table(rows, signals, noise, per_class=per_class)
     verdict = verdict_of(noise, labels_N, predicted_N, names, annotations) if verdicts else {}
-    return Report(table, {**_metadata(reports, sources), "verdict": verdict})
+    return Report(table, {**_metadata(reports, sources), "class_names": names, "verdict": verdict})
 
 
 def check_same_rows(reports: Sequence[Report], sources: Sequence[str], *, same_labels: bool = True) -> None:
@@ -133,11 +134,24 @@ def check_same_rows(reports: Sequence[Report], sources: Sequence[str], *, same_l
         if (classes or _classes(report)) != (_classes(report) or classes):
             raise DataError(f"{what}has other classes, or in another order, than {name}; {ADVICE}.")
         for kind in KINDS:
-            if _setting(report, kind) != _setting(first, kind):
+            known = None not in (_setting(report, kind), _setting(first, kind))
+            if known and _setting(report, kind) != _setting(first, kind):
                 raise DataError(
                     f"{what}its values are of another kind ({kind} is {_setting(report, kind)}, and is "
                     f"{_setting(first, kind)} in {name}); merge values of one kind."
                 )
+
+
+def _check_annotators(reports: Sequence[Report], sources: Sequence[str]) -> None:
+    """Raise DataError where runs looked at labels of other annotators, or are several runs themselves."""
+    for report, source in zip(reports, sources, strict=True):
+        if "merged" in report.metadata:
+            raise DataError(f"{report_name(source)}: is merged already; merge the reports of its runs.")
+        if annotators_in(report.table) != annotators_in(reports[0].table):
+            raise DataError(
+                f"{report_name(source)}: has labels of other annotators than {report_name(sources[0])}; "
+                f"{ADVICE}."
+            )
 
 
 def _tell_repeated(reports: Sequence[Report], sources: Sequence[str]) -> None:
@@ -168,9 +182,10 @@ def _setting(report: Report, name: str) -> object:
 
 
 def _metadata(reports: Sequence[Report], sources: Sequence[str]) -> dict[str, Any]:
-    """Return what is known of the runs together; settings, dataset and features are those of the first."""
+    """Return what is known of the runs together; settings and features are those of one."""
     kept = ("settings", "class_names", "fingerprint", "root", "libraries", "features")
     metadata = next((report.metadata for report in reports if report.metadata), {})
+    metadata = next((report.metadata for report in reports if "features" in report.metadata), metadata)
     runs = [
         {
             "report": report_name(source),

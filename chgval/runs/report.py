@@ -277,7 +277,9 @@ def read_issues(path: str, report: Report) -> PageIssues:
         DataError: it cannot be read, or is about another dataset.
     """
     table, metadata = read_table(path, kind=ISSUES)
-    same = table.num_rows == len(report) and table["id"].to_pylist() == list(report["id"])
+    same = table.num_rows == len(report) and all(
+        table[name].to_pylist() == list(report[name]) for name in ("id", "label_name")
+    )
     if not same:
         raise DataError(
             f"{report_name(path)}: is not about the rows of this report; run chgval detect-issues on it."

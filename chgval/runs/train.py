@@ -27,7 +27,7 @@ from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
 from chgval.runs.choosing import Chooser, Holdout, select_every, strategy_of
-from chgval.runs.embedding import embedded_dataset
+from chgval.runs.embedding import digest_of, embedded_dataset
 from chgval.runs.session import (
     Run,
     make_trainer,
@@ -277,6 +277,8 @@ def _train(config: TrainingConfig, unfinished: Unfinished) -> Trained:
             digests["subset"] = hashlib.blake2b(chosen).hexdigest()
         if config.decisions is not None:
             digests["decisions"] = hashlib.blake2b(decided_N.tobytes()).hexdigest()
+        if config.train.frozen:
+            digests["embeddings"] = digest_of(dataset)
         chooser, so_far = Chooser(run, config, held, fixed), TrainingProgress()
         trainer = make_trainer(run, average=chooser.average, choose=chooser)
         parts: dict[str, HasState] = {"dataset": dataset, "chooser": chooser, "training": so_far}

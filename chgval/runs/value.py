@@ -19,6 +19,7 @@ from chgval.reports.files import ReportWriter, kept_features, write_array
 from chgval.reports.report import Report
 from chgval.runs.assessment import assess, can_be_assessed
 from chgval.runs.checkpoint import Checkpoint, HasState
+from chgval.runs.embedding import digest_of
 from chgval.runs.report import write_and_tell
 from chgval.runs.session import (
     Run,
@@ -87,7 +88,8 @@ def value_dataset(
         metadata = metadata_of(run, config)
         accumulator, average, trainer = make_valuing(run, config)
         parts: dict[str, HasState] = {"dataset": dataset, "accumulator": accumulator}
-        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config)
+        digests = {"embeddings": digest_of(dataset)} if config.train.frozen else {}
+        checkpoint = Checkpoint(unfinished, trainer, parts, metadata, config, digests=digests)
         writer = None if output is None else ReportWriter(output, resumes=trainer.position != (0, 0))
 
         def keep(record: EpochRecord) -> None:
@@ -99,6 +101,7 @@ def value_dataset(
     report = make_report(input_rows(dataset), accumulator, unseen_ND, seen_ND, metadata)
     report.metadata.update(epochs=run.recipe.epochs, wall_seconds=round(checkpoint.seconds, 3), finished=True)
     features_ND = (unseen_ND if seen_ND is None else seen_ND).to(torch.float16).cpu().numpy()
+    features_ND[list(dataset.problems)] = np.nan  # embeddings of what cannot be read are zeros
     if config.write_features is not None:
         write_array(config.write_features, features_ND)
         report.metadata["features"] = kept_features(config.write_features, features_ND)

@@ -318,7 +318,7 @@ def read_weights(weights: str, arch: str) -> dict[str, Tensor]:
             "or a state dict saved with torch.save(model.state_dict(), ...)."
         ) from error
     state = _unwrapped(state)
-    if not _is_state_dict(state):
+    if not state or not _is_state_dict(state):
         raise ModelError(
             f"--weights {path}: expected a state dict (names to tensors), found other contents "
             f"({type(state).__name__}); save model.state_dict()."

@@ -30,6 +30,8 @@ from chgval.training.models import (
 # Of a safetensors file that chgval wrote: what its network was, and was fed.
 DESCRIPTION_KEY = "chgval"
 DEFAULT_ARCH, DEFAULT_WEIGHTS = "resnet18", "DEFAULT"
+# Side of the images, in pixels, that a description may name.
+LARGEST_SIZE = 4096
 # What a network is built with: its classes do not matter, only what is before them.
 NUM_CLASSES = 1000
 # Of the pixels, by colour.
@@ -76,7 +78,21 @@ def described(weights: str | None) -> dict[str, Any]:
             found = json.loads((file.metadata() or {}).get(DESCRIPTION_KEY, "{}"))
     except (OSError, ValueError, SafetensorError):
         return {}  # whatever is wrong with it will be told when it is read
-    return found if isinstance(found, dict) else {}
+    return found if _is_as_written(found) else {}
+
+
+def _is_as_written(known: Any) -> bool:
+    """Say whether a description, which a stranger may have written, is one that `describe` makes."""
+    if not isinstance(known, dict) or not isinstance(known.get("arch"), str):
+        return False
+    size, colours = known.get("image_size"), [known.get("mean"), known.get("std")]
+    return (
+        isinstance(size, int)
+        and 0 < size <= LARGEST_SIZE
+        and all(isinstance(part, list) and len(part) == 3 for part in colours)
+        and all(isinstance(number, float) for part in colours for number in part or ())
+        and all(number > 0 for number in colours[1] or ())
+    )
 
 
 def arch_of(weights: str | None) -> str | None:

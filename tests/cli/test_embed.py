@@ -202,6 +202,50 @@ def test_wrong_networks_are_named(photos, tmp_path, monkeypatch, args, code, mes
     assert not list(tmp_path.iterdir())
 
 
+def test_features_of_unreadable_images_are_unknown(photos, tmp_path):
+    network = {"arch": "resnet18", "weights": photos / "resnet18.pt", "image_size": 32}
+    report = chgval.value(
+        photos / "photos",
+        frozen=True,
+        epochs=2,
+        write_features=tmp_path / "f.npy",
+        output=tmp_path / "v.parquet",
+        **network,
+    )
+    known = np.isfinite(np.load(tmp_path / "f.npy")).all(1)
+    assert known.tolist() == [status == "valued" for status in report["status"]] and not known.all()
+
+
+def test_weights_that_make_no_numbers_are_named(photos, tmp_path):
+    state = {
+        name: tensor * torch.nan if tensor.is_floating_point() else tensor
+        for name, tensor in torch.load(photos / "resnet18.pt").items()
+    }
+    torch.save(state, tmp_path / "nan.pt")
+    args = (
+        "--arch",
+        "resnet18",
+        "--weights",
+        tmp_path / "nan.pt",
+        "--image-size",
+        "32",
+        "-o",
+        tmp_path / "e.parquet",
+    )
+    result = invoke("embed", photos / "photos", *args)
+    assert result.exit_code == 1 and "nan.pt: the network makes no finite numbers" in result.stderr, (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize("described", ['{"arch": 5}', '{"arch": "resnet18", "image_size": 32}', "[1]", "{"])
+def test_a_strange_description_of_weights_is_none(photos, tmp_path, described):
+    state = torchvision.models.resnet18().state_dict()
+    save_file(state, tmp_path / "w.safetensors", {"chgval": described})
+    settings = {"arch": "resnet18", "weights": tmp_path / "w.safetensors", "image_size": 32}
+    assert chgval.embed(photos / "photos", output=tmp_path / "e.parquet", **settings).num_embedded == 30
+
+
 def test_unreadable_images_fail_where_that_is_wanted(photos, tmp_path):
     network = ("--arch", "resnet18", "--weights", photos / "resnet18.pt", "--image-size", "32")
     for command in ("embed", "value"):

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 import chgval
+from chgval.detection.duplicates import Pairs
+from chgval.runs.issues import _is_plain_copy, _proposed
 from tests.commands import invoke
 from tests.pictures import make_blobs
 
@@ -102,6 +104,29 @@ def test_a_test_set_may_have_another_form_than_the_dataset(photos, tmp_path):
     found = chgval.detect_issues(tmp_path / "v.parquet", against=str(photos / "test"))
     assert found.counts["in the test set"] == 2
     assert set(found.table["test_id"].drop_null().to_pylist()) == {"cat/one.jpg", "dog/two.png"}
+
+
+def test_no_label_is_lost_and_nothing_goes_unseen():
+    """Rows 0, 1, 2: a chain in which 1 is hardly like 0; 3 has no label, its copy 4 has one; 5 leaks."""
+    pairs = Pairs(np.array([0, 1, 3]), np.array([1, 2, 4]), np.array([0.82, 0.95, 1.0]))
+    copy_of_N, labels_N = np.array([-1, 0, 0, -1, 3, -1]), np.array([1, 1, 1, -1, 1, 1])
+    plain_N = _is_plain_copy(pairs, copy_of_N, labels_N)
+    assert plain_N.tolist() == [False] * 6
+    assert _is_plain_copy(pairs, copy_of_N, np.ones(6)).tolist() == [False, False, False, False, True, False]
+    found = {
+        "copy": copy_of_N >= 0,
+        "copy with another label": copy_of_N > 9,
+        "in the test set": np.arange(6) == 5,
+    }
+    is_plain_leak_N = np.zeros(6, dtype=bool)
+    assert _proposed(found, plain_N, is_plain_leak_N, copy_of_N) == [
+        None,
+        *["unsure"] * 2,
+        None,
+        *["unsure"] * 2,
+    ]
+    is_plain_leak_N[5] = True
+    assert _proposed(found, plain_N, is_plain_leak_N, copy_of_N)[5] == "drop"
 
 
 def test_the_page_shows_what_was_found(photos, tmp_path):
@@ -200,7 +225,16 @@ def test_what_goes_with_a_label_is_told(tmp_path, monkeypatch):
         (("v.parquet", "--features", "few.npy"), 1, "few.npy: has 3 rows where"),
         (("v.parquet", "-o", "v.parquet", "--overwrite"), 1, "v.parquet: is the input itself"),
         (("w.parquet", "--quality", "--dataset", "d.parquet"), 2, "--quality: looks at images"),
-        (("w.parquet", "--dataset", "d.parquet", "--against", "test"), 2, "test is a folder of images"),
+        (
+            ("w.parquet", "--dataset", "d.parquet", "--against", "test"),
+            1,
+            "test: is a folder of images; the rep",
+        ),
+        (
+            ("w.parquet", "--dataset", "d.parquet", "--against", "narrow.parquet"),
+            1,
+            "embeddings of 3 numbers",
+        ),
     ],
 )
 def test_wrong_inputs_are_named(photos, vectors, tmp_path, monkeypatch, args, code, message):
@@ -210,6 +244,7 @@ def test_wrong_inputs_are_named(photos, vectors, tmp_path, monkeypatch, args, co
     shutil.copy(vectors / "v.parquet", tmp_path / "w.parquet")
     shutil.copytree(photos / "test", tmp_path / "test")
     np.save("few.npy", np.ones((3, 2)))
+    pq.write_table(pa.table({"v": np.eye(3).tolist(), "label": [0, 1, 2]}), "narrow.parquet")
     result = invoke("detect-issues", *args)
     assert result.exit_code == code and message in result.stderr, result.stderr
 

@@ -84,13 +84,15 @@ def test_other_commands_take_a_merged_report(runs, tmp_path, monkeypatch):
     assert chgval.select("m.parquet", fraction=0.5).kept_N.sum() == 150
     assert chgval.report("m.parquet", output="r.html").num_samples
     assert merged.notes == chgval.read_report(runs / "0.parquet").notes
-    again = chgval.merge(["m.parquet", runs / "0.parquet"])
-    np.testing.assert_allclose(
-        again.values, (merged.values + chgval.read_report(runs / "0.parquet").values) / 2
-    )
+    refused = invoke("merge", "m.parquet", runs / "0.parquet", "-o", "n.parquet")
+    assert refused.exit_code == 1 and "m.parquet: is merged already" in refused.stderr
     for path in reports_of(runs):
         chgval.read_report(path).save(path.with_suffix(".csv"), overwrite=True)
     from_csv = chgval.merge([path.with_suffix(".csv") for path in reports_of(runs)])
+    mixed = [runs / "0.parquet", runs / "1.csv"]
+    assert invoke("merge", *mixed, "-o", "mixed.csv").exit_code == 0
+    csvs = [runs / "0.csv", runs / "1.csv"]
+    assert invoke("merge", *csvs, "-o", "csvs.jsonl").exit_code == 0
     for column in ("value", "noise_score", "predicted_label", "suggested_label", "rank"):
         np.testing.assert_array_equal(from_csv[column], merged[column])
 
@@ -108,6 +110,10 @@ def test_labels_of_several_annotators_are_merged(tmp_path):
     for seed, file in enumerate(files):
         chgval.value(tmp_path / "d.parquet", output=file, seed=seed, **settings)
     merged, runs = chgval.merge(files), [chgval.read_report(file) for file in files]
+    one = {**settings, "label_column": ["Ada"]}
+    chgval.value(tmp_path / "d.parquet", output=tmp_path / "one.parquet", **one)
+    refused = invoke("merge", files[0], tmp_path / "one.parquet", "-o", tmp_path / "n.parquet")
+    assert refused.exit_code == 1 and "one.parquet: " in refused.stderr and "Traceback" not in refused.stderr
     for who in ("Ada", "Bob", "Cy"):
         column = f"noise_score_of_{who}"
         np.testing.assert_allclose(merged[column], np.mean([run[column] for run in runs], axis=0))

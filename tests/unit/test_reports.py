@@ -13,9 +13,9 @@ import pytest
 
 from chgval.config import OutputConfig
 from chgval.detection.signals import NoiseSignals
-from chgval.errors import OutputError, SettingsError
+from chgval.errors import DataError, OutputError, SettingsError
 from chgval.files import METADATA_KEY
-from chgval.reports.files import ReportWriter, read_table, write_names, write_table
+from chgval.reports.files import ReportWriter, read_table, with_metadata, write_names, write_table
 from chgval.reports.tables import VALUES_SCHEMA, InputRows, values_table
 from chgval.valuation.signals import SIGNAL_NAMES, EpochSignals, RunSignals
 
@@ -192,3 +192,22 @@ def test_many_names_of_several_lines_come_back_from_csv(tmp_path):
     write_table(OutputConfig(path=str(tmp_path / "v.csv")), table)
     read, _ = read_table(str(tmp_path / "v.csv"), ("index", "id", "label"))
     assert read.equals(table)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"settings": [1]},
+        {"settings": {"data": "x"}},
+        {"settings": {"tracker": 4}},
+        {"class_names": 5},
+        {"verdict": [1]},
+        {"verdict": {"explained": 1.0, "annotators": 3}},
+        {"epochs": "x"},
+    ],
+)
+def test_metadata_of_other_types_are_named(tmp_path, metadata):
+    table = pa.table({field.name: pa.nulls(0, field.type) for field in VALUES_SCHEMA})
+    pq.write_table(with_metadata(table, metadata), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match="what it says of its run is not in the form that chgval writes"):
+        read_table(str(tmp_path / "v.parquet"))
