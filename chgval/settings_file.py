@@ -52,6 +52,9 @@ def _of_run(kept: Mapping[str, Any], config_class: type) -> dict[SettingPath, An
         value: Any = kept
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
+        if value is None and len(path) == 1:  # a command may have a setting of a group of others by itself
+            groups = [kept.get(group) for group in ("train", "data")]
+            value = next((g[path[0]] for g in groups if isinstance(g, Mapping) and g.get(path[0])), None)
         if value is not None and setting.option.affects_results and value != setting.default:
             found[path] = tuple(value) if isinstance(value, list) else value
     return found

@@ -75,7 +75,7 @@ def run_embed(config: EmbedConfig) -> Embedded:
             progress.say(f"note: {note}")
         backbone = _backbone(source, config.train)
         embedded = _embed(source, dataset, backbone, config.train)
-        write_table(config.output, _table(embedded))
+        write_table(config.output, _table(embedded, as_names=config.output.resolved_format == "jsonl"))
         content = embedded.content
         assert isinstance(content, Embeddings)  # noqa: S101 (that is what was made)
         return Embedded(
@@ -174,8 +174,13 @@ def _batches(
             yield rows, torch.stack(images) if images else None
 
 
-def _table(dataset: Dataset) -> pa.Table:
-    """Return ids, labels and embeddings, with the order of the classes as Hugging Face keeps it."""
+def _table(dataset: Dataset, *, as_names: bool) -> pa.Table:
+    """Return ids, labels and embeddings, with the order of the classes as Hugging Face keeps it.
+
+    Args:
+        dataset: of embeddings.
+        as_names: whether labels are the names of classes, where no schema could hold these.
+    """
     content = dataset.content
     assert isinstance(content, Embeddings)  # noqa: S101 (that is what was made)
     is_known = np.ones(len(dataset), dtype=bool)
@@ -192,6 +197,9 @@ def _table(dataset: Dataset) -> pa.Table:
                 "rename that column."
             )
     columns = {name: pa.array(label_N, mask=label_N < 0) for name, label_N in labels.items()}
+    if as_names:
+        text = np.array([*names, None], dtype=object)  # index -1 gives None
+        columns = {name: pa.array(text[label_N], pa.string()) for name, label_N in labels.items()}
     features: dict[str, object] = {"id": {"dtype": "string", "_type": "Value"}}
     features |= {name: {"names": names, "_type": "ClassLabel"} for name in labels}
     features[FEATURES_COLUMN] = {

@@ -106,6 +106,11 @@ def test_a_frozen_network_gives_what_embed_and_value_give_to_the_bit(photos, tmp
     assert one.select(same).equals(two.select(same))
     metadata = chgval.read_report(tmp_path / "one.parquet").metadata
     assert metadata["settings"]["train"]["arch"] == "resnet18" and metadata["settings"]["train"]["frozen"]
+    embedded = ("--config", tmp_path / "one.parquet", "-o", tmp_path / "e.jsonl")
+    result = invoke("embed", photos / "photos", *embedded)  # by the same network, which the report names
+    assert result.exit_code == 0 and "by resnet18 on 64 pixels" in result.stderr, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert {line["id"].split("/")[0] for line in lines} == {line["label"] for line in lines}
     again = invoke(
         "value", photos / "photos", "--config", tmp_path / "one.parquet", "-o", tmp_path / "x.parquet"
     )
