@@ -477,6 +477,32 @@ class CommandConfig(Settings):
         return False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneTable(CommandConfig):
+    """Settings of commands that write one table."""
+
+    if TYPE_CHECKING:  # an option of each of them, whose place in the help is its own
+
+        @property
+        def output(self) -> OutputConfig | None:
+            """Where the table goes; None writes none."""
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The table."""
+        return _files(self.output)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a file may be replaced."""
+        return self.output is not None and self.output.overwrite
+
+    @property
+    def writes_to_stdout(self) -> bool:
+        """Whether the table goes to standard output."""
+        return self.output is not None and self.output.to_stdout
+
+
 REVIEW_PAGE = "Also write the page of chgval report, to look at suspicious samples."
 
 
@@ -1098,7 +1124,7 @@ class IssuesOutput(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IssuesConfig(CommandConfig):
+class IssuesConfig(OneTable):
     """Settings of `chgval detect-issues`. Without an output nothing is written."""
 
     source: str = argument("VALUES", "Values report; - for one on standard input.")
@@ -1136,21 +1162,6 @@ class IssuesConfig(CommandConfig):
         """The report, its dataset, and the test set."""
         return [self.source, *(data for data in (self.dataset, self.against) if data is not None)]
 
-    @property
-    def outputs(self) -> list[Path]:
-        """The table."""
-        return _files(self.output)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether a file may be replaced."""
-        return self.output is not None and self.output.overwrite
-
-    @property
-    def writes_to_stdout(self) -> bool:
-        """Whether the table goes to standard output."""
-        return self.output is not None and self.output.to_stdout
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingsOutput(OutputConfig):
@@ -1160,7 +1171,7 @@ class EmbeddingsOutput(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbedConfig(CommandConfig):
+class EmbedConfig(OneTable):
     """Settings of `chgval embed`."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -1198,21 +1209,6 @@ class EmbedConfig(CommandConfig):
     def inputs(self) -> list[str]:
         """The dataset."""
         return [self.data.source]
-
-    @property
-    def outputs(self) -> list[Path]:
-        """The table."""
-        return _files(self.output)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether a file may be replaced."""
-        return self.output.overwrite
-
-    @property
-    def writes_to_stdout(self) -> bool:
-        """Whether the table goes to standard output."""
-        return self.output.to_stdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1265,7 +1261,7 @@ class MergedOutput(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MergeConfig(CommandConfig):
+class MergeConfig(OneTable):
     """Settings of `chgval merge`. Without an output nothing is written."""
 
     sources: tuple[str, ...] = argument("REPORT...", "Values reports of runs on the same rows.", default=())
@@ -1283,21 +1279,6 @@ class MergeConfig(CommandConfig):
     def inputs(self) -> list[str]:
         """The reports."""
         return list(self.sources)
-
-    @property
-    def outputs(self) -> list[Path]:
-        """The merged report."""
-        return _files(self.output)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether a file may be replaced."""
-        return self.output is not None and self.output.overwrite
-
-    @property
-    def writes_to_stdout(self) -> bool:
-        """Whether the report goes to standard output."""
-        return self.output is not None and self.output.to_stdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,13 +27,18 @@ def open_dataset(data: DataConfig | Format, largest_size: int, *, least_classes:
     dataset = source.read(largest_size)
     dataset.check(least_classes)
     dataset = dataset.with_notes(dataset.name_notes())
-    if dataset.problems and source.config.on_error == "fail":
+    check_all_read(dataset, source.config)
+    return dataset
+
+
+def check_all_read(dataset: Dataset, config: DataConfig) -> None:
+    """Raise DataError where a sample cannot be read, if that is an error (on_error "fail")."""
+    if dataset.problems and config.on_error == "fail":
         row, reason = next(iter(dataset.problems.items()))
         raise DataError(
-            f"{source.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
+            f"{dataset.source}: {len(dataset.problems):,} of {len(dataset):,} samples cannot be read "
             f"(the first, {dataset.ids[row]}: {reason}); fix them, or leave out --on-error fail."
         )
-    return dataset
 
 
 def check_not_read(source: Format, output: OutputConfig) -> None:

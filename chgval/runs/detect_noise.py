@@ -184,14 +184,12 @@ def _conflicts(given: Input, config: DetectConfig) -> IntArray:
     Raises:
         ChgvalError: the dataset is not there, is another by now, or has no images.
     """
-    from chgval.data.formats import format_of  # these import torch
-    from chgval.runs.issues import conflicts_in
-    from chgval.runs.rewriting import data_behind, known_rows
+    from chgval.runs.issues import conflicts_in  # these import torch
+    from chgval.runs.rewriting import same_dataset
 
     report, source = given.report, given.source
     if source is None:
-        source = format_of(data_behind(config.source, report.metadata, config.dataset))
-        source.check_same(known_rows(report.table, report.metadata))
+        source = same_dataset(config.source, report.table, report.metadata, config.dataset)
     if source.config.takes_features:
         raise _needs_images(source.source)
     return conflicts_in(source, report.integers("label"))

@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chgval import progress
@@ -23,7 +24,7 @@ from chgval.config import EmbedConfig, TrainConfig
 from chgval.data.dataset import Dataset, Embeddings
 from chgval.data.decode import UnreadableImageError, upright
 from chgval.data.formats import Format, format_of
-from chgval.data.open import check_not_read, open_dataset
+from chgval.data.open import check_all_read, check_not_read, open_dataset
 from chgval.errors import DataError, ModelError, SettingsError
 from chgval.files import locked
 from chgval.interruption import interruptible
@@ -76,12 +77,10 @@ def run_embed(config: EmbedConfig) -> Embedded:
         backbone = _backbone(source, config.train)
         embedded = _embed(source, dataset, backbone, config.train)
         write_table(config.output, _table(embedded, as_names=config.output.resolved_format == "jsonl"))
-        content = embedded.content
-        assert isinstance(content, Embeddings)  # noqa: S101 (that is what was made)
         return Embedded(
             num_rows=len(dataset),
             num_embedded=len(dataset) - len(embedded.problems),
-            num_features=content.vectors_ND.shape[1],
+            num_features=_vectors_of(embedded).shape[1],
             arch=backbone.arch,
             image_size=backbone.size,
             problems={dataset.ids[row]: reason for row, reason in embedded.problems.items()},
@@ -99,10 +98,13 @@ def embedded_dataset(source: Format, dataset: Dataset, train: TrainConfig) -> Da
 
 def digest_of(dataset: Dataset) -> str:
     """Return what tells embeddings from those of other weights: a run is resumed with its own only."""
-    content = dataset.content
-    if not isinstance(content, Embeddings):
-        raise TypeError("images have a fingerprint")
-    return hashlib.blake2b(content.vectors_ND.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_vectors_of(dataset).tobytes(), digest_size=16).hexdigest()
+
+
+def _vectors_of(dataset: Dataset) -> NDArray[np.float32]:
+    if not isinstance(dataset.content, Embeddings):
+        raise TypeError("the images were not embedded")
+    return dataset.content.vectors_ND
 
 
 def _backbone(source: Format, train: TrainConfig) -> Backbone:
@@ -138,12 +140,7 @@ def _embed(source: Format, dataset: Dataset, backbone: Backbone, train: TrainCon
     vectors_ND[bad_N] = 0
     embedded = dataclasses.replace(dataset, content=Embeddings(vectors_ND), problems=problems)
     embedded.check(least_classes=1)
-    if problems and source.config.on_error == "fail":
-        row, reason = next(iter(problems.items()))
-        raise DataError(
-            f"{dataset.source}: {len(problems):,} of {len(dataset):,} samples cannot be read (the first, "
-            f"{dataset.ids[row]}: {reason}); fix them, or leave out --on-error fail."
-        )
+    check_all_read(embedded, source.config)
     return embedded
 
 
@@ -181,12 +178,11 @@ def _table(dataset: Dataset, *, as_names: bool) -> pa.Table:
         dataset: of embeddings.
         as_names: whether labels are the names of classes, where no schema could hold these.
     """
-    content = dataset.content
-    assert isinstance(content, Embeddings)  # noqa: S101 (that is what was made)
+    vectors_ND = _vectors_of(dataset)
     is_known = np.ones(len(dataset), dtype=bool)
     is_known[list(dataset.problems)] = False
-    values = pa.array(content.vectors_ND.ravel())
-    vectors = pa.FixedSizeListArray.from_arrays(values, content.vectors_ND.shape[1], mask=pa.array(~is_known))
+    values = pa.array(vectors_ND.ravel())
+    vectors = pa.FixedSizeListArray.from_arrays(values, vectors_ND.shape[1], mask=pa.array(~is_known))
     names = list(dataset.class_names)
     labels: dict[str, IntArray] = {"label": dataset.labels_N}
     if dataset.annotations is not None:
@@ -204,7 +200,7 @@ def _table(dataset: Dataset, *, as_names: bool) -> pa.Table:
     features |= {name: {"names": names, "_type": "ClassLabel"} for name in labels}
     features[FEATURES_COLUMN] = {
         "feature": {"dtype": "float32", "_type": "Value"},
-        "length": content.vectors_ND.shape[1],
+        "length": vectors_ND.shape[1],
         "_type": "List",
     }
     table = pa.table({"id": pa.array(dataset.ids, pa.string()), **columns, FEATURES_COLUMN: vectors})

@@ -44,7 +44,7 @@ from chgval.reports.report import Report, read_whole_report
 from chgval.reports.tables import ISSUES_SCHEMA, or_null
 from chgval.runs.image_quality import PROPERTIES, explained_by_labels, image_quality
 from chgval.runs.report import features_of_page
-from chgval.runs.rewriting import data_behind, known_rows
+from chgval.runs.rewriting import same_dataset
 from chgval.runs.summaries import MOST_SHOWN
 from chgval.types import FloatArray, IntArray
 
@@ -93,8 +93,7 @@ def run_detect_issues(config: IssuesConfig) -> Issues:
         if config.output is not None:
             check_output(config.output, *config.inputs)
         report = read_whole_report(config.source)
-        source = format_of(data_behind(config.source, report.metadata, config.dataset))
-        source.check_same(known_rows(report.table, report.metadata))
+        source = same_dataset(config.source, report.table, report.metadata, config.dataset)
         found = _find(report, source, config)
         if config.output is not None:
             metadata = {**report.metadata, "command": progress.command(), "goes_with_labels": found.told}

@@ -152,13 +152,10 @@ def dataset_of_page(config: ReportConfig, report: Report) -> Format | None:
     Raises:
         DataError: the user named one that is not it.
     """
-    from chgval.data.formats import format_of
-    from chgval.runs.rewriting import data_behind, known_rows
+    from chgval.runs.rewriting import same_dataset
 
     try:
-        source = format_of(data_behind(config.source, report.metadata, config.dataset))
-        source.check_same(known_rows(report.table, report.metadata))
-        return source
+        return same_dataset(config.source, report.table, report.metadata, config.dataset)
     except ChgvalError as error:
         if config.dataset is not None:
             raise

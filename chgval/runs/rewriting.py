@@ -73,6 +73,17 @@ def data_behind(source: str, metadata: dict[str, Any], dataset: str | None) -> D
     return data
 
 
+def same_dataset(source: str, report: pa.Table, metadata: dict[str, Any], dataset: str | None) -> Format:
+    """Return the dataset that a report is about, if its rows are still those; see `data_behind`.
+
+    Raises:
+        ChgvalError: the report does not say, or the dataset is not there, or another by now.
+    """
+    found = format_of(data_behind(source, metadata, dataset))
+    found.check_same(known_rows(report, metadata))
+    return found
+
+
 def dataset_of_values(
     config: DetectConfig | SelectConfig, report: pa.Table, metadata: dict[str, Any]
 ) -> Format:
