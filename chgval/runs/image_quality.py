@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -89,9 +88,6 @@ class _Pictures:
         if encoded is None:
             raise UnreadableImageError("it is gone")
         return (upright(encoded, self._source.config.max_pixels),)
-
-    def __iter__(self) -> Iterator[tuple[Image.Image]]:
-        return (self[place] for place in range(len(self)))
 
 
 def explained_by_labels(score_N: FloatArray, labels_N: IntArray) -> float:
