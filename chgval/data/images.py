@@ -238,6 +238,12 @@ class ImageFiles:
         except UnreadableImageError as error:
             return error
 
+    def pictures(self, rows: Iterable[int]) -> Iterator[bytes | None]:
+        """Yield the bytes of each of these files; None for one that cannot be read."""
+        for row in rows:
+            encoded = self.read_or_error(row)
+            yield encoded if isinstance(encoded, bytes) else None
+
     def digests(self) -> list[int]:
         """Return what stands for each file in a fingerprint, without reading large ones whole; 0 for none."""
         starts = range(0, len(self), DIGESTS_AT_A_TIME)

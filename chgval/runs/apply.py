@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from chgval.config import ApplyConfig
+from chgval.config import STANDARD_STREAM, ApplyConfig, DataConfig
 from chgval.data.formats import format_of
 from chgval.data.formats.base import KnownRows, ListedRows, RowChanges
 from chgval.data.open import check_not_read, check_rewritable
 from chgval.errors import DataError
 from chgval.files import check_apart, locked
 from chgval.reports.decisions import Decisions, read_decisions
-from chgval.reports.files import check_output, write_table
-from chgval.reports.tables import LABELS_SCHEMA
+from chgval.reports.files import check_output, dataset_of, read_table, write_table
+from chgval.reports.tables import DECISIONS, LABELS_SCHEMA
 from chgval.runs.rewriting import write_changed
 
 
@@ -41,7 +42,7 @@ def run_apply(config: ApplyConfig) -> Applied:
         ChgvalError: decisions or dataset cannot be read, do not fit each other, or an output is in the way.
     """
     with locked(*config.outputs):
-        source = format_of(config.data)
+        source = format_of(_data_of(config))
         if config.labels_only:
             check_output(config.labels, *config.inputs)
             check_not_read(source, config.labels)
@@ -66,6 +67,17 @@ def run_apply(config: ApplyConfig) -> Applied:
             num_written = write_changed(source, known, changes, config.target, config.link or "copy")
         write_table(config.kept_decisions, decisions.table)
         return Applied(num_rows=len(rows.ids), num_written=num_written, counts=decisions.counts())
+
+
+def _data_of(config: ApplyConfig) -> DataConfig:
+    """Return how to read the dataset: as the user says, or as it was read for the table of decisions."""
+    if config.data.names_columns or config.source == STANDARD_STREAM:
+        return config.data
+    _, metadata = read_table(config.source, kind=DECISIONS)
+    if "settings" not in metadata:
+        return config.data
+    known = dataset_of(metadata, config.source)
+    return dataclasses.replace(known, source=config.dataset, split=config.split or known.split, features=None)
 
 
 def _labels(rows: ListedRows, decisions: Decisions) -> pa.Table:

@@ -95,7 +95,18 @@ def _neither(sources: Sequence[str]) -> ChgvalError:
     return DataError(f"{' '.join(sources)}: some are trainings, some reports; compare like with like.")
 
 
+def _check_different(sources: Sequence[str]) -> None:
+    """Raise DataError where something is named twice."""
+    named: dict[Path, str] = {}
+    for source in sources:
+        path = Path(source).resolve()
+        if path in named:
+            raise DataError(f"{source}: is {named[path]}; name each once.")
+        named[path] = source
+
+
 def _compare_trainings(sources: Sequence[str], *, draws: bool) -> Comparison:
+    _check_different(sources)
     trainings = [_training(Path(source)) for source in sources]
     facts: list[dict[str, object]] = []
     for source, (known, metrics) in zip(sources, trainings, strict=True):

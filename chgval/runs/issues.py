@@ -6,6 +6,7 @@ Shape legend: N rows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from chgval.config import DataConfig, IssuesConfig
 from chgval.data.dataset import Embeddings
 from chgval.data.decode import UnreadableImageError, grey_square
 from chgval.data.formats import Format, format_of
+from chgval.data.formats.image_folder import images_anywhere
+from chgval.data.images import ImageFiles
 from chgval.data.sources import is_folder
 from chgval.detection.duplicates import (
     LEAST_SIDE,
@@ -33,7 +36,7 @@ from chgval.detection.duplicates import (
 )
 from chgval.detection.outliers import LEAST_FACTOR, outlier_factors
 from chgval.errors import ChgvalError, DataError, SettingsError
-from chgval.files import locked
+from chgval.files import as_text, locked
 from chgval.reports.decisions import DROP, UNSURE
 from chgval.reports.files import (
     check_output,
@@ -94,22 +97,30 @@ def run_detect_issues(config: IssuesConfig) -> Issues:
             check_output(config.output, *config.inputs)
         report = read_whole_report(config.source)
         source = same_dataset(config.source, report.table, report.metadata, config.dataset)
-        found = _find(report, source, config)
+        tested = None if config.against is None else _test_set(source.config, config.against)
+        found = _find(report, source, tested, config)
         if config.output is not None:
             metadata = {**report.metadata, "command": progress.command(), "goes_with_labels": found.told}
             write_table(config.output, with_metadata(found.table, metadata))
         return found
 
 
-def thumbnails_of(source: Format, num_rows: int) -> Thumbnails:
-    """Read all images of a dataset, grey and small."""
+def thumbnails_of(name: str, pictures: Iterable[bytes | None], num_rows: int, max_pixels: int) -> Thumbnails:
+    """Read all images, grey and small.
+
+    Args:
+        name: what they are of.
+        pictures: encoded; None for one that cannot be read.
+        num_rows: how many there are.
+        max_pixels: that one may have.
+    """
     grey_NTT = np.zeros((num_rows, THUMBNAIL_SIDE, THUMBNAIL_SIDE), dtype=np.uint8)
     is_known_N, has_details_N = np.zeros((2, num_rows), dtype=bool)
-    with progress.counting(f"images of {source.source}", num_rows) as tell:
-        for row, encoded in enumerate(source.pictures(range(num_rows))):
+    with progress.counting(f"images of {name}", num_rows) as tell:
+        for row, encoded in enumerate(pictures):
             if encoded is not None:
                 with suppress(UnreadableImageError):  # the report has a reason for it
-                    grey_NTT[row], shorter = grey_square(encoded, THUMBNAIL_SIDE, source.config.max_pixels)
+                    grey_NTT[row], shorter = grey_square(encoded, THUMBNAIL_SIDE, max_pixels)
                     is_known_N[row], has_details_N[row] = True, shorter >= LEAST_SIDE
             tell(row + 1)
     return Thumbnails(grey_NTT, is_known_N, has_details_N)
@@ -117,8 +128,38 @@ def thumbnails_of(source: Format, num_rows: int) -> Thumbnails:
 
 def conflicts_in(source: Format, labels_N: IntArray) -> IntArray:
     """Return, for every image of a dataset, the row of a copy with another label; -1 for none."""
-    pairs, _ = copies_within(thumbnails_of(source, len(labels_N)))
+    pairs, _ = copies_within(_thumbnails(source, len(labels_N)))
     return other_labels(groups_of(pairs, len(labels_N)), labels_N)
+
+
+def _thumbnails(source: Format, num_rows: int) -> Thumbnails:
+    pictures = source.pictures(range(num_rows))
+    return thumbnails_of(source.source, pictures, num_rows, source.config.max_pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class _TestSet:
+    """What the samples of a dataset are compared with. Its labels are not looked at.
+
+    Attributes:
+        name: what the user named.
+        ids: of its rows.
+        content: the dataset, or images without labels.
+    """
+
+    name: str
+    ids: Sequence[str]
+    content: Format | ImageFiles
+
+    def pictures(self) -> Iterator[bytes | None]:
+        """Yield its encoded images; None for one that cannot be read."""
+        return self.content.pictures(range(len(self.ids)))
+
+    def vectors(self) -> NDArray[np.float32]:
+        """Return its embeddings. Raises DataError where it holds images."""
+        if isinstance(self.content, ImageFiles):
+            raise DataError(f"{self.name}: holds images; expected embeddings, as the report is about.")
+        return _vectors(self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,44 +169,49 @@ class _Compared:
     Attributes:
         pairs: of copies.
         leaks: pairs of a row and one of the test set; None without one.
-        test_ids: of the rows of the test set.
         readable: rows whose images can be read; none of embeddings.
     """
 
     pairs: Pairs
     leaks: Pairs | None
-    test_ids: list[str]
     readable: IntArray
 
 
 def _compare(
-    source: Format, num_rows: int, features_ND: NDArray[np.floating] | None, against: str | None
+    source: Format, num_rows: int, features_ND: NDArray[np.floating] | None, tested: _TestSet | None
 ) -> _Compared:
     """Compare the samples of a dataset with each other, and with those of a test set of the same kind."""
-    tested = None if against is None else _test_set(source.config, against)
-    test_ids = [] if tested is None else list(tested.listed().ids)
     if source.config.takes_features and features_ND is not None:
         leaks = None
         if tested is not None:
-            test_MD = _vectors(tested)
+            test_MD = tested.vectors()
             if test_MD.shape[1] != features_ND.shape[1]:
                 raise DataError(
-                    f"{tested.source}: has embeddings of {test_MD.shape[1]:,} numbers where the report is "
+                    f"{tested.name}: has embeddings of {test_MD.shape[1]:,} numbers where the report is "
                     f"about {features_ND.shape[1]:,}; embed both by the same network."
                 )
             leaks = near_between(features_ND, test_MD)
-        return _Compared(near_within(features_ND), leaks, test_ids, np.zeros(0, dtype=np.int64))
-    thumbnails = thumbnails_of(source, num_rows)
+        return _Compared(near_within(features_ND), leaks, np.zeros(0, dtype=np.int64))
+    thumbnails = _thumbnails(source, num_rows)
     progress.say("comparing")
     pairs, least = copies_within(thumbnails)
     leaks = None
     if tested is not None:
-        leaks = copies_between(thumbnails, thumbnails_of(tested, len(test_ids)), least)
-    return _Compared(pairs, leaks, test_ids, np.flatnonzero(thumbnails.is_known_N))
+        most = source.config.max_pixels
+        test = thumbnails_of(tested.name, tested.pictures(), len(tested.ids), most)
+        leaks = copies_between(thumbnails, test, least)
+    return _Compared(pairs, leaks, np.flatnonzero(thumbnails.is_known_N))
 
 
-def _test_set(data: DataConfig, source: str) -> Format:
-    """Return a test set, read by the columns of the dataset if it has these."""
+def _test_set(data: DataConfig, source: str) -> _TestSet:
+    """Return a test set, read by the columns of the dataset if it has these.
+
+    Args:
+        data: the dataset.
+        source: what the user named.
+    Raises:
+        ChgvalError: it cannot be read, or is of another kind.
+    """
     if data.features is not None:
         raise SettingsError(
             f"--against: {data.source} was valued by embeddings in a file of their own ({data.features}), "
@@ -177,23 +223,33 @@ def _test_set(data: DataConfig, source: str) -> Format:
             f"{source}: is a folder of images; the report is about embeddings. Run chgval embed on it."
         )
     if same.names_columns and not same.takes_features:
-        try:
-            tested = format_of(same)
-            tested.listed()
-            return tested
-        except ChgvalError:  # in another form than the dataset
-            same = DataConfig(source=source, max_pixels=data.max_pixels)
-    return format_of(same)
+        with suppress(ChgvalError):  # in another form than the dataset
+            return _listed_set(same)
+        same = DataConfig(source=source, max_pixels=data.max_pixels)
+    try:
+        return _listed_set(same)
+    except ChgvalError:
+        paths = [] if same.takes_features else images_anywhere(source)
+        if not paths:
+            raise
+        progress.say(f"note: {source} is taken as {len(paths):,} images without labels")
+        return _TestSet(source, [as_text(path) for path in paths], ImageFiles(paths))
 
 
-def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
+def _listed_set(data: DataConfig) -> _TestSet:
+    found = format_of(data)
+    return _TestSet(data.source, found.listed().ids, found)
+
+
+def _find(report: Report, source: Format, tested: _TestSet | None, config: IssuesConfig) -> Issues:
     if config.quality and source.config.takes_features:
         raise SettingsError(
             f"--quality: looks at images, and {source.source} holds embeddings; leave it out."
         )
     num_rows, labels_N, notes = len(report), report.integers("label"), []
     features_ND = _features(report, source, config)
-    compared = _compare(source, num_rows, features_ND, config.against)
+    compared = _compare(source, num_rows, features_ND, tested)
+    test_ids = [] if tested is None else tested.ids
     factor_N = np.full(num_rows, np.nan)
     if features_ND is None:
         notes.append(
@@ -235,7 +291,7 @@ def _find(report: Report, source: Format, config: IssuesConfig) -> Issues:
             "copy_of_id": [None if row < 0 else ids[row] for row in copy_of_N.tolist()],
             "copy_similarity": or_null(similarity_N),
             "conflicts_with": or_null(conflict_N),
-            "test_id": [None if row < 0 else compared.test_ids[row] for row in leak_N.tolist()],
+            "test_id": [None if row < 0 else test_ids[row] for row in leak_N.tolist()],
             "test_similarity": or_null(leak_similarity_N),
             "decision": _proposed(
                 found,

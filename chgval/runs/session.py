@@ -305,9 +305,10 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any
     settings = dataclasses.asdict(config)
     settings["train"].update(dataclasses.asdict(run.recipe), device=str(run.device))
     settings["data"].update(run.dataset.columns)
-    if (
-        not config.train.frozen
-    ):  # then these are about the network that was passed, and stay as they were given
+    if config.train.frozen:  # then these are about the network that was passed
+        if config.train.arch is None and config.train.weights is None:
+            settings["train"].update(arch=DEFAULT_ARCH, weights=DEFAULT_WEIGHTS)
+    else:
         settings["train"]["arch"] = run.arch
         settings["data"].update(
             image_size=None if run.is_embedding else run.dataset.input_size,

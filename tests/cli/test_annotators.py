@@ -72,6 +72,21 @@ def test_a_report_tells_the_consensus_and_the_score_of_each_label(crowd, valued)
     assert metadata["settings"]["data"]["label_columns"] == list(RATES)
 
 
+def test_issues_are_applied_to_the_columns_that_they_are_about(crowd, valued, tmp_path):
+    issues = tmp_path / "i.parquet"
+    result = invoke("detect-issues", valued[0], "-o", issues)
+    assert result.exit_code == 0, result.stderr
+    decided = pq.read_table(issues)
+    drops = [None] * decided.num_rows
+    drops[5] = "drop"
+    place = decided.schema.get_field_index("decision")
+    pq.write_table(decided.set_column(place, "decision", pa.array(drops, pa.string())), issues)
+    result = invoke("apply", issues, "--dataset", crowd[0], "-o", tmp_path / "new.parquet")
+    assert result.exit_code == 0, result.stderr
+    before, after = pq.read_table(crowd[0]), pq.read_table(tmp_path / "new.parquet")
+    assert after.equals(pa.concat_tables([before.slice(0, 5), before.slice(6)]))
+
+
 def test_lists_of_labels_are_annotators_who_are_not_told_apart(crowd, tmp_path):
     path, true_N, _ = crowd
     out = tmp_path / "v.csv"

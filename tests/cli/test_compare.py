@@ -95,6 +95,7 @@ def test_two_reports_are_compared_by_rank(tmp_path):
         (("v.parquet", "w.parquet"), 1, "w.parquet: has 4 rows where v.parquet has 24"),
         (("full", "part", "-o", "c.pdf"), 2, "c.pdf: is a page for browsers"),
         (("full", "part", "--plots", "v.parquet"), 1, "v.parquet: is a file; figures go to a folder"),
+        (("full", "part", "./full"), 1, "./full: is full; name each once"),
         (("full", "broken"), 1, "broken: cannot be read as a training"),
     ],
 )

@@ -106,6 +106,18 @@ def test_a_test_set_may_have_another_form_than_the_dataset(photos, tmp_path):
     assert set(found.table["test_id"].drop_null().to_pylist()) == {"cat/one.jpg", "dog/two.png"}
 
 
+@pytest.mark.parametrize("form", ["flat", "one class", "glob"])
+def test_a_test_set_needs_no_labels(photos, tmp_path, form):
+    flat = tmp_path / ("t/images" if form == "one class" else "t")
+    flat.mkdir(parents=True)
+    for path in (photos / "test").rglob("*.*"):
+        shutil.copy(path, flat)
+    against = f"{flat}/*.*" if form == "glob" else tmp_path / "t"
+    found = chgval.detect_issues(photos / "v.parquet", against=str(against))
+    names = {Path(name).name for name in found.table["test_id"].drop_null().to_pylist()}
+    assert found.counts["in the test set"] == 2 and names == {"one.jpg", "two.png"}
+
+
 def test_no_label_is_lost_and_nothing_goes_unseen():
     """Rows 0, 1, 2: a chain in which 1 is hardly like 0; 3 has no label, its copy 4 has one; 5 leaks."""
     pairs = Pairs(np.array([0, 1, 3]), np.array([1, 2, 4]), np.array([0.82, 0.95, 1.0]))

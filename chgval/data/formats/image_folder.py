@@ -41,7 +41,7 @@ from chgval.data.images import (
     load_files,
     open_image_file,
 )
-from chgval.data.sources import is_folder
+from chgval.data.sources import is_folder, matching
 from chgval.data.splits import named, split_of
 from chgval.errors import DataError, OutputError, SettingsError, first_few
 from chgval.files import (
@@ -332,6 +332,17 @@ def _images_below(class_folder: Path, left_out: LeftOut) -> list[str]:
     return [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]  # noqa: PTH118
 
 
+def images_anywhere(source: str) -> list[str]:
+    """Return the images of a folder, at any depth, or those that a glob matches; none of something else.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    if is_folder(source):
+        return _images_below(Path(source), LeftOut())
+    return [path for path in matching(source) if path.lower().endswith(EXTENSIONS)]
+
+
 def _raise_unlisted(error: OSError) -> None:
     raise DataError(
         f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of the "
@@ -393,10 +404,7 @@ class ImageFolder(Format):
 
     def pictures(self, rows: Sequence[int]) -> Iterator[bytes | None]:
         """Yield the files."""
-        images = ImageFiles(self.rows.paths)
-        for row in rows:
-            encoded = images.read_or_error(row)
-            yield encoded if isinstance(encoded, bytes) else None
+        return ImageFiles(self.rows.paths).pictures(rows)
 
     def check_target(self, target: Path, link: Link) -> None:
         """See `Format`."""
