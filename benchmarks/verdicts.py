@@ -38,8 +38,9 @@ from chgval.detection.scores import score_labels
 from chgval.runs.session import make_valuing, prepare, read_dataset
 from chgval.runs.value import observe_average
 from chgval.training.evaluation import predict
-from chgval.training.loop import Trainer, WeightAverage
+from chgval.training.loop import Trainer
 from chgval.training.models import InputShape, build_model
+from chgval.training.step import WeightAverage
 from chgval.training.views import mirrored
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.jsonl"

@@ -267,7 +267,7 @@ class TrainConfig(Settings):
         None, "Passes over the data. Default: by its size.", MODEL_PANEL, least=1, is_common=True
     )
     batch_size: int | None = option(
-        None, "Samples per step. Default: 128, fewer for small data.", MODEL_PANEL, least=2
+        None, "Samples per step. Default: 128, or 512 on a GPU; fewer for small data.", MODEL_PANEL, least=2
     )
     lr: float | None = option(
         None, "Highest learning rate. Default: by the model.", MODEL_PANEL, above=0, below=float("inf")
@@ -286,7 +286,12 @@ class TrainConfig(Settings):
         least=1,
         affects_results=False,
     )
-    compile_model: bool = option(False, "Compile the model first.", MODEL_PANEL, "--compile")
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = option(
+        "auto", "Numbers that the network computes in. Default: by the device and the network.", MODEL_PANEL
+    )
+    compile_model: bool = option(
+        False, "Compile the model first, which takes a minute: for long runs.", MODEL_PANEL, "--compile"
+    )
     seed: int = option(0, "Of all randomness in the run.", MODEL_PANEL, least=0, below=2**63)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from chgval.training.records import EpochRecord, Evaluation, Record, SplitRecord, StepRecord
+from chgval.training.records import EpochRecord, Evaluation, PlainRecord, Record, SplitRecord, StepRecord
 
 _logger = logging.getLogger("chgval")
 _logger.addHandler(logging.NullHandler())
@@ -154,6 +154,8 @@ def tell_record(listener: Listener, record: Record) -> None:
             listener.detail(step_line(record))
         case SplitRecord():
             listener.warn(split_line(record))
+        case PlainRecord():
+            listener.say(plain_line(record))
 
 
 def epoch_line(record: EpochRecord) -> str:
@@ -188,3 +190,8 @@ def split_line(record: SplitRecord) -> str:
         f"out of device memory: batches of {record.batch_size:,} are computed in {record.num_parts} parts "
         "from now on; their gradients are added up"
     )
+
+
+def plain_line(record: PlainRecord) -> str:
+    """Return one line about steps that are not CUDA graphs."""
+    return f"note: steps are made plainly, as they cannot be captured as CUDA graphs ({record.reason})"

@@ -12,11 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.loader import Batch
 from chgval.runs.session import make_valuing, prepare, read_dataset
-from chgval.training.loop import compute_gradients, forward_all
+from chgval.training import optimizers
+from chgval.training.loop import forward_all
 from chgval.training.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.training.optimizers import NesterovSGD
 from chgval.training.recipe import Recipe
 from chgval.training.records import EpochRecord
+from chgval.training.step import Step, Sums, WeightAverage
 from chgval.valuation.accumulator import ValueAccumulator
 from chgval.valuation.closed_form import Factors, chg_values, coalition_sums, hardness_values
 
@@ -91,12 +93,23 @@ def recipe_of_step():
     )
 
 
+@pytest.fixture
+def fused_on_meta(monkeypatch):
+    """The optimizer's kernel for the meta device, which torch lacks: it changes tensors in place only."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_sgd_.tensor_lr", lambda *_, **__: None, "Meta")
+    monkeypatch.setattr(optimizers, "FUSED", ("meta",))
+    yield
+    library._destroy()
+
+
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18"])
-def test_a_training_step_runs_on_the_meta_device(arch):
-    """On shapes alone: the step of the trainer itself."""
+def test_a_training_step_runs_on_the_meta_device(arch, fused_on_meta):
+    """On shapes alone: the step of the trainer itself, in two parts, with weights of samples."""
     model = build_model(arch, 10, InputShape(32), torch.Generator().manual_seed(0))
     model = model.to("meta", memory_format=torch.channels_last)
-    optimizer = NesterovSGD(model.parameters(), recipe_of_step())
+    device = torch.device("meta")
+    optimizer = NesterovSGD(model.parameters(), recipe_of_step(), device)
     accumulator = ValueAccumulator(
         torch.zeros(64, dtype=torch.int64, device="meta"), 10, model.head.in_features
     )
@@ -104,10 +117,10 @@ def test_a_training_step_runs_on_the_meta_device(arch):
     labels_B = torch.zeros(64, dtype=torch.int64, device="meta")
     inputs = images.to(torch.float32, memory_format=torch.channels_last)
     batch = Batch(torch.arange(64, device="meta"), inputs, labels_B)
-    loss, losses_B, logits_BC, features_BD = compute_gradients(model, batch)
-    optimizer.step(0.1)
-    accumulator.update(batch.indices_B, logits_BC, features_BD)
-    assert loss.shape == () and losses_B.shape == (64,)
+    average = WeightAverage(model, 10)
+    step = Step(model, optimizer, Sums(device), average=average, observer=accumulator)
+    logits_BC, features_BD = step(batch, torch.ones(64, device="meta"), 2)
+    assert logits_BC.shape == (64, 10)
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
     assert features_BD.shape == (64, model.head.in_features)
 

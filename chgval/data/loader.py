@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,9 @@ STATISTICS_IMAGES = 2000
 DEVICE_MEMORY_SHARE = 0.5
 # Rows of a file that are copied to a device at a time.
 ROWS_AT_A_TIME = 4096
+# Batches of so many bytes are gathered and augmented at a time on a GPU: all of an epoch, if it is small. On
+# a CPU it is done batch by batch, which stays in its caches.
+GATHERED_BYTES = 2**28
 # A pass without gradients takes batches of this size on a CPU, whose caches they fit in; elsewhere it takes
 # twice the training batch.
 PLAIN_BATCH_ON_CPU = 64
@@ -165,7 +168,9 @@ class MemoryLoader:
         else:
             raise TypeError("images that are decoded at each use need a DecodingLoader")
         # Contents that would fill the device stay where they are; each batch is then copied by itself.
-        self._contents = _on_device(contents, device) if _fits(contents, device) else contents
+        is_near = _fits(contents, device)
+        self._contents = _on_device(contents, device) if is_near else contents
+        self._pins = not is_near and device.type == "cuda"
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         self.rows = rows_N
         self._batch_size = batch_size
@@ -182,30 +187,43 @@ class MemoryLoader:
     ) -> Iterator[Batch]:
         """Yield these rows once, in random order, augmented."""
         num_rows = len(rows)
-        order_N = rows[torch.randperm(num_rows, generator=generator)].to(self._device)
+        order_N = rows[torch.randperm(num_rows, generator=generator)]
         shift = max(1, round(SHIFT_SHARE * self._contents.shape[-1]))
         shifts_N2 = torch.randint(2 * shift + 1, (num_rows, 2), generator=generator).to(self._device)
         flips_N = (torch.rand(num_rows, generator=generator) < 0.5).to(self._device)
         batches = order_N.tensor_split(self.num_batches(rows))
-        start = sum(len(indices_B) for indices_B in batches[:first])
-        for indices_B in batches[first:]:
-            part = slice(start, start + len(indices_B))
-            start += len(indices_B)
-            contents_B = self._take(indices_B)
+        start = sum(map(len, batches[:first]))
+        for group in _groups(batches[first:], self._batches_at_a_time(len(batches[0]))):
+            indices_G = torch.cat(list(group))
+            part = slice(start, start + len(indices_G))
+            start = part.stop
+            contents_G, indices_G = self._take(indices_G), indices_G.to(self._device)
             if self._augment != "none":
-                contents_B = _shifted(contents_B, shifts_N2[part], shift)
+                contents_G = _shifted(contents_G, shifts_N2[part], shift)
             if self._augment == "crop-flip":
-                contents_B = _flipped(contents_B, flips_N[part])
-            yield self._batch(indices_B, contents_B)
+                contents_G = _flipped(contents_G, flips_N[part])
+            sizes = [len(indices_B) for indices_B in group]
+            parts = zip(torch.split(indices_G, sizes), torch.split(contents_G, sizes), strict=True)
+            for indices_B, contents_B in parts:
+                yield self._batch(indices_B, contents_B)
 
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, as they are."""
         size = _plain_batch_size(self._batch_size, self._device)
-        for indices_B in torch.split(self.rows.to(self._device), size):
-            yield self._batch(indices_B, self._take(indices_B))
+        for indices_B in torch.split(self.rows, size):
+            yield self._batch(indices_B.to(self._device), self._take(indices_B))
+
+    def _batches_at_a_time(self, batch_size: int) -> int:
+        if self._device.type == "cpu" or self._pins:
+            return 1
+        num_rows = max(1, self._contents.shape[0])
+        return max(1, GATHERED_BYTES * num_rows // max(1, batch_size * self._contents.nbytes))
 
     def _take(self, indices_B: Tensor) -> Tensor:
-        return _rows(self._contents, indices_B).to(self._device)
+        """Return the contents of rows, which are given on the host, on the device."""
+        contents_B = _rows(self._contents, indices_B)
+        # torch keeps pinned memory that it is done with for the next batch, which so waits for nothing.
+        return (contents_B.pin_memory() if self._pins else contents_B).to(self._device, non_blocking=True)
 
     def _batch(self, indices_B: Tensor, contents_B: Tensor) -> Batch:
         return Batch(indices_B, self._normaliser(contents_B), self._labels[indices_B])
@@ -491,6 +509,12 @@ def _rows(contents: Tensor | PixelFile, indices_B: Tensor) -> Tensor:
     if isinstance(contents, Tensor):
         return contents[indices_B.to(contents.device)]
     return torch.from_numpy(contents[indices_B.cpu().numpy()])
+
+
+def _groups(batches: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    """Yield so many batches at a time."""
+    for start in range(0, len(batches), size):
+        yield batches[start : start + size]
 
 
 def _plain_batch_size(training_batch_size: int, device: torch.device) -> int:

@@ -24,6 +24,10 @@ from chgval.training.records import EpochRecord, Record
 from chgval.types import State
 
 
+# Of a run's time, at most this share goes into keeping its state after epochs: a GPU makes short ones.
+KEEPING_SHARE = 0.05
+
+
 class HasState(Protocol):
     """A part of a run whose state can be kept."""
 
@@ -79,6 +83,7 @@ class Checkpoint:
         self._machine = {"torch": metadata["libraries"]["torch"], "threads": torch.get_num_threads()}
         self._seconds_between = 60 * config.resume.minutes
         self._began = self._kept = time.perf_counter()
+        self._keeping_seconds = 0.0
         self._seconds_before = 0.0
         if self._path is not None and unfinished.resumes and self._path.exists():
             self._restore(self._path)
@@ -94,7 +99,7 @@ class Checkpoint:
         return self._seconds_before + time.perf_counter() - self._began
 
     def records(self) -> Generator[Record]:
-        """Train, and yield what happens; keep the state after each epoch, and when it is due.
+        """Train, and yield what happens; keep the state after epochs, but not after each short one, and when it is due.
 
         Whoever iterates closes the iterator: until then, signals are held back while a step is made.
 
@@ -109,8 +114,9 @@ class Checkpoint:
             kept_at = self._trainer.position
             for record in self._trainer.records(interruption.has_come):
                 yield record
-                is_due = time.perf_counter() - self._kept > self._seconds_between
-                if isinstance(record, EpochRecord) or is_due:
+                seconds = time.perf_counter() - self._kept
+                is_due = self._trainer.is_over or self._keeping_seconds <= KEEPING_SHARE * seconds
+                if (isinstance(record, EpochRecord) and is_due) or seconds > self._seconds_between:
                     self._keep(self._path)
                     kept_at = self._trainer.position
             if interruption.signum is not None and self._trainer.position != kept_at:
@@ -126,6 +132,7 @@ class Checkpoint:
             raise
 
     def _keep(self, path: Path) -> None:
+        started = time.perf_counter()
         header = {
             "identity": self._identity,
             "machine": self._machine,
@@ -144,6 +151,7 @@ class Checkpoint:
                 "and a state that was kept before is still there"
             )
         self._kept = time.perf_counter()
+        self._keeping_seconds = self._kept - started
 
     def _restore(self, path: Path) -> None:
         header = read_header(path)

@@ -12,8 +12,9 @@ from chgval.config import FULL, TrainingConfig
 from chgval.data.loader import Loader
 from chgval.runs.session import Run
 from chgval.training.evaluation import predict
-from chgval.training.loop import Subset, WeightAverage, schedule_factor
+from chgval.training.loop import Subset, schedule_factor
 from chgval.training.models import SplitModel
+from chgval.training.step import WeightAverage
 from chgval.training.strategies import REGISTRY, Predictions, Question, Strategy
 from chgval.types import IntArray, State
 

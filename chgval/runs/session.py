@@ -29,12 +29,28 @@ from chgval.reports.files import is_report
 from chgval.reports.tables import InputRows
 from chgval.runs.embedding import embedded_dataset
 from chgval.system import usable_cores
-from chgval.training.devices import pick_device
-from chgval.training.loop import Subset, Trainer, WeightAverage, forward_all
-from chgval.training.models import InputShape, SplitModel, build_model, check_names
+from chgval.training.devices import (
+    AUTOCAST,
+    SMALL_PIXELS,
+    SMALL_PRODUCTS,
+    Precision,
+    choose_precision,
+    device_settings,
+    pick_device,
+)
+from chgval.training.loop import Subset, Trainer, forward_all
+from chgval.training.models import (
+    EMBEDDING_ARCHS,
+    IMAGE_ARCHS_OF_CHGVAL,
+    InputShape,
+    SplitModel,
+    build_model,
+    check_names,
+)
 from chgval.training.pretrained import DEFAULT_ARCH, DEFAULT_WEIGHTS, arch_of, normalisation
-from chgval.training.recipe import Recipe, choose_arch, choose_recipe, largest_image_size
+from chgval.training.recipe import Recipe, choose_arch, choose_epochs, choose_recipe, largest_image_size
 from chgval.training.records import EpochRecord, Record
+from chgval.training.step import WeightAverage
 from chgval.valuation.accumulator import ValueAccumulator
 
 SHOWN_PROBLEMS = 5
@@ -56,6 +72,7 @@ class Run:
     loader: Loader
     recipe: Recipe
     device: torch.device
+    precision: Precision
     generator: torch.Generator
 
     @property
@@ -76,14 +93,30 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
     Steps of models on embeddings, and on tiny images, are so small that threads would only wait for each
     other, and on a busy machine for long: such a run takes one thread.
     """
-    device = pick_device(train.device)
+    device = device_for(train, dataset)
     num_threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.set_num_threads(_threads(train, dataset))
-            yield prepare(data, train, dataset)
+            run = prepare(data, train, dataset)
+            with device_settings(device, run.precision):
+                yield run
     finally:
         torch.set_num_threads(num_threads)
+
+
+def device_for(train: TrainConfig, dataset: Dataset) -> torch.device:
+    """Return the device that a dataset is trained on: where nothing is said, the one that is done first."""
+    num_samples, content = len(dataset.usable_rows()), dataset.content
+    is_embedding = isinstance(content, Embeddings)
+    uses = num_samples * choose_epochs(train, num_samples, is_embedding=is_embedding)
+    if is_embedding:
+        is_small = uses * dataset.input_size * dataset.num_classes <= SMALL_PRODUCTS
+    else:
+        is_small = uses * dataset.input_size**2 <= SMALL_PIXELS
+    own = (None, *IMAGE_ARCHS_OF_CHGVAL, *EMBEDDING_ARCHS)
+    has_small_network = train.frozen or (train.arch in own and train.weights is None)
+    return pick_device(train.device, is_small=is_small and has_small_network)
 
 
 def _threads(train: TrainConfig, dataset: Dataset) -> int:
@@ -117,7 +150,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     """
     torch.manual_seed(train.seed)
     generator = torch.Generator().manual_seed(train.seed)
-    device = pick_device(train.device)
+    device = device_for(train, dataset)
     is_embedding = isinstance(dataset.content, Embeddings)
     # A frozen network has been passed: what is trained is a model of embeddings.
     arch = None if train.frozen else train.arch or arch_of(train.weights)
@@ -130,13 +163,18 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         trained_mean, trained_std = normalisation(arch, weights)
         mean, std = mean or trained_mean, std or trained_std
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.backbone_dtype = torch.bfloat16 if device.type == "cuda" else None
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    precision = choose_precision(train.precision, device.type, capability, has_batch_norm=has_batch_norm)
+    model.backbone_dtype = AUTOCAST.get(precision)
     recipe = choose_recipe(
         train,
         len(dataset.usable_rows()),
-        has_batch_norm=any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
+        has_batch_norm=has_batch_norm,
         num_features=dataset.input_size if is_embedding else None,
         flips=dataset.flips,
+        image_size=None if is_embedding else dataset.input_size,
+        device_type=device.type,
     )
     loader = make_loader(
         dataset,
@@ -150,7 +188,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     )
     if train.compile_model:
         model.backbone.compile()
-    return Run(dataset, arch, model, loader, recipe, device, generator)
+    return Run(dataset, arch, model, loader, recipe, device, precision, generator)
 
 
 def make_accumulator(run: Run, config: ValueConfig) -> ValueAccumulator:
@@ -207,6 +245,7 @@ def make_trainer(
         observer=accumulator,
         sees_steps=not exact,
         before_epoch=before_epoch,
+        scales_loss=run.precision == "float16",
     )
 
 
@@ -260,13 +299,25 @@ def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
             f"{dataset.input_size} {kind}{decoded}",
         ),
         *([("columns", columns)] if columns else []),
-        ("model", f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}{_frozen(train)}"),
+        (
+            "model",
+            f"{run.arch} ({parameters:,} parameters{stem}) on {run.device}, {run.precision}{_frozen(train)}",
+        ),
+        *_device_shown(run, train),
         (
             "training",
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
             f"{recipe.augment}, seed {train.seed}",
         ),
     ]
+
+
+def _device_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
+    """Say why a GPU that is there is not used."""
+    if train.device != "auto" or run.device == pick_device("auto"):
+        return []
+    fastest = pick_device("auto")
+    return [("device", f"{run.device}, done before {fastest} would be ready; --device {fastest} takes that")]
 
 
 def _frozen(train: TrainConfig) -> str:
@@ -303,7 +354,7 @@ def metadata_of(run: Run, config: ValueConfig | TrainingConfig) -> dict[str, Any
     """Return what is kept of a run beside its results: all settings as they were resolved, and versions."""
     statistics = run.loader.statistics
     settings = dataclasses.asdict(config)
-    settings["train"].update(dataclasses.asdict(run.recipe), device=str(run.device))
+    settings["train"].update(dataclasses.asdict(run.recipe), device=str(run.device), precision=run.precision)
     settings["data"].update(run.dataset.columns)
     if config.train.frozen:  # then these are about the network that was passed
         if config.train.arch is None and config.train.weights is None:

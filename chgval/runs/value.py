@@ -35,8 +35,8 @@ from chgval.runs.session import (
 from chgval.runs.unfinished import Unfinished, unfinished_run
 from chgval.tracker import make_report
 from chgval.training.evaluation import predict
-from chgval.training.loop import WeightAverage
 from chgval.training.records import EpochRecord
+from chgval.training.step import WeightAverage
 from chgval.training.views import mirrored, rotated
 from chgval.valuation.accumulator import ValueAccumulator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +11,11 @@ from chgval.config import TrainConfig
 # On a CPU, images are shrunk to what a small network can learn from in reasonable time.
 LARGEST_SIZE_ON_CPU = 64
 LARGEST_SIZE = 224
-BATCH_SIZE = 128
+# Batches of a CPU, and those that fill a GPU: of images up to LARGEST_SIZE_ON_CPU, and of larger ones.
+BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_OF_LARGE = 128, 512, 256
 # An epoch of a small dataset must still have steps to learn in: this many, if batches stay as
-# large as SMALL_BATCH_SIZE.
-STEPS_PER_EPOCH = 150
+# large as SMALL_BATCH_SIZE. Fewer do on a GPU, where a small batch takes as long as a large one.
+STEPS_PER_EPOCH, GPU_STEPS_PER_EPOCH = 150, 96
 SMALL_BATCH_SIZE = 32
 # Share of the learning rate for weights that know something already, which the full one would destroy.
 FINE_TUNING = 0.1
@@ -47,8 +49,30 @@ def choose_arch(image_size: int | None, device_type: str) -> str:
     return "resnet8" if device_type == "cpu" else "resnet18"
 
 
+def choose_epochs(config: TrainConfig, num_samples: int, *, is_embedding: bool) -> int:
+    """Return the passes over the data."""
+    return config.epochs or (20 if is_embedding else 30 if num_samples <= 5_000 else 15)
+
+
+def choose_batch_size(num_samples: int, image_size: int | None, device_type: str) -> int:
+    """Return the samples per step; embeddings have no image size."""
+    largest, fewest_steps = BATCH_SIZE, STEPS_PER_EPOCH
+    if device_type == "cuda":
+        is_large = image_size is not None and image_size > LARGEST_SIZE_ON_CPU
+        largest, fewest_steps = GPU_BATCH_SIZE_OF_LARGE if is_large else GPU_BATCH_SIZE, GPU_STEPS_PER_EPOCH
+    batch_size = min(largest, max(SMALL_BATCH_SIZE, num_samples // fewest_steps))
+    return max(8, min(batch_size, num_samples // FEWEST_STEPS))
+
+
 def choose_recipe(
-    config: TrainConfig, num_samples: int, *, has_batch_norm: bool, num_features: int | None, flips: bool
+    config: TrainConfig,
+    num_samples: int,
+    *,
+    has_batch_norm: bool,
+    num_features: int | None,
+    flips: bool,
+    image_size: int | None = None,
+    device_type: str = "cpu",
 ) -> Recipe:
     """Fill in what the user left open.
 
@@ -58,20 +82,22 @@ def choose_recipe(
         has_batch_norm: networks without it diverge at the learning rates of those with it.
         num_features: length of the embeddings; None for images.
         flips: whether a mirrored sample still belongs to its class.
+        image_size: side of the images in pixels; None for embeddings.
+        device_type: cpu, cuda or mps.
     """
-    batch_size = min(BATCH_SIZE, max(SMALL_BATCH_SIZE, num_samples // STEPS_PER_EPOCH))
-    batch_size = max(8, min(batch_size, num_samples // FEWEST_STEPS))
+    batch_size = config.batch_size or choose_batch_size(num_samples, image_size, device_type)
     if num_features is not None:
         # The curvature of the loss grows with the squared length of the (normalised) inputs.
-        epochs, lr = 20, min(0.1, 6.4 / num_features)
+        lr = min(0.1, 6.4 / num_features)
     else:
-        epochs = 30 if num_samples <= 5_000 else 15
         lr = 0.3 if has_batch_norm else 0.01
         if config.weights is not None:
             lr *= FINE_TUNING
+    # Larger batches make fewer steps, each of which may be longer (Krizhevsky 2014, arXiv:1404.5997).
+    lr *= math.sqrt(max(1.0, batch_size / BATCH_SIZE))
     return Recipe(
-        epochs=config.epochs or epochs,
-        batch_size=config.batch_size or batch_size,
+        epochs=choose_epochs(config, num_samples, is_embedding=num_features is not None),
+        batch_size=batch_size,
         lr=config.lr or lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

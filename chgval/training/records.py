@@ -68,8 +68,15 @@ class SplitRecord:
     num_parts: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainRecord:
+    """Steps could not be captured as CUDA graphs, for this reason: they are made plainly, which is slower."""
+
+    reason: str
+
+
 # What a training yields.
-Record = StepRecord | EpochRecord | SplitRecord
+Record = StepRecord | EpochRecord | SplitRecord | PlainRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

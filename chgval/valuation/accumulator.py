@@ -8,6 +8,7 @@ Shape legend: N samples, B rows of one batch, C classes, D last-layer inputs.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,8 @@ class ValueAccumulator:
         self._features_ND = torch.zeros(num_samples, num_features, dtype=torch.float32, device=device)
         self._seen_N = torch.zeros(num_samples, dtype=torch.bool, device=device)
         self._closed: tuple[dict[str, Tensor], Factors] | None = None
-        self._seen_last_N = self._seen_N
+        self._seen_last_N = torch.zeros_like(self._seen_N)
+        self._staging: _Staging | None = None
         # The run's sums.
         double_N = torch.zeros(num_samples, dtype=torch.float64, device=device)
         self._count_N = torch.zeros(num_samples, dtype=torch.int64, device=device)
@@ -95,8 +97,14 @@ class ValueAccumulator:
         self._forgetting_events_N = torch.zeros_like(self._count_N)
 
     @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.labels_N.device
+
+    @property
     def has_seen(self) -> bool:
         """Whether the epoch under way has seen a sample."""
+        self._wait()
         return bool(self._seen_N.any())
 
     @staticmethod
@@ -107,16 +115,32 @@ class ValueAccumulator:
     def update(self, indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
         """Take in one batch. Copies only; waits for nothing on the device.
 
+        Buffers on the host take in a batch of a CUDA device when the next one comes, by which time it has
+        been copied.
+
         Args:
             indices_B: which samples these are, int64, shape (B,).
             logits_BC: shape (B, C), any floating type.
             features_BD: input of the last linear layer, shape (B, D), any floating type.
         """
-        device = self._logits_NC.device
-        indices_B = indices_B.to(device)
-        self._logits_NC.index_copy_(0, indices_B, logits_BC.detach().to(device, torch.float32))
-        self._features_ND.index_copy_(0, indices_B, features_BD.detach().to(device, torch.float32))
+        if logits_BC.device.type == "cuda" and self.device.type == "cpu":
+            self._staging = self._staging or _Staging(pins=True)
+            self._staging.put(indices_B, logits_BC.detach(), features_BD.detach())
+            if self._staging.num_waiting > 1:
+                self._take_in(*self._staging.take())
+        else:
+            self._take_in(indices_B, logits_BC.detach(), features_BD.detach())
+
+    def _take_in(self, indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
+        indices_B = indices_B.to(self.device)
+        self._logits_NC.index_copy_(0, indices_B, logits_BC.to(self.device, torch.float32))
+        self._features_ND.index_copy_(0, indices_B, features_BD.to(self.device, torch.float32))
         self._seen_N.index_fill_(0, indices_B, True)
+
+    def _wait(self) -> None:
+        """Take in what is still on its way."""
+        while self._staging is not None and self._staging.num_waiting:
+            self._take_in(*self._staging.take())
 
     def add_predictions(self, indices_B: Tensor, logits_BC: Tensor, weight: float) -> None:
         """Take in what another model, such as the average of the weights, says of a batch.
@@ -183,8 +207,8 @@ class ValueAccumulator:
             predicted_label_N=_integers(signals["predicted_label"].where(seen_N, -1)),
         )
         self._closed = None
-        self._seen_last_N = seen_N
-        self._seen_N = torch.zeros_like(seen_N)
+        self._seen_last_N.copy_(seen_N)  # in place: captured steps write into these tensors
+        self._seen_N.zero_()
         return epoch
 
     @property
@@ -224,6 +248,7 @@ class ValueAccumulator:
 
         The epoch's buffers are part of it only while an epoch is under way.
         """
+        self._wait()
         epoch = {"logits": self._logits_NC, "features": self._features_ND, "seen": self._seen_N}
         return {
             "num_epochs": self._num_epochs,
@@ -273,6 +298,7 @@ class ValueAccumulator:
         """
         if self._closed is not None:
             return self._closed
+        self._wait()
         self._num_epochs += 1
         is_averaged = self._num_epochs >= self.averaged_from
         chunks: dict[str, list[Tensor]] = {}
@@ -309,6 +335,41 @@ class ValueAccumulator:
             if len(rows):
                 values_N[rows] = self.game.values(factors.at(rows), losses_N[rows], None)
         return values_N
+
+
+class _Staging:
+    """Batches of a device on their way to the host, in the order in which they were put.
+
+    Args:
+        pins: whether to take memory that a CUDA device copies to by itself. torch keeps such memory for the
+            next batch when this one is done with.
+    """
+
+    def __init__(self, *, pins: bool) -> None:
+        self._pins = pins
+        self._waiting: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Batches that were put and not taken."""
+        return len(self._waiting)
+
+    def put(self, *tensors: Tensor) -> None:
+        """Start to copy a batch."""
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pins) for t in tensors]
+        for copied, tensor in zip(copies, tensors, strict=True):
+            copied.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event() if self._pins else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        self._waiting.append((copies, event))
+
+    def take(self) -> list[Tensor]:
+        """Return the batch that was put first, once it is there."""
+        copies, event = self._waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        return copies
 
 
 def _outputs(logits_BC: Tensor, labels_B: Tensor) -> Outputs:

@@ -327,7 +327,7 @@ def test_workers_that_cannot_be_started_are_an_error_of_one_line(tmp_path):
 
 
 def kill_workers_in_a_step():
-    step = Trainer._step
+    step = Trainer._make_step
 
     def killing(self, *args):
         for worker in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
@@ -335,7 +335,7 @@ def kill_workers_in_a_step():
         time.sleep(0.5)
         return step(self, *args)
 
-    replace("chgval.training.loop.Trainer._step", killing)
+    replace("chgval.training.loop.Trainer._make_step", killing)
 
 
 def test_a_worker_that_dies_is_an_error_of_one_line(tmp_path):

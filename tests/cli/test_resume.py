@@ -335,14 +335,14 @@ def test_signals_keep_the_state_and_say_how_to_resume(name, tmp_path):
 
 
 def slow_steps(seconds=300):
-    step = Trainer._step
+    step = Trainer._make_step
 
     def slow(self, *args):
         Path("stepping").touch()
         time.sleep(seconds)
         return step(self, *args)
 
-    replace("chgval.training.loop.Trainer._step", slow)
+    replace("chgval.training.loop.Trainer._make_step", slow)
 
 
 def slow_workers():

@@ -81,7 +81,7 @@ def test_outputs_are_written_where_they_are_named_and_runs_are_logged(image_fold
 
 
 def test_ctrl_c_is_that_of_python_and_leaves_a_run_to_resume(image_folder, tmp_path, monkeypatch):
-    step, steps = Trainer._step, []
+    step, steps = Trainer._make_step, []
 
     def interrupted(self, *args):
         steps.append(1)
@@ -91,7 +91,7 @@ def test_ctrl_c_is_that_of_python_and_leaves_a_run_to_resume(image_folder, tmp_p
 
     output = tmp_path / "v.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupted)
+        patch.setattr(Trainer, "_make_step", interrupted)
         with pytest.raises(KeyboardInterrupt, match=r"is kept in .*v\.checkpoint; resume with resume=True"):
             chgval.value(image_folder, output=output, **FAST)
     resumed = chgval.value(image_folder, output=output, resume=True, **FAST)

@@ -1,0 +1,196 @@
+"""The training step as a function: captured and replayed, out of memory, and in float16."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from chgval.data.loader import Batch
+from chgval.training.graph import WARM_UP_STEPS, CapturedSteps
+from chgval.training.models import InputShape, build_model
+from chgval.training.optimizers import LossScale, NesterovSGD
+from chgval.training.recipe import Recipe
+from chgval.training.step import Step, Sums, WeightAverage
+from chgval.valuation.accumulator import ValueAccumulator
+from tests.recorded_graph import NOT_PERMITTED, replace_cuda
+
+CPU = torch.device("cpu")
+NUM_ROWS = 23
+
+
+def recipe():
+    return Recipe(
+        epochs=2, batch_size=8, lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine", augment="none"
+    )
+
+
+class Training:
+    """A model, and all that its steps change."""
+
+    def __init__(self, *, weighs=False, float16=False):
+        self.model = build_model("resnet8", 3, InputShape(8), torch.Generator().manual_seed(0))
+        self.model.backbone_dtype = torch.float16 if float16 else None
+        self.average = WeightAverage(self.model, 20)
+        self.accumulator = ValueAccumulator(torch.arange(NUM_ROWS) % 3, 3, 64)
+        self.scale = LossScale(CPU) if float16 else None
+        self.optimizer = NesterovSGD(self.model.parameters(), recipe(), CPU)
+        self.sums = Sums(CPU)
+        self.step = Step(self.model, self.optimizer, self.sums, self.scale, self.average, self.accumulator)
+        self.weights_N = torch.linspace(0, 2, NUM_ROWS) if weighs else None
+        self.num_parts = 1
+
+    def make(self, batch, weights_B):
+        return self.step(batch, weights_B, self.num_parts)
+
+    def train(self, make, num_epochs=2, num_steps=12):
+        """Steps of two sizes, at ever other rates; return the signals of each epoch."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.rand(NUM_ROWS, 3, 8, 8, generator=generator)
+        signals, outputs = [], []
+        for epoch in range(num_epochs):
+            self.sums.clear()
+            self.model.train()
+            for number in range(num_steps):
+                size = 8 if number % 3 else 7
+                rows_B = torch.randperm(NUM_ROWS, generator=generator)[:size]
+                self.optimizer.lr.fill_(0.02 * (1 + number + epoch))
+                batch = Batch(rows_B, images[rows_B], rows_B % 3)
+                made = make(batch, None if self.weights_N is None else self.weights_N[rows_B])
+                outputs.append([output.clone() for output in made])
+            signals.append((self.accumulator.finish_epoch(), self.sums.read()))
+        return signals, outputs
+
+    def state(self):
+        parts = {"model": self.model, "average": self.average.model, "optimizer": self.optimizer}
+        return {
+            f"{name}.{key}": tensor.clone()
+            for name, part in parts.items()
+            for key, tensor in part.state_dict().items()
+        }
+
+
+def assert_same(one, other):
+    (signals, outputs), (other_signals, other_outputs) = one, other
+    torch.testing.assert_close(outputs, other_outputs, rtol=0, atol=0)
+    for (epoch, reading), (other_epoch, other_reading) in zip(signals, other_signals, strict=True):
+        assert reading == other_reading
+        torch.testing.assert_close(
+            torch.from_numpy(epoch.value_N), torch.from_numpy(other_epoch.value_N), rtol=0, atol=0,
+            equal_nan=True,
+        )  # fmt: skip
+        assert (epoch.predicted_label_N == other_epoch.predicted_label_N).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"weighs": True}], ids=["alike", "weighted"])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_captured_steps_are_the_plain_ones(monkeypatch, settings, num_parts):
+    """To the bit: weights, their average, momenta, values, sums, and what each step returns."""
+    plain, captured = Training(**settings), Training(**settings)
+    plain.num_parts = captured.num_parts = num_parts
+    kind = replace_cuda(monkeypatch)
+    steps = CapturedSteps(captured.make, CPU)
+    expected = plain.train(plain.make)
+    assert_same(captured.train(steps), expected)
+    torch.testing.assert_close(captured.state(), plain.state(), rtol=0, atol=0)
+    assert steps.failure is None and kind.num_replays == 2 * 12 - 2 * WARM_UP_STEPS
+
+
+def test_what_cannot_be_captured_is_made_plainly_and_says_why(monkeypatch):
+    plain, captured = Training(), Training()
+    replace_cuda(monkeypatch)
+
+    def make(batch, weights_B):
+        outputs = captured.make(batch, weights_B)
+        float(outputs[0].sum())  # waits for the device
+        return outputs
+
+    steps = CapturedSteps(make, CPU)
+    assert_same(captured.train(steps), plain.train(plain.make))
+    torch.testing.assert_close(captured.state(), plain.state(), rtol=0, atol=0)
+    assert steps.failure == NOT_PERMITTED
+
+
+@pytest.mark.parametrize("part", ["accumulator", "optimizer", "backward"])
+def test_a_step_without_memory_changes_no_weights_and_can_be_made_again(monkeypatch, part):
+    expected, failing = Training(), Training()
+    num_calls = 0
+
+    def fails_at_first(work):
+        def run(*args, **named):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work(*args, **named)
+
+        return run
+
+    place, name = {
+        "accumulator": (ValueAccumulator, "update"),
+        "optimizer": (NesterovSGD, "step"),
+        "backward": (torch.Tensor, "backward"),
+    }[part]
+    monkeypatch.setattr(place, name, fails_at_first(getattr(place, name)))
+    momentum = failing.model.backbone.norm.momentum
+
+    def make(batch, weights_B):
+        before = failing.state()
+        try:
+            return failing.make(batch, weights_B)
+        except torch.OutOfMemoryError:
+            after = failing.state()
+            moved = {key for key in before if not torch.equal(before[key], after[key])}
+            assert all("running_" in key or "num_batches" in key for key in moved)
+            failing.model.load_state_dict(
+                {key.removeprefix("model."): before[key] for key in before if key.startswith("model.")}
+            )
+            return failing.make(batch, weights_B)
+
+    assert momentum == 0.1
+    assert_same(failing.train(make), expected.train(expected.make))
+    torch.testing.assert_close(failing.state(), expected.state(), rtol=0, atol=0)
+
+
+def test_the_first_bad_loss_of_an_epoch_is_told():
+    sums = Sums(CPU)
+    for loss in (0.5, float("nan"), float("inf"), 0.25):
+        sums.add(torch.tensor(loss), torch.tensor(2.0), torch.tensor(3))
+    reading = sums.read()
+    assert (reading.bad_step, reading.num_right, reading.loss_sum) == (2, 12, 8.0)
+    assert reading.bad_loss != reading.bad_loss
+    sums.clear()
+    sums.add(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1))
+    assert sums.read().bad_step == 0
+
+
+def test_float16_with_a_scaled_loss_trains_as_with_the_scaler_of_torch():
+    """Gradients overflow at the first scale, so that steps are left out and the scale falls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    plain = copy.deepcopy(model)
+    settings = recipe()
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    scaler = torch.amp.GradScaler("cpu")
+    ours, scale = NesterovSGD(model.parameters(), settings, CPU), LossScale(CPU)
+    ours.lr.fill_(0.1)
+    scales = []
+    for number in range(8):
+        inputs, labels = torch.randn(16, 6) * (1e6 if number in (2, 5) else 1), torch.arange(16) % 3
+        theirs.zero_grad()
+        scaler.scale(functional.cross_entropy(plain(inputs), labels)).backward()
+        if number == 2:
+            plain[0].weight.grad[0, 0] = torch.inf
+        scaler.step(theirs)
+        scaler.update()
+        ours.clear_gradients()
+        (functional.cross_entropy(model(inputs), labels) * scale.value).backward()
+        if number == 2:
+            model[0].weight.grad[0, 0] = torch.inf
+        ours.step(scale)
+        scales.append(float(scale.value))
+        assert scales[-1] == scaler.get_scale()
+        for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected)
+    assert len(set(scales)) > 1
