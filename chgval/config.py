@@ -194,7 +194,7 @@ class DataConfig(Settings):
     )
     workers: int | None = option(
         None,
-        "Processes that decode large images. Default: one per core, at most 8.",
+        "Processes that decode images. Default: one per core; none for a few small images.",
         DATA_PANEL,
         least=0,
         affects_results=False,

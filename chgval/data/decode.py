@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from PIL import Image, ImageOps
 
 from chgval.config import MAX_PIXELS
 from chgval.errors import first_line
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
 
 Pixels = NDArray[np.uint8]
 
@@ -64,11 +68,48 @@ class _Pixels:
                 self._changed.notify_all()
 
 
-_pixels = _Pixels()
+class SharedPixels:
+    """The same for processes, which count in units of UNIT pixels.
+
+    Args:
+        context: how they are started.
+    """
+
+    UNIT = 2**20
+
+    def __init__(self, context: BaseContext) -> None:
+        self._most = _PIXELS_AT_A_TIME // self.UNIT
+        self._free = context.Semaphore(self._most)
+        self._turn = context.Lock()
+
+    @contextmanager
+    def taking(self, count: int) -> Iterator[None]:
+        """Wait until so many pixels may be decoded, and count them in the block."""
+        units = min(self._most, 1 + count // self.UNIT)
+        with self._turn:  # two that each hold a part of what they need would wait for each other for ever
+            for _ in range(units):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(units):
+                self._free.release()
+
+
+_pixels: _Pixels | SharedPixels = _Pixels()
+
+
+def count_pixels_with(shared: SharedPixels) -> None:
+    """Wait for other processes, too, from now on."""
+    global _pixels
+    _pixels = shared
 
 
 class UnreadableImageError(Exception):
     """An image cannot be decoded; the reader of the dataset turns it into a status of that row."""
+
+
+Encoded = bytes | UnreadableImageError
 
 
 @cache
@@ -100,7 +141,7 @@ def deepest_sample(encoded: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
 
 
 def decode_centre(encoded: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode, scale the shorter side to `size` and cut the centre: uint8, shape (3, S, S).
+    """Decode, scale the shorter side to `size` and cut the centre: uint8, shape (3, S, S), colours innermost.
 
     Raises:
         UnreadableImageError: it cannot be decoded, or has more pixels than that.
@@ -160,7 +201,7 @@ def grey_square(encoded: bytes, side: int, max_pixels: int = MAX_PIXELS) -> tupl
 def decode_random_crop(
     encoded: bytes, size: int, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
 ) -> Pixels:
-    """Decode, cut a random part and scale it: uint8, shape (3, S, S).
+    """Decode, cut a random part and scale it: uint8, shape (3, S, S), colours innermost.
 
     The part covers 35 to 100 % of the area (the usual 8 % often leaves the object out, and a value must not
     depend on luck) with an aspect ratio of 3/4 to 4/3.
@@ -269,7 +310,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _resized(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Pixels:
     if image.size != (size, size) or box != (0, 0, size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _reason(encoded: bytes, error: Exception) -> str:

@@ -19,18 +19,17 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 
 from chgval.config import DataConfig
-from chgval.data.dataset import EncodedImages, LargeImages, PixelImages, digest
+from chgval.data.dataset import EncodedImages, LargeImages, digest
 from chgval.data.decode import (
     LARGEST_SAMPLE,
-    Pixels,
+    Encoded,
     UnreadableImageError,
-    decode_centre,
     deepest_sample,
     shorter_side,
 )
-from chgval.data.pixel_file import PixelFile, spooling
+from chgval.data.decode_once import LoadedImages, decode_once
+from chgval.data.pixel_file import spooling
 from chgval.errors import DataError
-from chgval.system import total_memory, usable_cores
 from chgval.types import IntArray
 
 # Those of torchvision's ImageFolder, and what else Pillow reads.
@@ -45,13 +44,6 @@ LARGEST_KEPT_SIZE = 64
 PROBED_IMAGES = 512
 # Images decoded to see how deep they are, and the share of the range that makes them dark.
 PROBED_DEPTHS, FEWEST_LEVELS = 16, 8
-# How much decoded images may fill of the machine's memory, at most, before they go to a file. What the system
-# keeps of a file in memory it can take back.
-MEMORY_SHARE = 0.25
-MEMORY_BYTES = 2**30
-DECODED_AT_A_TIME = 512
-# Bytes of encoded images that wait for each core to decode them, at most, besides the last of them.
-WAITING_BYTES = 16 * 2**20
 # Bytes of a file: the most pixels that are accepted, at 16 bits in four channels, and some more.
 LARGEST_ENCODED = 2**31
 
@@ -59,17 +51,7 @@ LARGEST_ENCODED = 2**31
 DIGESTED_BYTES = 4096
 DIGESTS_AT_A_TIME = 64
 
-Encoded = bytes | UnreadableImageError
 MeasureT = TypeVar("MeasureT")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedImages:
-    """Images ready for a model, and why some rows are not."""
-
-    content: PixelImages | LargeImages
-    problems: dict[int, str]
-    notes: Sequence[str] = ()
 
 
 def depth_notes(probed: Iterable[Encoded], max_pixels: int) -> list[str]:
@@ -109,32 +91,6 @@ def _measured(
     return found
 
 
-def decode_once(stream: Iterable[Encoded], num_rows: int, size: int, max_pixels: int) -> LoadedImages:
-    """Decode every image of the stream, in order, on all cores."""
-    pixels_N3SS = _allocate(num_rows, size)
-    problems: dict[int, str] = {}
-    row = 0
-
-    def decode(encoded: Encoded) -> Pixels | UnreadableImageError:
-        if isinstance(encoded, UnreadableImageError):
-            return encoded
-        try:
-            return decode_centre(encoded, size, max_pixels)
-        except UnreadableImageError as error:
-            return error
-
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for group in _grouped(stream):
-            for decoded in pool.map(decode, group):
-                if isinstance(decoded, UnreadableImageError):
-                    problems[row] = str(decoded)
-                else:
-                    pixels_N3SS[row] = decoded
-                row += 1
-            group.clear()  # it would be held until the next one is whole
-    return LoadedImages(PixelImages(pixels_N3SS), problems)
-
-
 def load_files(images: ImageFiles, config: DataConfig, largest_size: int) -> LoadedImages:
     """Make images in files of their own ready for a model.
 
@@ -148,7 +104,10 @@ def load_files(images: ImageFiles, config: DataConfig, largest_size: int) -> Loa
     if size is None:
         size = choose_size(map(images.read_or_error, probed), largest_size, most)
     if size <= LARGEST_KEPT_SIZE:
-        loaded = decode_once(map(images.read_or_error, range(len(images))), len(images), size, most)
+        rows = range(len(images))
+        loaded = decode_once(
+            rows, images.read_or_error, len(rows), size, most, workers=config.workers, digest=content_digest
+        )
     else:
         loaded = keep_encoded(images, size, {}, most)
     spread = probed[:: max(1, len(probed) // PROBED_DEPTHS)]
@@ -229,7 +188,7 @@ class ImageFiles:
         """Return the file's bytes. Raises UnreadableImageError where it cannot be read."""
         if row in self.refused:
             raise UnreadableImageError(self.refused[row])
-        return read_image_file(Path(self.paths[row]))
+        return read_image_file(self.paths[row])
 
     def read_or_error(self, row: int) -> Encoded:
         """Return the file's bytes, or the error."""
@@ -256,10 +215,18 @@ class ImageFiles:
         return [0 if row in self.refused else _file_digest(self.paths[row]) for row in rows]
 
 
+def content_digest(encoded: Encoded) -> int:
+    """Return what stands for a file that was read, as `ImageFiles.digests` has it."""
+    if isinstance(encoded, UnreadableImageError):
+        return 0
+    first, size = encoded[:DIGESTED_BYTES], len(encoded)
+    return digest(size.to_bytes(8, "little"), first, encoded[max(len(first), size - DIGESTED_BYTES) :])
+
+
 def _file_digest(path: str) -> int:
     """Return what stands for a file: of its size, its first and its last bytes; 0 where there are none."""
     try:
-        with open_image_file(Path(path)) as file:
+        with open_image_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             first = file.read(DIGESTED_BYTES)
             file.seek(max(len(first), size - DIGESTED_BYTES))
@@ -279,7 +246,7 @@ def leads_into(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def open_image_file(path: Path) -> BinaryIO:
+def open_image_file(path: Path | str) -> BinaryIO:
     """Open a file to read its bytes.
 
     Raises:
@@ -287,12 +254,12 @@ def open_image_file(path: Path) -> BinaryIO:
         DataError: this process has too many files open to read any.
     """
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 (a Path for each file takes as long as the file)
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError("no regular file")
         if status.st_size > LARGEST_ENCODED:
             raise UnreadableImageError(f"{status.st_size:,} bytes, more than an image can have")
-        return path.open("rb")
+        return open(path, "rb")  # noqa: PTH123 (whoever asked for it closes it)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise DataError(f"{path}: {error.strerror}; raise the limit (ulimit -n).") from error
@@ -301,31 +268,10 @@ def open_image_file(path: Path) -> BinaryIO:
         raise UnreadableImageError(str(error)) from error
 
 
-def read_image_file(path: Path) -> bytes:
+def read_image_file(path: Path | str) -> bytes:
     """Return a file's bytes. Raises UnreadableImageError as `open_image_file` does."""
     with open_image_file(path) as file:
         try:
             return file.read()
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
-
-
-def _grouped(stream: Iterable[Encoded]) -> Iterator[list[Encoded]]:
-    """Gather images for all cores, but not more of them than memory should hold."""
-    group: list[Encoded] = []
-    waiting, most = 0, WAITING_BYTES * usable_cores()
-    for encoded in stream:
-        group.append(encoded)
-        waiting += 0 if isinstance(encoded, UnreadableImageError) else len(encoded)
-        if len(group) == DECODED_AT_A_TIME or waiting >= most:
-            yield group
-            group, waiting = [], 0
-    yield group
-
-
-def _allocate(num_rows: int, size: int) -> Pixels | PixelFile:
-    memory = total_memory()
-    most = MEMORY_BYTES if memory is None else min(MEMORY_SHARE * memory, MEMORY_BYTES)
-    if num_rows * 3 * size**2 <= most:
-        return np.zeros((num_rows, 3, size, size), dtype=np.uint8)
-    return PixelFile(num_rows, size)

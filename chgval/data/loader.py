@@ -35,6 +35,8 @@ Augment = Literal["none", "crop", "crop-flip"]
 SHIFT_SHARE = 1 / 8
 # Pixels used to estimate mean and standard deviation.
 STATISTICS_IMAGES = 2000
+# So many of them are decoded by one process, while others decode the next ones.
+STATISTICS_IMAGES_AT_A_TIME = 32
 # Share of a GPU's free memory that the samples may take.
 DEVICE_MEMORY_SHARE = 0.5
 # Rows of a file that are copied to a device at a time.
@@ -47,6 +49,8 @@ GATHERED_BYTES = 2**28
 PLAIN_BATCH_ON_CPU = 64
 # What torch says where the batches of workers, which are files to it, cannot be opened.
 TOO_MANY_FILES = "Too many open files"
+# Processes that decode large images, unless the user says: more than any GPU needs.
+MOST_WORKERS = 32
 # Batches that a worker makes before they are asked for.
 BATCHES_AHEAD = 2
 # Where Linux keeps shared memory, and the share of what is free there that batches may take.
@@ -125,14 +129,14 @@ def make_loader(
         device: where the batches go.
         mean: of the pixels, in [0, 1], per channel, or of an embedding's numbers; None takes it from them.
         std: likewise.
-        workers: processes that decode large images; None takes one per core, at most 8.
+        workers: processes that decode large images; None takes one per core.
         fail_on_error: whether an image that turns out unreadable stops the run.
     """
     match dataset.content:
         case Embeddings() | PixelImages():
             return MemoryLoader(dataset, batch_size, augment, device, mean, std)
         case LargeImages():
-            workers = min(8, usable_cores()) if workers is None else workers
+            workers = min(MOST_WORKERS, usable_cores()) if workers is None else workers
             return DecodingLoader(dataset, batch_size, augment, device, mean, std, workers, fail_on_error)
 
 
@@ -258,10 +262,12 @@ class DecodingLoader:
         self._labels = torch.from_numpy(dataset.labels_N).to(device)
         if mean is None or std is None:
             rows = _spread(torch.from_numpy(dataset.usable_rows()), STATISTICS_IMAGES // 4)
-            _, samples = next(self._decoded([rows.tolist()], seed=None))
+            parts = [part.tolist() for part in torch.split(rows, STATISTICS_IMAGES_AT_A_TIME) if len(part)]
+            decoded = [pixels_B for _, pixels_B in self._decoded(parts, seed=None) if len(pixels_B)]
             dataset.check()
         else:
-            samples = torch.from_numpy(_NO_PIXELS)
+            decoded = []
+        samples = torch.cat(decoded) if decoded else torch.from_numpy(_NO_PIXELS).permute(0, 3, 1, 2)
         self.statistics = _statistics(samples, mean, std)
         self._normaliser = _Normaliser(self.statistics, device)
 
@@ -283,11 +289,7 @@ class DecodingLoader:
         flips_N = (torch.rand(len(self._dataset), generator=generator) < 0.5).to(self._device)
         batches = [part.tolist() for part in order_N.tensor_split(self.num_batches(rows))]
         for indices_B, pixels_B in self._decoded(batches[first:], seed):
-            batch = self._batch(indices_B, pixels_B)
-            if self._augment == "crop-flip":
-                flipped = _flipped(batch.inputs_B, flips_N[batch.indices_B])
-                batch = Batch(batch.indices_B, flipped, batch.labels_B)
-            yield batch
+            yield self._batch(indices_B, pixels_B, flips_N if self._augment == "crop-flip" else None)
 
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, cut to their centre."""
@@ -333,7 +335,7 @@ class DecodingLoader:
                             f"{self._dataset.source}: {self._dataset.ids[row]} cannot be read ({reason}); "
                             "fix it, or leave out --on-error fail."
                         )
-                yield torch.as_tensor(batch.indices_B), torch.as_tensor(batch.pixels_B)
+                yield torch.as_tensor(batch.indices_B), torch.as_tensor(batch.pixels_BSS3).permute(0, 3, 1, 2)
         except (DataError, OutputError) as error:
             # torch puts the traceback of the worker before the message.
             kind, message = type(error), str(error).strip().splitlines()[-1]
@@ -356,28 +358,30 @@ class DecodingLoader:
         largest = max(map(len, batches), default=0)
         return (self._workers * BATCHES_AHEAD + 1) * largest * 3 * self._content.size**2
 
-    def _batch(self, indices_B: Tensor, pixels_B: Tensor) -> Batch:
+    def _batch(self, indices_B: Tensor, pixels_B: Tensor, flips_N: Tensor | None = None) -> Batch:
         indices_B = indices_B.to(self._device, non_blocking=True)
-        inputs_B = self._normaliser(pixels_B.to(self._device, non_blocking=True))
-        return Batch(indices_B, inputs_B, self._labels[indices_B])
+        pixels_B = pixels_B.to(self._device, non_blocking=True)
+        if flips_N is not None:
+            pixels_B = _flipped(pixels_B, flips_N[indices_B])
+        return Batch(indices_B, self._normaliser(pixels_B), self._labels[indices_B])
 
 
 _Decoded = tuple[int, Pixels | str]
-_NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
+_NO_PIXELS = np.zeros((0, 1, 1, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodedBatch:
-    """What a worker process sends."""
+    """What a worker process sends. Of pixels, colours are innermost."""
 
     indices_B: NDArray[np.int64] | Tensor
-    pixels_B: Pixels | Tensor
+    pixels_BSS3: Pixels | Tensor
     problems: dict[int, str]
 
     def pin_memory(self) -> _DecodedBatch:
         """Put the batch where a GPU copies it from; the DataLoader calls this, in a thread of its own."""
-        indices_B, pixels_B = torch.as_tensor(self.indices_B), torch.as_tensor(self.pixels_B)
-        return _DecodedBatch(indices_B.pin_memory(), pixels_B.pin_memory(), self.problems)
+        indices_B, pixels_BSS3 = torch.as_tensor(self.indices_B), torch.as_tensor(self.pixels_BSS3)
+        return _DecodedBatch(indices_B.pin_memory(), pixels_BSS3.pin_memory(), self.problems)
 
 
 @contextmanager
@@ -424,20 +428,21 @@ class _Collate:
         good = [(row, pixels) for row, pixels in samples if not isinstance(pixels, str)]
         problems = {row: reason for row, reason in samples if isinstance(reason, str)}
         indices_B = np.array([row for row, _ in good], dtype=np.int64)
-        pixels_B = np.stack([pixels for _, pixels in good]) if good else _NO_PIXELS
-        return _DecodedBatch(indices_B, self._placed(pixels_B), problems)
+        # In the order in which images lie in memory, and in which networks take them: colours innermost.
+        stacked_BSS3 = np.stack([pixels.transpose(1, 2, 0) for _, pixels in good]) if good else _NO_PIXELS
+        return _DecodedBatch(indices_B, self._placed(stacked_BSS3), problems)
 
-    def _placed(self, pixels_B: Pixels) -> Pixels | Tensor:
+    def _placed(self, pixels_BSS3: Pixels) -> Pixels | Tensor:
         if not self._shares:
-            return pixels_B
+            return pixels_BSS3
         # Here, as a tensor that torch finds no room for when it is sent is waited for for ever.
-        shared_B = torch.from_numpy(pixels_B)
+        shared_BSS3 = torch.from_numpy(pixels_BSS3)
         try:
-            shared_B.share_memory_()  # type: ignore[no-untyped-call]
+            shared_BSS3.share_memory_()  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError):
             self._shares = False  # torch leaves a file open at each failure
-            return pixels_B
-        return shared_B
+            return pixels_BSS3
+        return shared_BSS3
 
 
 def _can_share(num_bytes: int) -> bool:
@@ -464,9 +469,10 @@ class _Normaliser:
         self._is_pixels = is_pixels
 
     def __call__(self, contents_B: Tensor) -> Tensor:
-        if self._is_pixels:
-            contents_B = contents_B.to(torch.float32, memory_format=torch.channels_last)
-        return contents_B * self._factor - self._offset
+        if not self._is_pixels:
+            return contents_B * self._factor - self._offset
+        inputs_B = contents_B.to(torch.float32, memory_format=torch.channels_last)
+        return inputs_B.mul_(self._factor).sub_(self._offset)
 
 
 def _statistics(

@@ -23,7 +23,6 @@ from chgval.training.loop import Trainer
 from chgval.training.records import EpochRecord, Record
 from chgval.types import State
 
-
 # Of a run's time, at most this share goes into keeping its state after epochs: a GPU makes short ones.
 KEEPING_SHARE = 0.05
 
@@ -99,7 +98,7 @@ class Checkpoint:
         return self._seconds_before + time.perf_counter() - self._began
 
     def records(self) -> Generator[Record]:
-        """Train, and yield what happens; keep the state after epochs, but not after each short one, and when it is due.
+        """Train, and yield what happens; keep the state when it is due, and after epochs that are not short.
 
         Whoever iterates closes the iterator: until then, signals are held back while a step is made.
 

@@ -173,7 +173,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         has_batch_norm=has_batch_norm,
         num_features=dataset.input_size if is_embedding else None,
         flips=dataset.flips,
-        image_size=None if is_embedding else dataset.input_size,
+        image_size=dataset.input_size,
         device_type=device.type,
     )
     loader = make_loader(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,11 +53,11 @@ def choose_epochs(config: TrainConfig, num_samples: int, *, is_embedding: bool) 
     return config.epochs or (20 if is_embedding else 30 if num_samples <= 5_000 else 15)
 
 
-def choose_batch_size(num_samples: int, image_size: int | None, device_type: str) -> int:
-    """Return the samples per step; embeddings have no image size."""
+def choose_batch_size(num_samples: int, image_size: int, *, fills_gpu: bool) -> int:
+    """Return the samples per step."""
     largest, fewest_steps = BATCH_SIZE, STEPS_PER_EPOCH
-    if device_type == "cuda":
-        is_large = image_size is not None and image_size > LARGEST_SIZE_ON_CPU
+    if fills_gpu:
+        is_large = image_size > LARGEST_SIZE_ON_CPU
         largest, fewest_steps = GPU_BATCH_SIZE_OF_LARGE if is_large else GPU_BATCH_SIZE, GPU_STEPS_PER_EPOCH
     batch_size = min(largest, max(SMALL_BATCH_SIZE, num_samples // fewest_steps))
     return max(8, min(batch_size, num_samples // FEWEST_STEPS))
@@ -71,7 +70,7 @@ def choose_recipe(
     has_batch_norm: bool,
     num_features: int | None,
     flips: bool,
-    image_size: int | None = None,
+    image_size: int = 0,
     device_type: str = "cpu",
 ) -> Recipe:
     """Fill in what the user left open.
@@ -82,19 +81,20 @@ def choose_recipe(
         has_batch_norm: networks without it diverge at the learning rates of those with it.
         num_features: length of the embeddings; None for images.
         flips: whether a mirrored sample still belongs to its class.
-        image_size: side of the images in pixels; None for embeddings.
+        image_size: side of the images in pixels.
         device_type: cpu, cuda or mps.
     """
-    batch_size = config.batch_size or choose_batch_size(num_samples, image_size, device_type)
+    # The others would need more epochs with larger batches: their steps cannot be longer.
+    fills_gpu = device_type == "cuda" and has_batch_norm
+    batch_size = config.batch_size or choose_batch_size(num_samples, image_size, fills_gpu=fills_gpu)
     if num_features is not None:
         # The curvature of the loss grows with the squared length of the (normalised) inputs.
         lr = min(0.1, 6.4 / num_features)
     else:
-        lr = 0.3 if has_batch_norm else 0.01
+        # Larger batches make fewer steps, each so much longer (Goyal et al. 2017, arXiv:1706.02677).
+        lr = 0.3 * max(1.0, batch_size / BATCH_SIZE) if has_batch_norm else 0.01
         if config.weights is not None:
             lr *= FINE_TUNING
-    # Larger batches make fewer steps, each of which may be longer (Krizhevsky 2014, arXiv:1404.5997).
-    lr *= math.sqrt(max(1.0, batch_size / BATCH_SIZE))
     return Recipe(
         epochs=choose_epochs(config, num_samples, is_embedding=num_features is not None),
         batch_size=batch_size,

@@ -393,7 +393,7 @@ def test_a_parquet_file_that_changes_after_it_was_read_does_not_matter(tmp_path)
 
 def hold_no_image_in_memory_nor_on_disk():
     limit_files(50_000)
-    replace("chgval.data.images.MEMORY_BYTES", 0)
+    replace("chgval.data.decode_once.MEMORY_BYTES", 0)
 
 
 def test_a_temporary_folder_that_is_full_is_told(tmp_path):

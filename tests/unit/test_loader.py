@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chgval.config import DataConfig
-from chgval.data import images, loader
+from chgval.data import decode_once, images, loader
 from chgval.data.loader import make_loader
 from chgval.data.open import open_dataset
 from chgval.data.pixel_file import PixelFile
@@ -193,7 +193,7 @@ def test_embeddings_are_normalised_and_constants_survive(tmp_path):
 def test_images_in_a_file_are_those_in_memory(image_folder, monkeypatch):
     """More than memory should hold: the same batches, bit by bit."""
     _, in_memory = loader_for(image_folder, 12, augment="crop-flip")
-    monkeypatch.setattr(images, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(decode_once, "MEMORY_BYTES", 0)
     dataset, in_file = loader_for(image_folder, 12, augment="crop-flip")
     assert isinstance(dataset.content.pixels_N3SS, PixelFile)
     expected, found = (
@@ -228,7 +228,9 @@ def test_workers_find_no_room_once_and_send_the_same_pixels(monkeypatch):
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     for row in range(3):
         batch = collate([(row, pixels), (9, "not an image")])
-        assert batch.indices_B.tolist() == [row] and np.array_equal(batch.pixels_B, pixels[None])
+        assert batch.indices_B.tolist() == [row] and np.array_equal(
+            batch.pixels_BSS3, pixels.transpose(1, 2, 0)[None]
+        )
         assert batch.problems == {9: "not an image"}
     assert len(asked) == 1
 

@@ -271,6 +271,16 @@ def test_defaults_follow_data_model_and_device():
         for n in (50, 1_797, 10_000, 50_000)
     ]
     assert sizes == [8, 32, 66, 128]
+    on_gpu = [
+        choose_recipe(
+            TrainConfig(), n, has_batch_norm=batch_norm, num_features=None, flips=True, image_size=size,
+            device_type="cuda",
+        )
+        for n, size, batch_norm in (
+            (1_797, 8, True), (50_000, 32, True), (10**6, 224, True), (50_000, 32, False),
+        )
+    ]  # fmt: skip
+    assert [(r.batch_size, r.lr) for r in on_gpu] == [(32, 0.3), (512, 1.2), (256, 0.6), (128, 0.01)]
     plain = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=None, flips=True)
     assert (plain.epochs, plain.batch_size, plain.lr, plain.augment) == (15, 128, 0.01, "crop-flip")
     wide = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=2048, flips=True)

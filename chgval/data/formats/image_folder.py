@@ -257,13 +257,14 @@ def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -
     """
     images = ImageFiles(rows.paths)
     content: PixelImages | LargeImages | Embeddings
-    notes = rows.notes
+    notes, digests = rows.notes, None
     if config.features is not None:
         vectors_ND, problems = read_features(config.features, len(images), config.source)
         content = Embeddings(vectors_ND)
     else:
         loaded = load_files(images, config, largest_size)
-        content, problems, notes = loaded.content, loaded.problems, [*notes, *loaded.notes]
+        content, problems, digests = loaded.content, loaded.problems, loaded.digests
+        notes = [*notes, *loaded.notes]
     return Dataset(
         source=config.source,
         ids=rows.ids,
@@ -271,7 +272,7 @@ def read_image_folder(rows: FolderRows, config: DataConfig, largest_size: int) -
         class_names=rows.class_names,
         content=content,
         problems=problems,
-        fingerprint=folder_fingerprint(rows, config),
+        fingerprint=folder_fingerprint(rows, config, digests),
         notes=notes,
         root=str(rows.root),
     )
@@ -350,13 +351,19 @@ def _raise_unlisted(error: OSError) -> None:
     ) from error
 
 
-def folder_fingerprint(rows: FolderRows, config: DataConfig) -> str:
-    """Return the fingerprint of a dataset of these rows, without reading large files whole."""
+def folder_fingerprint(rows: FolderRows, config: DataConfig, digests: Sequence[int] | None = None) -> str:
+    """Return the fingerprint of a dataset of these rows, without reading large files whole.
+
+    Args:
+        rows: the rows.
+        config: how they are read.
+        digests: of all files, if these have been read.
+    """
     contents: Sequence[int] | bytes
     if config.features is not None:
         contents = read_features(config.features, len(rows.paths), config.source)[0].tobytes()
     else:
-        contents = ImageFiles(rows.paths).digests()
+        contents = ImageFiles(rows.paths).digests() if digests is None else digests
     return fingerprint(rows.ids, rows.labels_N, rows.class_names, contents)
 
 

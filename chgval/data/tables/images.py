@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from chgval.data.decode import UnreadableImageError
-from chgval.data.images import EXTENSIONS, Encoded, ImageFiles, leads_into, read_image_file
+from chgval.data.decode import Encoded, UnreadableImageError
+from chgval.data.images import EXTENSIONS, ImageFiles, leads_into, read_image_file
 from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text
 from chgval.data.tables.shards import Shards
 from chgval.errors import DataError
@@ -199,8 +199,9 @@ def encoded_images(
 ) -> Iterator[tuple[Encoded, str | None]]:
     """Yield every image's bytes, and its path inside the column."""
     cells = (
-        (shards.folder_of(file), cell)
+        (folder, cell)
         for file, batch in shards.batches([images.name], IMAGE_ROWS)
+        for folder in [shards.folder_of(file)]
         for cell in batch.column(0)
     )
     for folder, cell in itertools.islice(cells, limit):

@@ -23,15 +23,15 @@ from chgval.data.dataset import (
     digest,
     fingerprint,
 )
+from chgval.data.decode import Encoded
+from chgval.data.decode_once import as_it_is, decode_once
 from chgval.data.features import read_features
 from chgval.data.images import (
     LARGEST_KEPT_SIZE,
     PROBED_DEPTHS,
     PROBED_IMAGES,
-    Encoded,
     SpooledImages,
     choose_size,
-    decode_once,
     depth_notes,
     keep_encoded,
     load_files,
@@ -259,14 +259,15 @@ def _read_contents(
     if images.holds_names:
         files, names = files_named(shards, images)
         loaded = load_files(files, config, largest_size)
-        return Contents(loaded.content, loaded.problems, files.digests(), names, loaded.notes)
+        digests = files.digests() if loaded.digests is None else loaded.digests
+        return Contents(loaded.content, loaded.problems, digests, names, loaded.notes)
     seen = SeenImages()
     if size is None:
         probed = encoded_images(shards, images, limit=PROBED_IMAGES)
         size = choose_size((encoded for encoded, _ in probed), largest_size, most)
     stream = seen.noting(encoded_images(shards, images))
     if size <= LARGEST_KEPT_SIZE:
-        loaded = decode_once(stream, len(rows), size, most)
+        loaded = decode_once(stream, as_it_is, len(rows), size, most, workers=config.workers)
     else:
         spooled = SpooledImages(stream)
         loaded = keep_encoded(spooled, size, spooled.problems, most)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from chgval.config import DataConfig
 from chgval.data.dataset import fingerprint
+from chgval.data.decode import Encoded
 from chgval.data.formats.base import (
     KnownRows,
     Rewritten,
@@ -22,7 +23,6 @@ from chgval.data.formats.base import (
     is_one_file,
     rewritten,
 )
-from chgval.data.images import Encoded
 from chgval.data.tables.columns import (
     IMAGE_NAMES,
     IMAGE_TYPE,
