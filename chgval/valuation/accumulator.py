@@ -19,9 +19,9 @@ from torch import Tensor
 from chgval.errors import FactorError
 from chgval.types import FloatArray, IntArray, State
 from chgval.valuation.closed_form import (
-    CHUNK_ROWS,
     CoalitionSums,
     Factors,
+    chunks,
     coalition_sums,
     rows_of_classes,
 )
@@ -301,9 +301,8 @@ class ValueAccumulator:
         self._wait()
         self._num_epochs += 1
         is_averaged = self._num_epochs >= self.averaged_from
-        chunks: dict[str, list[Tensor]] = {}
-        for start in range(0, len(self.labels_N), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        parts: dict[str, list[Tensor]] = {}
+        for rows in chunks(len(self.labels_N), self.num_classes, self.device):
             outputs = _outputs(self._logits_NC[rows], self.labels_N[rows].clamp(min=0))
             signals = {signal.name: signal.read(outputs) for signal in SIGNALS}
             signals["predicted_label"] = outputs.logits_BC.argmax(1)
@@ -316,11 +315,11 @@ class ValueAccumulator:
             self._logits_NC[rows] = residuals_BC.where(seen_B1, 0)
             self._features_ND[rows] = self._features_ND[rows].where(seen_B1, 0)
             for name, score_B in signals.items():
-                chunks.setdefault(name, []).append(score_B)
+                parts.setdefault(name, []).append(score_B)
         if is_averaged:
             self._probability_weights_N += self._seen_N
         factors = Factors(self._logits_NC, self._features_ND, self.has_bias)
-        self._closed = {name: torch.cat(parts) for name, parts in chunks.items()}, factors
+        self._closed = {name: torch.cat(found) for name, found in parts.items()}, factors
         return self._closed
 
     def _values(self, factors: Factors, losses_N: Tensor, sums: CoalitionSums | None) -> Tensor:

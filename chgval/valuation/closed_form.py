@@ -27,10 +27,25 @@ from chgval.errors import FactorError
 # Rows worked on at a time: small enough that a chunk stays in cache while it is reduced in float64 (which is
 # what keeps float64 reductions nearly free), large enough that the matrix products run at full speed.
 CHUNK_ROWS = 4096
+# A GPU has no such cache, and starts each operation for microseconds: so many numbers at a time.
+DEVICE_CHUNK_NUMBERS = 2**25
 EULER_GAMMA = 0.5772156649015329
 # B_2, B_4, ...: enough for float64 from n + 1 = FEWEST_FOR_SERIES + 1 on.
 BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6)
 FEWEST_FOR_SERIES = 10
+
+
+def chunks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Yield the rows that are worked on at a time.
+
+    Args:
+        num_rows: how many there are.
+        width: numbers of a row.
+        device: where they are.
+    """
+    size = CHUNK_ROWS if device.type == "cpu" else max(CHUNK_ROWS, DEVICE_CHUNK_NUMBERS // max(1, width))
+    for start in range(0, num_rows, size):
+        yield slice(start, start + size)
 
 
 @dataclass(frozen=True)
@@ -81,9 +96,9 @@ class Factors:
         return torch.float32
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (residuals, features) of up to CHUNK_ROWS rows, in the type of the products."""
-        for start in range(0, len(self), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        """Yield (residuals, features) of some rows at a time, in the type of the products."""
+        width = max(self.residuals_NC.shape[1], self.features_ND.shape[1])
+        for rows in chunks(len(self), width, self.residuals_NC.device):
             yield (
                 self.residuals_NC[rows].to(self.product_dtype),
                 self.features_ND[rows].to(self.product_dtype),
@@ -108,17 +123,12 @@ class Factors:
     @cached_property
     def squared_norms_N(self) -> Tensor:
         """||x_i||² = ||r_i||² (||h_i||² + 1): float64, shape (N,)."""
-        norms_N = self.residuals_NC.new_empty(len(self), dtype=torch.float64)
-        # One buffer for all chunks: allocating anew for each makes the process grow by more than the factors.
-        width = max(self.residuals_NC.shape[1], self.features_ND.shape[1])
-        buffer = norms_N.new_empty(min(len(self), CHUNK_ROWS) * width)
-        start = 0
-        for residuals_BC, features_BD in self.chunks():
-            rows = slice(start, start + len(residuals_BC))
-            torch.add(_row_squares(features_BD, buffer), int(self.has_bias), out=norms_N[rows])
-            norms_N[rows] *= _row_squares(residuals_BC, buffer)
-            start = rows.stop
-        return norms_N
+        squares_of = _RowSquares()
+        norms = [
+            squares_of(residuals_BC) * (squares_of(features_BD) + int(self.has_bias))
+            for residuals_BC, features_BD in self.chunks()
+        ]
+        return torch.cat(norms) if norms else self.residuals_NC.new_zeros(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -308,6 +318,18 @@ def _is_float32_exact() -> bool:
         return False
 
 
-def _row_squares(matrix_BK: Tensor, buffer: Tensor) -> Tensor:
-    squares_BK = buffer[: matrix_BK.numel()].view(matrix_BK.shape)
-    return squares_BK.copy_(matrix_BK).square_().sum(1)
+class _RowSquares:
+    """Squared norms of rows, in float64, of chunks that are not larger than the first two."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, matrix_BK: Tensor) -> Tensor:
+        if matrix_BK.device.type != "cpu":
+            norms_B: Tensor = torch.linalg.vector_norm(matrix_BK, dim=1, dtype=torch.float64)
+            return norms_B.square_()
+        # One buffer for all chunks: allocating anew for each makes the process grow by more than the factors.
+        if len(self._buffer) < matrix_BK.numel():
+            self._buffer = torch.empty(matrix_BK.numel(), dtype=torch.float64)
+        squares_BK = self._buffer[: matrix_BK.numel()].view(matrix_BK.shape)
+        return squares_BK.copy_(matrix_BK).square_().sum(1)
