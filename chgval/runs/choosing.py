@@ -11,6 +11,7 @@ from torch import Tensor
 from chgval.config import FULL, TrainingConfig
 from chgval.data.loader import Loader
 from chgval.runs.session import Run
+from chgval.training.devices import has_room
 from chgval.training.evaluation import predict
 from chgval.training.loop import Subset, schedule_factor
 from chgval.training.models import SplitModel
@@ -20,6 +21,8 @@ from chgval.types import IntArray, State
 
 # Choices in a run, unless the user says: as many as in the paper (300 epochs, every 20).
 NUM_CHOICES = 15
+# Share of a GPU's free memory that predictions may take; larger ones are chosen by on the host.
+PREDICTIONS_SHARE = 0.25
 # The moving average of the weights forgets over this share of the steps: the first choices need young ones.
 AVERAGED_WHILE_CHOOSING = 1 / 25
 
@@ -172,14 +175,16 @@ def predict_rows(
     Raises:
         DataError, NonFiniteError: see `predict`.
     """
-    seen_N, logits_NC, features_ND = predict(model, loader)
+    device, num_numbers = model.head.weight.device, model.head.in_features + model.head.out_features
+    seen_N, logits_NC, features_ND = predict(
+        model, loader, stays_on_device=has_room(device, 4 * num_numbers * len(labels_N), PREDICTIONS_SHARE)
+    )
     if rows is not None and not np.array_equal(seen_N.numpy(), rows):
         position_N = np.full(len(labels_N), -1)
         position_N[seen_N.numpy()] = np.arange(len(seen_N))
-        found_N = torch.from_numpy(position_N[rows])
+        found_N = torch.from_numpy(position_N[rows]).to(logits_NC.device)
         logits_NC = logits_NC[found_N].where(found_N[:, None] >= 0, 0)
         features_ND = features_ND[found_N].where(found_N[:, None] >= 0, 0)
         seen_N = torch.from_numpy(rows)
-    return Predictions(
-        logits_NC, features_ND, torch.from_numpy(labels_N)[seen_N], model.head.bias is not None
-    )
+    labels = torch.from_numpy(labels_N)[seen_N].to(logits_NC.device)
+    return Predictions(logits_NC, features_ND, labels, model.head.bias is not None)

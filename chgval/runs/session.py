@@ -36,6 +36,7 @@ from chgval.training.devices import (
     Precision,
     choose_precision,
     device_settings,
+    has_room,
     pick_device,
 )
 from chgval.training.loop import Subset, Trainer, forward_all
@@ -195,9 +196,7 @@ def make_accumulator(run: Run, config: ValueConfig) -> ValueAccumulator:
     """Return what values the samples of a run, on its device if there is room."""
     dataset, model, device = run.dataset, run.model, run.device
     needed = ValueAccumulator.memory_bytes(len(dataset), dataset.num_classes, model.head.in_features)
-    if device.type == "cuda" and needed > ACCUMULATOR_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-        device = torch.device("cpu")
-    if device.type == "mps":  # has no float64
+    if not has_room(device, needed, ACCUMULATOR_MEMORY_SHARE):
         device = torch.device("cpu")
     return ValueAccumulator(
         torch.from_numpy(dataset.labels_N).to(device),

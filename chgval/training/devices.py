@@ -75,6 +75,13 @@ def choose_precision(
     return found
 
 
+def has_room(device: torch.device, num_bytes: int, share: float) -> bool:
+    """Say whether a GPU has room for something in a share of its free memory; a CPU always has."""
+    if device.type == "mps":  # has no float64, which values are computed in
+        return False
+    return device.type == "cpu" or num_bytes <= share * torch.cuda.mem_get_info(device)[0]
+
+
 @contextmanager
 def device_settings(device: torch.device, precision: Precision) -> Iterator[None]:
     """Let cuDNN take the fastest kernels for the shapes that it sees, and TF32 only where it is wanted."""

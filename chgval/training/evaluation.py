@@ -57,6 +57,7 @@ def predict(
     *,
     with_features: bool = True,
     view: Callable[[Tensor], Tensor] | None = None,
+    stays_on_device: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Show a model every sample of a loader once.
 
@@ -65,8 +66,9 @@ def predict(
         loader: of the samples.
         with_features: whether last-layer inputs are kept; without, none of their columns is.
         view: what to show of a batch of inputs; None shows them as they are.
+        stays_on_device: whether logits and last-layer inputs are left where the model is.
     Returns:
-        Rows (N,), logits (N, C) and last-layer inputs (N, D) of what can be read, on the host.
+        Rows (N,), on the host, logits (N, C) and last-layer inputs (N, D) of what can be read.
     Raises:
         DataError: nothing can be read.
         NonFiniteError: a prediction is NaN or infinite.
@@ -81,7 +83,8 @@ def predict(
             copy()
 
     def copy() -> None:
-        rows, logits, features = (torch.cat(tensors).cpu() for tensors in zip(*waiting, strict=True))
+        together = [torch.cat(tensors) for tensors in zip(*waiting, strict=True)]
+        rows, logits, features = together if stays_on_device else [tensor.cpu() for tensor in together]
         parts.append((rows, logits, features))
         waiting.clear()
 
@@ -95,7 +98,7 @@ def predict(
         raise NonFiniteError(
             "the model predicts NaN or infinite logits; try a lower --lr, or check --mean and --std."
         )
-    return rows_N, logits_NC, features_ND
+    return rows_N.cpu(), logits_NC, features_ND
 
 
 def calibration_error(confidence_N: FloatArray, right_N: FloatArray) -> float:

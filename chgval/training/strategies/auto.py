@@ -32,10 +32,11 @@ def choose(question: Question) -> Choice:
         return Choice(question.highest_of_each_class(torch.from_numpy(draw_N)))
     samples = question.predict_averaged()
     memory = question.memory
-    memory["sum"] = REMEMBERED * memory.get("sum", torch.zeros(())) + samples.logits_NC.softmax(1)
+    kept = memory.get("sum", torch.zeros(())).to(samples.logits_NC.device)
+    memory["sum"] = REMEMBERED * kept + samples.logits_NC.softmax(1)
     memory["weight"] = REMEMBERED * memory.get("weight", torch.zeros(())) + 1
-    averaged_NC = (memory["sum"] / memory["weight"]).numpy()
-    noise = score_labels(question.labels_N.numpy(), averaged_NC, samples.features_ND, quick=True)
+    averaged_NC = (memory["sum"] / memory["weight"]).cpu().numpy()
+    noise = score_labels(question.labels_N.numpy(), averaged_NC, samples.features_ND.cpu(), quick=True)
     score_N = noise.noise_score_N
     share = LEFT_OUT_FINAL if progress >= FINAL else np.interp(progress, RISE, (LEFT_OUT, LEFT_OUT_LAST))
     num_left_out = int(share * score_N.sum())

@@ -23,7 +23,7 @@ from chgval.valuation.selection import keep_highest
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model, the present or the averaged one, says of samples, without training.
+    """What a model, the present or the averaged one, says of samples, without training; on its device.
 
     Attributes:
         logits_NC: shape (N, C).
@@ -41,8 +41,7 @@ class Predictions:
     def residuals_NC(self) -> Tensor:
         """Softmax minus one-hot: the gradient of each sample's loss with respect to its logits."""
         residuals_NC = self.logits_NC.softmax(1)
-        residuals_NC[torch.arange(len(self.labels_N)), self.labels_N] -= 1
-        return residuals_NC
+        return residuals_NC - functional.one_hot(self.labels_N, residuals_NC.shape[1])
 
     @cached_property
     def losses_N(self) -> Tensor:
@@ -68,7 +67,7 @@ class Question:
     """What a strategy is asked: which samples to train on until the next question.
 
     Attributes:
-        labels_N: class of each training sample, int64.
+        labels_N: class of each training sample, int64, on the host.
         num_classes: C.
         count: how many samples to choose.
         epoch, num_epochs: which epoch is about to begin (from 1), and how many there are.
@@ -104,7 +103,7 @@ class Question:
 
     def highest_of_each_class(self, score_N: Tensor) -> Tensor:
         """Return the positions of the `count` samples with the highest scores within their class."""
-        scores: FloatArray = score_N.double().numpy()
+        scores: FloatArray = score_N.double().cpu().numpy()
         labels: IntArray = self.labels_N.numpy()
         return torch.from_numpy(np.flatnonzero(keep_highest(scores, labels, self.count)))
 
@@ -115,7 +114,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to train on: positions of K samples, ascending, and their weights (None: all alike)."""
+    """What to train on: positions of K samples, ascending, and their weights (None: all alike).
+
+    Both are on the host.
+    """
 
     positions_K: Tensor
     weights_K: Tensor | None = None

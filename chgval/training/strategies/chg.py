@@ -15,8 +15,9 @@ def choose(question: Question) -> Choice:
 
 def highest_values(question: Question, *, times_loss: bool) -> Choice:
     """Choose by values of gradients, multiplied by the loss or not (steps 5 to 10)."""
-    factors = question.predictions().factors(times_loss=times_loss)
-    values_N = chg_values_per_class(factors, question.labels_N, question.num_classes)
+    samples = question.predictions()
+    factors = samples.factors(times_loss=times_loss)
+    values_N = chg_values_per_class(factors, samples.labels_N, question.num_classes)
     kept_K = question.highest_of_each_class(values_N)
-    weights_K = torch.from_numpy(min_max_weights(chg_values(factors.at(kept_K)).numpy()))
+    weights_K = torch.from_numpy(min_max_weights(chg_values(factors.at(kept_K)).cpu().numpy()))
     return Choice(kept_K, weights_K)

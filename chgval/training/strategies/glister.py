@@ -20,7 +20,7 @@ def choose(question: Question) -> Choice:
     present learning rate, along the summed gradients of all samples so far.
     """
     factors, held = question.predictions().factors(times_loss=False), question.predict_held()
-    chosen_K = torch.zeros(0, dtype=torch.int64)
+    chosen_K = torch.zeros(0, dtype=torch.int64, device=held.labels_N.device)
     for part in torch.arange(question.count).tensor_split(min(NUM_PARTS, question.count)):
         held_gradient_CF = coalition_sums(held.factors(times_loss=False)).mean_CF
         gains_N = factors.inner_products(held_gradient_CF)
@@ -29,4 +29,4 @@ def choose(question: Question) -> Choice:
         chosen_K = torch.cat([chosen_K, new_K])
         step_CF = question.lr * coalition_sums(factors.at(new_K)).total_CF
         held = dataclasses.replace(held, logits_NC=held.logits_NC - held.last_layer(step_CF))
-    return Choice(chosen_K.sort().values)
+    return Choice(chosen_K.sort().values.cpu())

@@ -25,7 +25,9 @@ def choose(question: Question) -> Choice:
     atoms_BK = torch.stack([coalition_sums(factors.at(batch)).mean_CF.flatten() for batch in batches])
     target_K = coalition_sums(factors).mean_CF.flatten()
     size = len(batches[0])
-    chosen, weights = matching_pursuit(atoms_BK.numpy(), target_K.numpy(), -(-question.count // size))
+    chosen, weights = matching_pursuit(
+        atoms_BK.cpu().numpy(), target_K.cpu().numpy(), -(-question.count // size)
+    )
     positions_K = torch.cat([batches[b] for b in chosen])
     # The gradient of a batch is a mean: in a shorter one each sample stands for more of it.
     weights_K = torch.cat(

@@ -12,7 +12,7 @@ def choose(question: Question) -> Choice:
     Those weigh as much more as there are fewer of them, so that the expected gradient stays that of all
     samples. Where the losses above the mean alone exceed the budget, they are drawn from, and others are not.
     """
-    losses_N = question.predictions().losses_N
+    losses_N = question.predictions().losses_N.cpu()
     draw_N = torch.rand(len(losses_N), generator=question.generator)
     above_N = losses_N >= losses_N.mean()
     num_above, num_below = int(above_N.sum()), int((~above_N).sum())
