@@ -4,25 +4,20 @@ FakeTensorMode runs every operation on shapes, types and devices without memory 
 tensors of two devices meet, as CUDA would.
 """
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.loader import Batch
-from chgval.runs.session import make_valuing, prepare, read_dataset
 from chgval.training import optimizers
 from chgval.training.loop import forward_all
 from chgval.training.models import CIFARResNet, InputShape, SplitModel, build_model
 from chgval.training.optimizers import NesterovSGD
 from chgval.training.recipe import Recipe
-from chgval.training.records import EpochRecord
 from chgval.training.step import Step, Sums, WeightAverage
 from chgval.valuation.accumulator import ValueAccumulator
 from chgval.valuation.closed_form import Factors, chg_values, coalition_sums, hardness_values
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+from tests import cuda_checks
 
 
 def test_closed_form_stays_on_the_device_of_its_factors():
@@ -125,80 +120,13 @@ def test_a_training_step_runs_on_the_meta_device(arch, fused_on_meta):
     assert features_BD.shape == (64, model.head.in_features)
 
 
-def values_of_first_epoch(source, device, mode, dtype):
-    """Values of the first epoch, which starts from the same weights on every device."""
-    config = ValueConfig(
-        data=DataConfig(source=str(source)),
-        train=TrainConfig(arch="resnet8", epochs=2, device=device, augment="none", batch_size=16),
-        mode=mode,
-    )
-    run = prepare(config.data, config.train, read_dataset(config.data, config.train))
-    run.model.backbone_dtype = dtype
-    accumulator, _, trainer = make_valuing(run, config)
-    assert accumulator.labels_N.device.type == device
-    return next(r.signals.value_N for r in trainer.records() if isinstance(r, EpochRecord))
-
-
-@pytest.mark.cuda
-@needs_cuda
-@pytest.mark.parametrize("mode", ["online", "exact"])
-def test_values_in_float32_on_cuda_are_those_of_the_cpu(image_folder, mode, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    on_cpu = values_of_first_epoch(image_folder, "cpu", mode, None)
-    on_cuda = values_of_first_epoch(image_folder, "cuda", mode, None)
-    np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-2, atol=1e-3 * np.abs(on_cpu).max())
-
-
-def error_of_bfloat16(image_folder, device):
-    """How far the values of a pass in bfloat16 are from those in float32, beside their spread."""
-    exact = values_of_first_epoch(image_folder, "cpu", "exact", None)
-    return np.abs(values_of_first_epoch(image_folder, device, "exact", torch.bfloat16) - exact) / exact.std()
-
-
-@pytest.mark.cuda
-@needs_cuda
-def test_values_in_bfloat16_on_cuda_are_as_far_off_as_on_the_cpu(image_folder):
-    """The pass before the first epoch, without training: rounding is all that differs."""
-    on_cpu, on_cuda = (error_of_bfloat16(image_folder, device) for device in ("cpu", "cuda"))
-    assert np.sqrt((on_cuda**2).mean()) <= 2 * np.sqrt((on_cpu**2).mean())
-
-
 def test_bfloat16_rounds_values_by_what_three_digits_allow(image_folder):
     """On the CPU; nine layers of relative errors of 1/256 each, at most added up."""
-    error_N = error_of_bfloat16(image_folder, "cpu")
-    assert 0 < np.sqrt((error_N**2).mean()) < 9 / 256
+    assert 0 < cuda_checks.error_of(image_folder, "cpu", "bfloat16") < 9 / 256
 
 
 @pytest.mark.cuda
-@needs_cuda
-def test_no_step_waits_for_the_device(image_folder):
-    """Between two readings of the losses, no operation synchronises."""
-    config = ValueConfig(
-        data=DataConfig(source=str(image_folder)),
-        train=TrainConfig(arch="resnet8", epochs=1, device="cuda", batch_size=4),
-    )
-    run = prepare(config.data, config.train, read_dataset(config.data, config.train))
-    trainer = make_valuing(run, config)[2]
-
-    def is_stopped():
-        """From the second to the eighth of ten steps, an operation that waits is an error."""
-        step = trainer.position[1]
-        torch.cuda.set_sync_debug_mode("error" if 1 < step < 8 else "default")
-        return step == 8
-
-    try:
-        assert list(trainer.records(is_stopped)) == []
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert trainer.position == (0, 8)
-
-
-@pytest.mark.cuda
-@needs_cuda
-def test_closed_form_on_cuda_equals_the_cpu():
-    generator = torch.Generator().manual_seed(0)
-    residuals_NC = torch.randn(20_000, 10, generator=generator)
-    features_ND = torch.rand(20_000, 64, generator=generator)
-    on_cpu = chg_values(Factors(residuals_NC.double(), features_ND.double()))
-    on_cuda = chg_values(Factors(residuals_NC.cuda(), features_ND.cuda())).cpu()
-    assert (on_cuda - on_cpu).abs().max() <= 1e-5 * on_cpu.std()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("check", cuda_checks.CHECKS, ids=lambda check: check.__name__)
+def test_on_a_cuda_device(check, image_folder):
+    check(image_folder)

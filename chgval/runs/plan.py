@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 from chgval.config import ValueConfig
-from chgval.detection.scores import memory_bytes
+from chgval.detection.scores import memory_bytes, score_labels
 from chgval.runs.session import Run, make_valuing, prepared, read_dataset
 from chgval.runs.value import value_settings_shown
-from chgval.system import peak_memory
+from chgval.system import peak_memory, resident_memory
 from chgval.training.records import EpochRecord, StepRecord
 from chgval.valuation.accumulator import ValueAccumulator
 
@@ -28,11 +31,35 @@ def run_plan(config: ValueConfig) -> list[tuple[str, str]]:
     """
     dataset = read_dataset(config.data, config.train)
     with prepared(config.data, config.train, dataset) as run:
-        return [*value_settings_shown(run, config), *_costs(run, config)]
+        return [*value_settings_shown(run, config), *_shown(measure_costs(run, config), run, config)]
 
 
-def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
-    """Time a few steps; they also show the memory that a run takes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a run costs.
+
+    Attributes:
+        rate: samples a second.
+        num_timed: samples over which that was measured.
+        epoch_seconds: of each epoch.
+        host_bytes: peak of this process; None where the system does not say. Libraries are part of it.
+        device_bytes: peak of what is held on a CUDA device; None on others.
+        valuing_bytes, valued_on: what of that is for valuing, and where.
+        scoring_bytes: what of the host's is for noise scores, in the end.
+    """
+
+    rate: float
+    num_timed: int
+    epoch_seconds: float
+    host_bytes: int | None
+    device_bytes: int | None
+    valuing_bytes: int
+    valued_on: torch.device
+    scoring_bytes: int
+
+
+def measure_costs(run: Run, config: ValueConfig) -> Costs:
+    """Time a few steps, which also show the memory that a run takes."""
     accumulator, _, trainer = make_valuing(run, dataclasses.replace(config, mode="online"))
     readings: list[StepRecord] = []
     for record in trainer.records():
@@ -45,36 +72,53 @@ def _costs(run: Run, config: ValueConfig) -> list[tuple[str, str]]:
     if len(readings) > 1:  # the first steps also pay for what is done once
         samples, seconds = samples - first.num_samples, seconds - first.seconds
     rate = samples / seconds
-    num_samples, num_classes, num_features = (
-        len(run.dataset),
-        run.dataset.num_classes,
-        run.model.head.in_features,
-    )
+    num_samples, num_classes = len(run.dataset), run.dataset.num_classes
+    num_features = run.model.head.in_features
     epoch_seconds = len(run.dataset.usable_rows()) / rate
     if config.mode == "exact":
         epoch_seconds *= SEPARATE_PASS_COST
     valuing = ValueAccumulator.memory_bytes(num_samples, num_classes, num_features)
-    width = run.dataset.input_size if run.is_embedding else num_features
-    costs = [
-        ("speed", f"{rate:,.0f} samples/s, over {samples:,} samples"),
-        (
-            "time",
-            f"about {_duration(epoch_seconds * run.recipe.epochs)} ({_duration(epoch_seconds)} an epoch)",
-        ),
-    ]
+    scored_features = run.dataset.input_size if run.is_embedding else num_features
+    scoring = memory_bytes(num_samples, num_classes, scored_features)
+    on_cuda = run.device.type == "cuda"
+    return Costs(
+        rate=rate,
+        num_timed=samples,
+        epoch_seconds=epoch_seconds,
+        host_bytes=_host_bytes(scoring + (valuing if accumulator.device.type == "cpu" else 0)),
+        device_bytes=torch.cuda.max_memory_allocated(run.device) if on_cuda else None,
+        valuing_bytes=valuing,
+        valued_on=accumulator.device,
+        scoring_bytes=scoring,
+    )
+
+
+def _host_bytes(more: int) -> int | None:
+    """Return the peak of this process if it will take so much more than now, and load what scores load."""
+    rng = np.random.default_rng(0)
+    labels_N = np.arange(60) % 2
+    probabilities_NC = rng.dirichlet((1, 1), 60).astype(np.float32)
+    score_labels(labels_N, probabilities_NC, torch.from_numpy(rng.normal(size=(60, 4)).astype(np.float32)))
+    pa.default_memory_pool().release_unused()  # of reading
+    present, peak = resident_memory(), peak_memory()
+    return None if present is None or peak is None else max(peak, present + more)
+
+
+def _shown(costs: Costs, run: Run, config: ValueConfig) -> list[tuple[str, str]]:
+    whole = _duration(costs.epoch_seconds * run.recipe.epochs)
     memory = []
-    peak = peak_memory()
-    if peak is not None:
-        memory.append(f"{_gibibytes(peak)} on the host (peak so far)")
-    if run.device.type == "cuda":
-        memory.append(f"{_gibibytes(torch.cuda.max_memory_allocated(run.device))} on {run.device}")
-    memory.append(f"{_gibibytes(valuing)} of it for valuing, on {accumulator.labels_N.device}")
-    scoring = memory_bytes(num_samples, num_classes, width)
-    memory.append(f"{_gibibytes(scoring)} more in the end, for noise scores")
-    costs.extend(("" if number else "memory", text) for number, text in enumerate(memory))
-    if config.output is not None:
-        costs.append(("output", config.output.target))
-    return costs
+    if costs.host_bytes is not None:
+        memory.append(f"about {_gibibytes(costs.host_bytes)} on the host")
+    if costs.device_bytes is not None:
+        memory.append(f"about {_gibibytes(costs.device_bytes)} on {run.device}")
+    memory.append(f"{_gibibytes(costs.valuing_bytes)} of it for valuing, on {costs.valued_on}")
+    memory.append(f"{_gibibytes(costs.scoring_bytes)} for noise scores, in the end")
+    return [
+        ("speed", f"{costs.rate:,.0f} samples/s, over {costs.num_timed:,} samples"),
+        ("time", f"about {whole} ({_duration(costs.epoch_seconds)} an epoch)"),
+        *(("" if number else "memory", text) for number, text in enumerate(memory)),
+        *([] if config.output is None else [("output", config.output.target)]),
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -224,6 +226,30 @@ def test_plan_tells_and_stops(image_folder, tmp_path):
         "v.parquet",
     ):
         assert words in result.stderr
+
+
+MEASURED = """
+import atexit, resource, sys
+from chgval.cli.commands import app
+atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stdout))
+app(sys.argv[1:], standalone_mode=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what is resident")
+def test_plan_tells_the_memory_that_is_taken_then(tmp_path):
+    """Within 15 %, with 40 MB of embeddings."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(10_000, 1024)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), 1024)
+    pq.write_table(pa.table({"v": column, "label": np.arange(10_000) % 10}), tmp_path / "d.parquet")
+    words = ["value", str(tmp_path / "d.parquet"), "--features-column", "v", "--epochs", "1"]
+    plan = subprocess.run(commands.command_line(*words, "--plan"), capture_output=True, text=True)
+    number, unit = re.search(r"about ([\d.,]+) (MiB|GiB) on the host", plan.stderr).groups()
+    told = float(number.replace(",", "")) * (1024 if unit == "GiB" else 1)
+    command = [sys.executable, "-c", MEASURED, *words, "-o", str(tmp_path / "v.csv")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert told == pytest.approx(int(done.stdout.split()[-1]) / 1024, rel=0.15)
 
 
 def test_interruption_keeps_the_epochs_and_exits_with_130(image_folder, tmp_path):
