@@ -14,6 +14,7 @@ from chgval.data import loader
 from chgval.runs import session
 from chgval.runs.session import make_valuing, prepare, read_dataset
 from chgval.training import graph
+from chgval.training.devices import device_settings
 from chgval.training.records import EpochRecord, PlainRecord, SplitRecord
 from chgval.training.strategies import REGISTRY, Predictions, Question
 from chgval.valuation.closed_form import Factors, chg_values
@@ -50,7 +51,7 @@ def assert_close(found_N, expected_N, share=1e-3):
 
 
 def check_values_in_float32_are_those_of_the_cpu(folder):
-    with patch.object(torch.backends.cudnn, "allow_tf32", False):
+    with device_settings(torch.device("cuda"), "float32"):
         for mode in ("online", "exact"):
             on_cpu = first_values(folder, "cpu", mode, precision="float32")
             assert_close(first_values(folder, "cuda", mode, precision="float32"), on_cpu)

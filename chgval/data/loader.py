@@ -192,30 +192,31 @@ class MemoryLoader:
         """Yield these rows once, in random order, augmented."""
         num_rows = len(rows)
         order_N = rows[torch.randperm(num_rows, generator=generator)]
+        near_order_N = order_N.to(self._device)
         shift = max(1, round(SHIFT_SHARE * self._contents.shape[-1]))
         shifts_N2 = torch.randint(2 * shift + 1, (num_rows, 2), generator=generator).to(self._device)
         flips_N = (torch.rand(num_rows, generator=generator) < 0.5).to(self._device)
         batches = order_N.tensor_split(self.num_batches(rows))
         start = sum(map(len, batches[:first]))
         for group in _groups(batches[first:], self._batches_at_a_time(len(batches[0]))):
-            indices_G = torch.cat(list(group))
-            part = slice(start, start + len(indices_G))
+            sizes = [len(indices_B) for indices_B in group]
+            part = slice(start, start + sum(sizes))
             start = part.stop
-            contents_G, indices_G = self._take(indices_G), indices_G.to(self._device)
+            contents_G = self._take(order_N[part], near_order_N[part])
             if self._augment != "none":
                 contents_G = _shifted(contents_G, shifts_N2[part], shift)
             if self._augment == "crop-flip":
                 contents_G = _flipped(contents_G, flips_N[part])
-            sizes = [len(indices_B) for indices_B in group]
-            parts = zip(torch.split(indices_G, sizes), torch.split(contents_G, sizes), strict=True)
-            for indices_B, contents_B in parts:
+            indices_G = torch.split(near_order_N[part], sizes)
+            for indices_B, contents_B in zip(indices_G, torch.split(contents_G, sizes), strict=True):
                 yield self._batch(indices_B, contents_B)
 
     def plain_batches(self) -> Iterator[Batch]:
         """Yield all usable samples once, in order, as they are."""
         size = _plain_batch_size(self._batch_size, self._device)
-        for indices_B in torch.split(self.rows, size):
-            yield self._batch(indices_B.to(self._device), self._take(indices_B))
+        near_rows = torch.split(self.rows.to(self._device), size)
+        for indices_B, near_B in zip(torch.split(self.rows, size), near_rows, strict=True):
+            yield self._batch(near_B, self._take(indices_B, near_B))
 
     def _batches_at_a_time(self, batch_size: int) -> int:
         if self._device.type == "cpu" or self._pins:
@@ -223,9 +224,10 @@ class MemoryLoader:
         num_rows = max(1, self._contents.shape[0])
         return max(1, GATHERED_BYTES * num_rows // max(1, batch_size * self._contents.nbytes))
 
-    def _take(self, indices_B: Tensor) -> Tensor:
-        """Return the contents of rows, which are given on the host, on the device."""
-        contents_B = _rows(self._contents, indices_B)
+    def _take(self, indices_B: Tensor, near_B: Tensor) -> Tensor:
+        """Return the contents of rows, which are given on the host and on the device, on the device."""
+        is_near = isinstance(self._contents, Tensor) and self._contents.device == near_B.device
+        contents_B = _rows(self._contents, near_B if is_near else indices_B)
         # torch keeps pinned memory that it is done with for the next batch, which so waits for nothing.
         return (contents_B.pin_memory() if self._pins else contents_B).to(self._device, non_blocking=True)
 
