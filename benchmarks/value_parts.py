@@ -45,11 +45,11 @@ print("PARTS " + json.dumps(seconds))
 """
 
 
-def run_once(source: str, options: list[str]) -> dict[str, float]:
-    """Return the seconds of each part of one run, in a process of its own."""
+def run_once(source: str, options: list[str], output: Path | None = None) -> dict[str, float]:
+    """Return the seconds of each part of one run, in a process of its own; the report goes to `output`."""
     with tempfile.TemporaryDirectory() as folder:
-        output = str(Path(folder) / "values.parquet")
-        arguments = [str(time.time()), "value", source, "-o", output, *options]
+        output = output or Path(folder) / "values.parquet"
+        arguments = [str(time.time()), "value", source, "-o", str(output), *options]
         done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("PARTS ")), None)
     if line is None:
