@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Seconds after which a run is given up.
+TIMEOUT = 600
 PARTS = ("start-up", "reading", "training", "scoring", "rest", "whole")
 # Run in the new process: time what the run is made of, and print it.
 CHILD = """
@@ -50,10 +52,13 @@ def run_once(source: str, options: list[str], output: Path | None = None) -> dic
     with tempfile.TemporaryDirectory() as folder:
         output = output or Path(folder) / "values.parquet"
         arguments = [str(time.time()), "value", source, "-o", str(output), *options]
-        done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
+        command = [sys.executable, "-c", CHILD, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+            [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, timeout=TIMEOUT
+        )
     line = next((line for line in done.stdout.splitlines() if line.startswith("PARTS ")), None)
     if line is None:
-        raise SystemExit(f"{done.stdout}\n{done.stderr}")
+        raise RuntimeError(f"{done.stdout}\n{done.stderr}")
     seconds: dict[str, Any] = json.loads(line.removeprefix("PARTS "))
     seconds["rest"] = 2 * seconds["whole"] - sum(seconds.values())
     return seconds

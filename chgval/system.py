@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import signal
 import sys
@@ -97,7 +98,7 @@ def resident_memory() -> int | None:
         pages = Path("/proc/self/statm").read_text("ascii").split()[1]
     except (OSError, IndexError):  # not Linux
         return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return int(pages) * mmap.PAGESIZE
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class RecordedGraph:
 
 
 @contextmanager
-def capturing(graph, **_):
+def capturing(graph, *_, **__):
     """Stands for torch.cuda.graph."""
     recording = Recording()
     try:
@@ -84,6 +84,7 @@ def replace_cuda(monkeypatch):
         "Stream": lambda _: stream,
         "current_stream": lambda _: stream,
         "stream": lambda _: nullcontext(),
+        "set_stream": lambda _: None,
         "graph_pool_handle": lambda: None,
     }
     for name, thing in stands_for.items():

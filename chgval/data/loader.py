@@ -502,14 +502,22 @@ def _num_batches(num_samples: int, batch_size: int) -> int:
 def _fits(contents: Tensor | PixelFile, device: torch.device) -> bool:
     if device.type != "cuda":
         return isinstance(contents, Tensor)
-    return contents.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    return contents.nbytes <= DEVICE_MEMORY_SHARE * free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a CUDA device, with those that torch keeps for the next tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _on_device(contents: Tensor | PixelFile, device: torch.device) -> Tensor:
     if isinstance(contents, Tensor):
         return contents.to(device)
-    rows_N = torch.arange(contents.shape[0])
-    return torch.cat([_rows(contents, rows_B).to(device) for rows_B in torch.split(rows_N, ROWS_AT_A_TIME)])
+    pixels_N3SS = torch.empty(contents.shape, dtype=torch.uint8, device=device)
+    for rows_B in torch.split(torch.arange(contents.shape[0]), ROWS_AT_A_TIME):
+        pixels_N3SS[int(rows_B[0]) : int(rows_B[-1]) + 1] = _rows(contents, rows_B).to(device)
+    return pixels_N3SS
 
 
 def _rows(contents: Tensor | PixelFile, indices_B: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +45,7 @@ class Costs:
         num_timed: samples over which that was measured.
         epoch_seconds: of each epoch.
         host_bytes: peak of this process; None where the system does not say. Libraries are part of it.
-        device_bytes: peak of what is held on a CUDA device; None on others.
+        device_bytes: peak of what torch holds of a CUDA device; None on others.
         valuing_bytes, valued_on: what of that is for valuing, and where.
         scoring_bytes: what of the host's is for noise scores, in the end.
     """
@@ -67,11 +69,14 @@ def measure_costs(run: Run, config: ValueConfig) -> Costs:
             break
         if isinstance(record, StepRecord):
             readings.append(record)
-    first, last = readings[0], readings[-1]
-    samples, seconds = last.num_samples, last.seconds
-    if len(readings) > 1:  # the first steps also pay for what is done once
-        samples, seconds = samples - first.num_samples, seconds - first.seconds
-    rate = samples / seconds
+    # From one reading to the next; the first steps also pay for what is done once, as do some others.
+    spans = [
+        (after.num_samples - before.num_samples, after.seconds - before.seconds)
+        for before, after in pairwise(readings)
+    ] or [(readings[0].num_samples, readings[0].seconds)]
+    rate = statistics.median(samples / seconds for samples, seconds in spans)
+    if accumulator.has_seen and run.device.type == "cuda":
+        accumulator.finish_epoch()  # takes memory, too
     num_samples, num_classes = len(run.dataset), run.dataset.num_classes
     num_features = run.model.head.in_features
     epoch_seconds = len(run.dataset.usable_rows()) / rate
@@ -83,10 +88,10 @@ def measure_costs(run: Run, config: ValueConfig) -> Costs:
     on_cuda = run.device.type == "cuda"
     return Costs(
         rate=rate,
-        num_timed=samples,
+        num_timed=sum(samples for samples, _ in spans),
         epoch_seconds=epoch_seconds,
         host_bytes=_host_bytes(scoring + (valuing if accumulator.device.type == "cpu" else 0)),
-        device_bytes=torch.cuda.max_memory_allocated(run.device) if on_cuda else None,
+        device_bytes=torch.cuda.max_memory_reserved(run.device) if on_cuda else None,
         valuing_bytes=valuing,
         valued_on=accumulator.device,
         scoring_bytes=scoring,

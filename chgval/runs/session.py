@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def prepared(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Iterator
     device = device_for(train, dataset)
     num_threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # What is made without saying where, such as events, is then made there: it may be the second GPU.
+        there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with there, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.set_num_threads(_threads(train, dataset))
             run = prepare(data, train, dataset)
             with device_settings(device, run.precision):

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from chgval.data.loader import free_memory
 from chgval.errors import SettingsError
 
 # What a backbone computes in. In tf32, convolutions round their inputs to 11 bits.
@@ -18,6 +19,8 @@ WITH_FLOAT16, WITH_BFLOAT16 = (7, 0), (8, 0)
 # So much is done on a CPU of two cores in the time in which a GPU gets ready (5 s): pixels of images that a
 # ResNet-8 learns from, and multiply-adds of a linear model on embeddings.
 SMALL_PIXELS, SMALL_PRODUCTS = 5e6, 2e10
+# Of what CUDA and its libraries say where there is no memory, besides torch.OutOfMemoryError.
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine to execute this computation")
 
 
 def pick_device(name: str, *, is_small: bool = False) -> torch.device:
@@ -79,7 +82,14 @@ def has_room(device: torch.device, num_bytes: int, share: float) -> bool:
     """Say whether a GPU has room for something in a share of its free memory; a CPU always has."""
     if device.type == "mps":  # has no float64, which values are computed in
         return False
-    return device.type == "cpu" or num_bytes <= share * torch.cuda.mem_get_info(device)[0]
+    return device.type == "cpu" or num_bytes <= share * free_memory(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that a device has no memory for what was asked."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from chgval.data.loader import Batch
 from chgval.errors import first_line
+from chgval.training.devices import is_out_of_memory
 
 # Steps of each shape that are made plainly first: kernels are chosen and compiled, and memory is taken, by
 # then.
@@ -58,7 +61,7 @@ class CapturedSteps:
     def __init__(self, step: StepFunction, device: torch.device) -> None:
         self._step = step
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_beside(device)
         self.failure: str | None = None
         self.forget()
 
@@ -69,16 +72,19 @@ class CapturedSteps:
             torch.OutOfMemoryError: there is no memory; the weights are as they were.
         """
         shape = (len(batch.indices_B), weights_B is not None)
+        if shape not in self._graphs and self.failure is None and self._num_seen[shape] >= WARM_UP_STEPS:
+            self._try_to_capture(batch, weights_B, shape)
         if shape in self._graphs:
             return self._graphs[shape].replay(batch, weights_B)
-        if self.failure is not None or self._num_seen[shape] < WARM_UP_STEPS:
-            return self._made_plainly(batch, weights_B, shape)
+        self._num_seen[shape] += 1
         try:
-            captured = self._graphs[shape] = self._capture(batch, weights_B)
-        except RuntimeError as error:  # the network cannot be captured, or there is no memory for that
-            self.failure = first_line(error)
-            return self._made_plainly(batch, weights_B, shape)
-        return captured.replay(batch, weights_B)
+            return self._made_plainly(batch, weights_B)
+        except RuntimeError as error:
+            if not self._graphs or not is_out_of_memory(error):
+                raise
+        self.forget()  # the graph of another size holds the memory of a whole step
+        torch.cuda.empty_cache()
+        return self._made_plainly(batch, weights_B)
 
     def forget(self) -> None:
         """Free all graphs; they are captured anew."""
@@ -86,25 +92,50 @@ class CapturedSteps:
         self._num_seen: Counter[tuple[int, bool]] = Counter()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def _made_plainly(
-        self, batch: Batch, weights_B: Tensor | None, shape: tuple[int, bool]
-    ) -> tuple[Tensor, Tensor]:
+    def _made_plainly(self, batch: Batch, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
         # Not on the stream that everything else is on: what a step leaves behind there could not be captured.
         present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
         try:
             with torch.cuda.stream(self._stream):
-                outputs = self._step(batch, weights_B)
+                return self._step(batch, weights_B)
         finally:
             present.wait_stream(self._stream)
-        self._num_seen[shape] += 1
-        return outputs
+
+    def _try_to_capture(self, batch: Batch, weights_B: Tensor | None, shape: tuple[int, bool]) -> None:
+        """Capture the step, or say why it cannot be.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory.
+        """
+        present = torch.cuda.current_stream(self._device)
+        try:
+            self._graphs[shape] = self._capture(batch, weights_B)
+            return
+        except RuntimeError as error:
+            # What ends a capture that failed raises an error of its own.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            is_memory, reason = is_out_of_memory(cause), first_line(cause)
+        # It also leaves its stream, and its pool, where they were in the middle of it.
+        torch.cuda.set_stream(present)
+        with suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(present.device_index, self._pool)
+        if is_memory:
+            self.forget()
+            raise torch.OutOfMemoryError(reason)
+        self.failure = reason
 
     def _capture(self, batch: Batch, weights_B: Tensor | None) -> _Captured:
         fixed = Batch(batch.indices_B.clone(), batch.inputs_B.clone(), batch.labels_B.clone())
         fixed_weights_B = None if weights_B is None else weights_B.clone()
         graph = torch.cuda.CUDAGraph()
         # Threads that pin memory for the next batches go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = self._step(fixed, fixed_weights_B)
         return _Captured(graph, fixed, fixed_weights_B, outputs)
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device that steps are made on: libraries keep memory for each that they see."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from chgval.data.loader import Batch, Loader
 from chgval.errors import DataError, DeviceMemoryError, NonFiniteError
+from chgval.training.devices import is_out_of_memory
 from chgval.training.graph import CapturedSteps
 from chgval.training.optimizers import LossScale, NesterovSGD
 from chgval.training.recipe import Recipe
@@ -25,6 +27,8 @@ from chgval.types import State
 
 # The host reads the losses every so many steps, so that on a GPU no step waits for it.
 STEPS_BETWEEN_READINGS = 10
+# Of the loss in float16: below it, no step has moved the weights for a while.
+LEAST_SCALE = 2.0**-10
 # Share of the steps in which the one-cycle schedule rises.
 WARM_UP_SHARE = 0.25
 
@@ -136,6 +140,8 @@ class Trainer:
             yield from self._train_epoch(self.finished_epochs + 1, is_stopped)
             if is_stopped():
                 return
+        self._optimizer.clear_gradients()
+        self._free_graphs()
 
     def state_dict(self) -> State:
         """Return all that a trainer of the same run needs to resume from here, between two steps."""
@@ -240,8 +246,10 @@ class Trainer:
             try:
                 logits_BC, features_BD = make(batch, weights_B)
                 break
-            except torch.OutOfMemoryError:
-                pass  # outside of this block, as the error holds what is to be freed
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of that block, as the error holds what is to be freed.
             yield self._halve(batch)
         if self._shown_later is not None:
             self._shown_later.update(batch.indices_B, logits_BC, features_BD)
@@ -261,10 +269,14 @@ class Trainer:
             )
         self._num_parts *= 2
         self._optimizer.clear_gradients()
+        self._free_graphs()
+        return SplitRecord(batch_size=size, num_parts=self._num_parts)
+
+    def _free_graphs(self) -> None:
         if self._captured is not None:
             self._captured.forget()
-            torch.cuda.empty_cache()
-        return SplitRecord(batch_size=size, num_parts=self._num_parts)
+            with suppress(RuntimeError):  # a capture that failed may have left torch unable to
+                torch.cuda.empty_cache()
 
     def _record(self, begun: _Epoch, epoch: int) -> StepRecord:
         """Read how an epoch goes. Waits for the device.
@@ -278,6 +290,11 @@ class Trainer:
                 f"the training loss became {reading.bad_loss} at epoch {epoch}, step {reading.bad_step} "
                 f"of {begun.num_steps}; try a lower --lr (it was {self._recipe.lr:g}), or check --mean and "
                 "--std."
+            )
+        if self._scale is not None and float(self._scale.value) < LEAST_SCALE:
+            raise NonFiniteError(
+                f"gradients are out of the range of float16 at every step, as in epoch {epoch}, step "
+                f"{begun.step}; pass --precision float32, or a lower --lr (it was {self._recipe.lr:g})."
             )
         return StepRecord(
             epoch=epoch,
@@ -317,8 +334,8 @@ def forward_all(
                 try:
                     outputs = [model(part_B) for part_B in inputs_B.tensor_split(num_parts)]
                     break
-                except torch.OutOfMemoryError:
-                    if num_parts >= len(inputs_B):
+                except RuntimeError as error:
+                    if num_parts >= len(inputs_B) or not is_out_of_memory(error):
                         raise
                 num_parts *= 2
             logits_BC, features_BD = (torch.cat(parts) for parts in zip(*outputs, strict=True))

@@ -55,7 +55,8 @@ class SplitModel(nn.Module):
         head: last-layer inputs -> logits, shape (B, C).
         head_name: of the layer in the network that was split.
         small_stem: whether the first layers were exchanged for those for small images.
-        backbone_dtype: type that the backbone computes in; None is that of its weights.
+        backbone_dtype: type that the backbone computes in; None is that of its weights, and of passes without
+            training instead of float16.
     """
 
     def __init__(
@@ -80,6 +81,9 @@ class SplitModel(nn.Module):
         differences the values are made of.
         """
         dtype = self.backbone_dtype
+        if dtype == torch.float16 and not self.training:
+            # Normalisation that has not seen the data yet leaves its range.
+            dtype = None
         with nullcontext() if dtype is None else torch.autocast(inputs.device.type, dtype):
             features_BD = self.backbone(inputs)
         features_BD = features_BD.to(self.head.weight.dtype)

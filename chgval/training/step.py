@@ -99,14 +99,23 @@ class Sums:
         for tensor in self.state_dict().values():
             tensor.zero_()
 
-    def add(self, loss: Tensor, loss_sum: Tensor, num_right: Tensor) -> None:
-        """Add a step: its (weighted) mean loss, the sum of its losses, and how many samples were right."""
-        self._step += 1
+    def after(self, loss: Tensor, loss_sum: Tensor, num_right: Tensor) -> State:
+        """Return what they are with one more step, without adding it.
+
+        Args:
+            loss: of the step, the (weighted) mean.
+            loss_sum: of its samples, not weighted.
+            num_right: of its samples.
+        """
+        step = self._step + 1
         is_bad = ~loss.isfinite() & (self._bad_step == 0)
-        self._bad_loss.copy_(torch.where(is_bad, loss, self._bad_loss))
-        self._bad_step.copy_(torch.where(is_bad, self._step, self._bad_step))
-        self._loss_sum += loss_sum
-        self._num_right += num_right
+        return {
+            "loss_sum": self._loss_sum + loss_sum,
+            "num_right": self._num_right + num_right,
+            "step": step,
+            "bad_step": torch.where(is_bad, step, self._bad_step),
+            "bad_loss": torch.where(is_bad, loss, self._bad_loss),
+        }
 
     def read(self) -> Reading:
         """Return what they are now. Waits for the device, once."""
@@ -126,7 +135,7 @@ class Sums:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Resume from the state of others."""
+        """Become what others are, or will be. Takes no memory on the device."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
@@ -171,13 +180,14 @@ class Step:
         loss, losses_B, logits_BC, features_BD = compute_gradients(
             self.model, batch, weights_B, num_parts, self.scale
         )
-        loss_sum, num_right = losses_B.sum(), (logits_BC.argmax(1) == batch.labels_B).sum()
+        num_right = (logits_BC.argmax(1) == batch.labels_B).sum()
+        sums = self.sums.after(loss, losses_B.sum(), num_right)
         if self.observer is not None:
             self.observer.update(batch.indices_B, logits_BC, features_BD)
         self.optimizer.step(self.scale)
         if self.average is not None:
             self.average.update()
-        self.sums.add(loss, loss_sum, num_right)
+        self.sums.load_state_dict(sums)
         return logits_BC, features_BD
 
 

@@ -112,6 +112,48 @@ def test_what_cannot_be_captured_is_made_plainly_and_says_why(monkeypatch):
     assert steps.failure == NOT_PERMITTED
 
 
+def test_without_memory_to_capture_the_step_is_for_the_caller_to_split(monkeypatch):
+    captured, expected = Training(), Training()
+    replace_cuda(monkeypatch)
+    num_calls = 0
+
+    def make(batch, weights_B):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == WARM_UP_STEPS + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return captured.make(batch, weights_B)
+
+    steps, failures = CapturedSteps(make, CPU), []
+
+    def split(batch, weights_B):
+        try:
+            return steps(batch, weights_B)
+        except torch.OutOfMemoryError as error:
+            failures.append(str(error))
+        return steps(batch, weights_B)
+
+    assert_same(captured.train(split), expected.train(expected.make))
+    assert failures == ["CUDA out of memory"] and steps.failure is None
+
+
+def test_graphs_of_other_sizes_are_freed_before_a_step_is_split(monkeypatch):
+    """The second size comes when the first is captured; its first step finds no memory."""
+    captured, expected = Training(), Training()
+    kind = replace_cuda(monkeypatch)
+    failed = []
+
+    def make(batch, weights_B):
+        if kind.num_replays and not failed:
+            failed.append(len(batch.indices_B))
+            raise RuntimeError("CUDA error: out of memory")
+        return captured.make(batch, weights_B)
+
+    steps = CapturedSteps(make, CPU)
+    assert_same(captured.train(steps), expected.train(expected.make))
+    assert failed == [7] and steps.failure is None and kind.num_replays > 5
+
+
 @pytest.mark.parametrize("part", ["accumulator", "optimizer", "backward"])
 def test_a_step_without_memory_changes_no_weights_and_can_be_made_again(monkeypatch, part):
     expected, failing = Training(), Training()
@@ -156,12 +198,12 @@ def test_a_step_without_memory_changes_no_weights_and_can_be_made_again(monkeypa
 def test_the_first_bad_loss_of_an_epoch_is_told():
     sums = Sums(CPU)
     for loss in (0.5, float("nan"), float("inf"), 0.25):
-        sums.add(torch.tensor(loss), torch.tensor(2.0), torch.tensor(3))
+        sums.load_state_dict(sums.after(torch.tensor(loss), torch.tensor(2.0), torch.tensor(3)))
     reading = sums.read()
     assert (reading.bad_step, reading.num_right, reading.loss_sum) == (2, 12, 8.0)
     assert reading.bad_loss != reading.bad_loss
     sums.clear()
-    sums.add(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1))
+    sums.load_state_dict(sums.after(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1)))
     assert sums.read().bad_step == 0
 
 

@@ -37,6 +37,12 @@ class Predictions:
     labels_N: Tensor
     has_bias: bool = True
 
+    def to(self, device: torch.device) -> Predictions:
+        """Return the same on a device."""
+        return Predictions(
+            self.logits_NC.to(device), self.features_ND.to(device), self.labels_N.to(device), self.has_bias
+        )
+
     @cached_property
     def residuals_NC(self) -> Tensor:
         """Softmax minus one-hot: the gradient of each sample's loss with respect to its logits."""

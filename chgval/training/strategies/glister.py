@@ -19,7 +19,8 @@ def choose(question: Question) -> Choice:
     approximation). Before each part, held-out gradients are those after one step of the last layer, of the
     present learning rate, along the summed gradients of all samples so far.
     """
-    factors, held = question.predictions().factors(times_loss=False), question.predict_held()
+    factors = question.predictions().factors(times_loss=False)
+    held = question.predict_held().to(factors.residuals_NC.device)
     chosen_K = torch.zeros(0, dtype=torch.int64, device=held.labels_N.device)
     for part in torch.arange(question.count).tensor_split(min(NUM_PARTS, question.count)):
         held_gradient_CF = coalition_sums(held.factors(times_loss=False)).mean_CF
