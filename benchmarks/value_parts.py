@@ -54,8 +54,6 @@ def run_once(source: str, options: list[str], output: Path | None = None) -> dic
         arguments = [str(time.time()), "value", source, "-o", str(output), *options]
         command = [sys.executable, "-c", CHILD, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-            [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, timeout=TIMEOUT
-        )
     line = next((line for line in done.stdout.splitlines() if line.startswith("PARTS ")), None)
     if line is None:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")

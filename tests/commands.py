@@ -92,10 +92,17 @@ def run(
     return subprocess.CompletedProcess(list(args), process.wait(), stdout, stderr)
 
 
-def imported_by(arguments: list[str], code: int = 0) -> set[str]:
-    """Run a command in a process of its own, which must end with that code; return what it loaded."""
+def imported_by(arguments: list[str], code: int = 0, *, until: str = "") -> set[str]:
+    """Run a command in a process of its own, which must end with that code; return what it loaded.
+
+    Args:
+        arguments: of the command.
+        code: that it ends with.
+        until: function, by its dotted path, that ends it when it is called.
+    """
+    ends = f"from unittest import mock\nmock.patch({until!r}, side_effect=SystemExit({code})).start()\n"
     program = (
-        "import sys\nfrom chgval.cli import app\n"
+        f"import sys\n{ends if until else ''}from chgval.cli import app\n"
         f"try: app({arguments!r})\n"
         f"except SystemExit as end: assert (end.code or 0) == {code}, end.code\n"
         "print('loaded', *sys.modules, file=sys.stderr)"
