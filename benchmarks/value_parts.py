@@ -8,6 +8,7 @@ runs; the rest is what lies between the parts: building the model, writing the r
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,10 @@ def run_once(source: str, options: list[str], output: Path | None = None) -> dic
         output = output or Path(folder) / "values.parquet"
         arguments = [str(time.time()), "value", source, "-o", str(output), *options]
         command = [sys.executable, "-c", CHILD, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        # Of this checkout, if chgval is not installed.
+        places = [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("PARTS ")), None)
     if line is None:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")
