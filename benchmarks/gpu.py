@@ -44,7 +44,6 @@ from chgval.runs.plan import measure_costs
 from chgval.runs.session import Run, make_trainer, make_valuing, prepared
 from chgval.runs.train import ready_for
 from chgval.training import graph
-from chgval.training.devices import pick_device
 from chgval.training.evaluation import evaluate
 from chgval.training.records import EpochRecord, PlainRecord
 from chgval.valuation.closed_form import Factors, chg_values
@@ -424,7 +423,7 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(given.data, given.test, given.small, given.arch, given.selection_epochs)
     results = Results()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else str(pick_device("cpu"))
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     results.add("machine", name, f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     for section in given.only:
         started = time.perf_counter()

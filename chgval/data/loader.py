@@ -226,8 +226,7 @@ class MemoryLoader:
 
     def _take(self, indices_B: Tensor, near_B: Tensor) -> Tensor:
         """Return the contents of rows, which are given on the host and on the device, on the device."""
-        is_near = isinstance(self._contents, Tensor) and self._contents.device == near_B.device
-        contents_B = _rows(self._contents, near_B if is_near else indices_B)
+        contents_B = _rows(self._contents, indices_B if self._pins else near_B)
         # torch keeps pinned memory that it is done with for the next batch, which so waits for nothing.
         return (contents_B.pin_memory() if self._pins else contents_B).to(self._device, non_blocking=True)
 

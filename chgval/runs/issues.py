@@ -246,20 +246,11 @@ def _find(report: Report, source: Format, tested: _TestSet | None, config: Issue
         raise SettingsError(
             f"--quality: looks at images, and {source.source} holds embeddings; leave it out."
         )
-    num_rows, labels_N, notes = len(report), report.integers("label"), []
+    num_rows, labels_N = len(report), report.integers("label")
     features_ND = _features(report, source, config)
     compared = _compare(source, num_rows, features_ND, tested)
     test_ids = [] if tested is None else tested.ids
-    factor_N = np.full(num_rows, np.nan)
-    if features_ND is None:
-        notes.append(
-            "outliers were not looked for: the run kept no features. Value with --write-features, or pass "
-            "--features."
-        )
-    else:
-        factor_N = outlier_factors(features_ND)
-        if not np.isfinite(factor_N).any():
-            notes.append("outliers were not looked for: too few samples have features.")
+    factor_N, notes = _outliers(features_ND, num_rows)
     group_N = groups_of(compared.pairs, num_rows)
     conflict_N = other_labels(group_N, labels_N)
     leak_N, leak_similarity_N = _best(compared.leaks, num_rows)
@@ -320,6 +311,16 @@ def _find(report: Report, source: Format, tested: _TestSet | None, config: Issue
             for row, other in zip(doubled, conflict_N[doubled], strict=True)
         ],
     )
+
+
+def _outliers(features_ND: NDArray[np.floating] | None, num_rows: int) -> tuple[FloatArray, list[str]]:
+    """Return the outlier factor of each row, NaN where there is none, and a note where none has one."""
+    reason = "the run kept no features. Value with --write-features, or pass --features."
+    factor_N = np.full(num_rows, np.nan)
+    if features_ND is not None:
+        factor_N = outlier_factors(features_ND)
+        reason = "too few samples have features."
+    return factor_N, [] if np.isfinite(factor_N).any() else [f"outliers were not looked for: {reason}"]
 
 
 def _features(report: Report, source: Format, config: IssuesConfig) -> NDArray[np.floating] | None:

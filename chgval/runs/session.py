@@ -315,9 +315,9 @@ def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
 
 def _device_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     """Say why a GPU that is there is not used."""
-    if train.device != "auto" or run.device == pick_device("auto"):
-        return []
     fastest = pick_device("auto")
+    if train.device != "auto" or run.device == fastest:
+        return []
     return [("device", f"{run.device}, done before {fastest} would be ready; --device {fastest} takes that")]
 
 

@@ -319,7 +319,7 @@ def _is_float32_exact() -> bool:
 
 
 class _RowSquares:
-    """Squared norms of rows, in float64, of chunks that are not larger than the first two."""
+    """Squared norms of rows, in float64."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.float64)
