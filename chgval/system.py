@@ -18,6 +18,7 @@ from pathlib import Path
 END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What a container is limited to.
 CGROUPS = Path("/sys/fs/cgroup")
+CPU_INFO = Path("/proc/cpuinfo")
 # Positions in files are the process's: threads that read take turns.
 _file_lock = threading.Lock()
 
@@ -72,6 +73,20 @@ def _words(path: Path, count: int) -> list[int | None]:
         words = []
     numbers = [int(word) if word.lstrip("-").isdigit() else None for word in words[:count]]
     return [*numbers, *[None] * (count - len(numbers))]
+
+
+def has_amx(cpu_info: Path = CPU_INFO) -> bool:
+    """Say whether the processor multiplies matrices of bfloat16 by itself; no where the system does not say.
+
+    Args:
+        cpu_info: where Linux tells of processors.
+    """
+    try:
+        lines = cpu_info.read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return "amx_bf16" in flags
 
 
 def wait_without_spinning() -> None:

@@ -31,11 +31,13 @@ from chgval.runs.embedding import embedded_dataset
 from chgval.system import usable_cores
 from chgval.training.devices import (
     AUTOCAST,
+    SMALL_IMAGE,
     SMALL_PIXELS,
     SMALL_PRODUCTS,
     Precision,
     choose_precision,
     device_settings,
+    gains_from_amx,
     has_room,
     pick_device,
 )
@@ -59,8 +61,6 @@ SHOWN_PROBLEMS = 5
 ACCUMULATOR_MEMORY_SHARE = 0.25
 # An epoch that takes so many times as long as the fastest one is told.
 SLOWNESS = 3
-# Side of images in pixels up to which one thread is as fast as two.
-SMALL_IMAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,13 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    precision = choose_precision(train.precision, device.type, capability, has_batch_norm=has_batch_norm)
+    precision = choose_precision(
+        train.precision,
+        device.type,
+        capability,
+        has_batch_norm=has_batch_norm,
+        gains_on_cpu=gains_from_amx(model, 0 if is_embedding else dataset.input_size),
+    )
     model.backbone_dtype = AUTOCAST.get(precision)
     recipe = choose_recipe(
         train,

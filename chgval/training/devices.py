@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import nn
 
 from chgval.data.loader import free_memory
 from chgval.errors import SettingsError
+from chgval.system import has_amx
 
 # What a backbone computes in. In tf32, convolutions round their inputs to 11 bits.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -19,6 +21,8 @@ WITH_FLOAT16, WITH_BFLOAT16 = (7, 0), (8, 0)
 # So much is done on a CPU of two cores in the time in which a GPU gets ready (5 s): pixels of images that a
 # ResNet-8 learns from, and multiply-adds of a linear model on embeddings.
 SMALL_PIXELS, SMALL_PRODUCTS = 5e6, 2e10
+# Side of images in pixels up to which neither more threads nor AMX make a step faster.
+SMALL_IMAGE = 16
 # Of what CUDA and its libraries say where there is no memory, besides torch.OutOfMemoryError.
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine to execute this computation")
 
@@ -45,18 +49,25 @@ def pick_device(name: str, *, is_small: bool = False) -> torch.device:
 
 
 def choose_precision(
-    name: str, device_type: str, capability: tuple[int, int] | None, *, has_batch_norm: bool
+    name: str,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    *,
+    has_batch_norm: bool,
+    gains_on_cpu: bool,
 ) -> Precision:
     """Return what a backbone computes in.
 
     On GPUs that can, networks with batch normalisation take float16: it has three bits more than bfloat16,
     and cuDNN normalises it several times as fast. The others take bfloat16, whose range no activation leaves.
+    CPUs take bfloat16 where that is known to be faster, else float32.
 
     Args:
         name: as the user says; auto chooses.
         device_type: cpu, cuda or mps.
         capability: compute capability of a CUDA device.
         has_batch_norm: whether the network normalises over batches.
+        gains_on_cpu: whether this processor computes the network faster in bfloat16 (`gains_from_amx`).
     Raises:
         SettingsError: the device cannot.
     """
@@ -71,11 +82,23 @@ def choose_precision(
         preferred: list[Precision] = ["float16", "bfloat16"] if has_batch_norm else ["bfloat16", "float16"]
         return next((precision for precision in preferred if precision in can), "float32")
     if name == "auto":
-        return "float32"
+        return "bfloat16" if device_type == "cpu" and gains_on_cpu else "float32"
     found = next((precision for precision in can if precision == name), None)
     if found is None:
         raise SettingsError(f"--precision {name}: this {device_type} device has only {', '.join(can)}.")
     return found
+
+
+def gains_from_amx(network: nn.Module, image_size: int) -> bool:
+    """Say whether this processor computes steps of a network on images faster in bfloat16.
+
+    It does if it has AMX and the network is one of plain convolutions and batch normalisation, as ResNets
+    are. Without AMX, conversions take more than AVX512_BF16 saves; so they do in depthwise convolutions.
+    """
+    modules = list(network.modules())
+    normalises = any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    is_depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
+    return normalises and not is_depthwise and image_size > SMALL_IMAGE and has_amx()
 
 
 def has_room(device: torch.device, num_bytes: int, share: float) -> bool:

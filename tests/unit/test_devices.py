@@ -8,10 +8,12 @@ from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings, PixelImages
 from chgval.errors import SettingsError
 from chgval.runs.session import device_for, make_valuing, prepare, prepared, read_dataset, settings_shown
+from chgval.training import devices
 from chgval.training.devices import choose_precision, device_settings, has_room, pick_device
 from chgval.training.loop import Trainer
 from chgval.training.models import SplitModel
 from chgval.training.records import EpochRecord, PlainRecord
+from tests.pictures import write_folder
 from tests.recorded_graph import replace_cuda
 
 
@@ -78,7 +80,8 @@ def test_that_a_gpu_is_not_used_is_told(a_gpu):
 @pytest.mark.parametrize(
     ("name", "device", "capability", "batch_norm", "expected"),
     [
-        ("auto", "cpu", None, True, "float32"),
+        ("auto", "cpu", None, True, "bfloat16"),
+        ("float32", "cpu", None, True, "float32"),
         ("auto", "mps", None, True, "float32"),
         ("auto", "cuda", (9, 0), True, "float16"),
         ("auto", "cuda", (9, 0), False, "bfloat16"),
@@ -91,7 +94,28 @@ def test_that_a_gpu_is_not_used_is_told(a_gpu):
     ],
 )
 def test_numbers_are_those_that_the_device_has(name, device, capability, batch_norm, expected):
-    assert choose_precision(name, device, capability, has_batch_norm=batch_norm) == expected
+    found = choose_precision(name, device, capability, has_batch_norm=batch_norm, gains_on_cpu=True)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "arch", "size", "expected"),
+    [
+        (True, "resnet8", 32, "bfloat16"),
+        (True, "resnet18", 24, "bfloat16"),
+        (True, "resnet8", 16, "float32"),
+        (True, "mobilenet_v3_small", 32, "float32"),  # convolutions of a channel each
+        (True, "vgg11", 32, "float32"),  # no batch normalisation
+        (False, "resnet8", 32, "float32"),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_is_faster(tmp_path, monkeypatch, has_amx, arch, size, expected):
+    monkeypatch.setattr(devices, "has_amx", lambda: has_amx)
+    data = DataConfig(source=str(write_folder(tmp_path / "images", 8, size)))
+    config = TrainConfig(epochs=1, arch=arch, device="cpu")
+    with prepared(data, config, read_dataset(data, config)) as run:
+        assert run.precision == expected
+        assert (run.model.backbone_dtype == torch.bfloat16) is (expected == "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +129,7 @@ def test_numbers_are_those_that_the_device_has(name, device, capability, batch_n
 )
 def test_numbers_that_a_device_has_not_are_refused(name, device, capability, has):
     with pytest.raises(SettingsError, match=f"--precision {name}: this {device} device has only {has}"):
-        choose_precision(name, device, capability, has_batch_norm=True)
+        choose_precision(name, device, capability, has_batch_norm=True, gains_on_cpu=True)
 
 
 def test_settings_of_cudnn_are_put_back():
