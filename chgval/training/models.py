@@ -7,7 +7,9 @@ layer itself. So nothing needs hooks, and the head can run in float32 while the 
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext, suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -372,7 +374,8 @@ def _fetched(arch: str, name: str) -> dict[str, Tensor]:
     if arch.startswith(TIMM_PREFIX):
         timm = timm_library(arch)
         try:
-            network = timm.create_model(arch.removeprefix(TIMM_PREFIX), pretrained=True)
+            with _quiet_retries():
+                network = timm.create_model(arch.removeprefix(TIMM_PREFIX), pretrained=True)
         except Exception as error:  # of whatever timm fetches with
             raise ModelError(
                 f"--weights {name}: cannot be fetched ({first_line(error)}). Where there is a network, save "
@@ -391,6 +394,19 @@ def _fetched(arch: str, name: str) -> dict[str, Tensor]:
             f"a network, and put it at {here}, or pass it as --weights."
         ) from error
     return state
+
+
+@contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """Say nothing of each attempt to fetch: where the last one fails, one message says so."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity  # what timm fetches with
+
+    before = get_verbosity()
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def _fit_weights(

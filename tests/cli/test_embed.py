@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from logging import WARNING
 
 import numpy as np
 import pandas as pd
@@ -205,6 +206,26 @@ def test_wrong_networks_are_named(photos, tmp_path, monkeypatch, args, code, mes
         pytest.importorskip("timm", reason="timm is not installed")
     assert result.exit_code == code and message in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_attempts_to_fetch_are_not_told_one_by_one(photos, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from huggingface_hub.utils import logging
+
+    create_model, is_told = timm.create_model, []
+
+    def create(*args: object, pretrained: bool = False, **options: object) -> object:
+        if not pretrained:
+            return create_model(*args, **options)
+        is_told.append(logging.get_logger("huggingface_hub.http").isEnabledFor(WARNING))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    before = logging.get_verbosity()
+    args = ("--arch", "timm/resnet10t", "--weights", "DEFAULT", "-o", tmp_path / "e.parquet")
+    result = invoke("embed", photos / "photos", *args)
+    assert result.exit_code == 1 and "cannot be fetched (no route to host)" in result.stderr
+    assert is_told == [False] and logging.get_verbosity() == before
 
 
 def test_features_of_unreadable_images_are_unknown(photos, tmp_path):

@@ -826,7 +826,8 @@ def test_missing_columns_name_those_that_exist(tmp_path):
         read(path, label_columns=("emb",))
     pq.write_table(pa.table({"emb": [[1.0], [2.0]], "label": [0, 1]}), tmp_path / "e.parquet")
     with pytest.raises(
-        DataError, match="no image column found; columns are emb, label; pass --features-column emb"
+        DataError,
+        match=r"columns are emb, label; 'emb' holds embeddings: value, .* take --features-column emb\.",
     ):
         read(tmp_path / "e.parquet")
     pq.write_table(pa.table({"image": [png()], "emb": [[1.0]]}), tmp_path / "f.parquet")

@@ -75,7 +75,8 @@ def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
     if of_bytes:
         advice = f"'{of_bytes[0]}' holds lists of bytes; write encoded images as binary"
     elif lists:
-        advice = f"pass --features-column {lists[0]} to value embeddings"
+        named = f"--features-column {lists[0]}"
+        advice = f"'{lists[0]}' holds embeddings: value, detect-noise, select and train take {named}"
     raise DataError(f"{source}: no image column found; {_columns_are(schema)}; {advice}.")
 
 
