@@ -44,22 +44,38 @@ class Decisions:
         return {word: int((self.word_N == word).sum()) for word in WORDS}
 
 
-def read_decisions(
-    source: str, ids: Sequence[str], labels_N: IntArray, class_names: Sequence[str], dataset: str
-) -> Decisions:
-    """Read decisions about a dataset.
+def read_decisions(source: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Return a table of decisions, and its metadata (empty for CSV and JSON lines).
 
     Args:
-        source: the table; "-" is standard input.
+        source: a file, or "-" for standard input.
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    return read_table(source, kind=DECISIONS)
+
+
+def match_decisions(
+    table: pa.Table,
+    source: str,
+    ids: Sequence[str],
+    labels_N: IntArray,
+    class_names: Sequence[str],
+    dataset: str,
+) -> Decisions:
+    """Find the rows of a dataset that decisions are about.
+
+    Args:
+        table: of decisions.
+        source: where it was read.
         ids: of all rows of the dataset.
         labels_N: their classes now, shape (N,); -1 where unknown.
         class_names: of the dataset.
         dataset: what messages call it.
     Raises:
-        DataError: the table cannot be read, or a decision is none, or about a row that is not there, has
-            another label now, or was decided before.
+        DataError: a decision is none, or about a row that is not there, has another label now, or was
+            decided before; a column is no text.
     """
-    table, _ = read_table(source, kind=DECISIONS)
     name = report_name(source)
     table = _with_texts(table, name)
     rows_of: dict[str, list[int]] = {}

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from chgval.config import STANDARD_STREAM, ApplyConfig, DataConfig
+from chgval.config import ApplyConfig, DataConfig
 from chgval.data.formats import format_of
 from chgval.data.formats.base import KnownRows, ListedRows, RowChanges
 from chgval.data.open import check_not_read, check_rewritable
 from chgval.errors import DataError
 from chgval.files import check_apart, locked
-from chgval.reports.decisions import Decisions, read_decisions
-from chgval.reports.files import check_output, dataset_of, read_table, write_table
-from chgval.reports.tables import DECISIONS, LABELS_SCHEMA
+from chgval.reports.decisions import Decisions, match_decisions, read_decisions
+from chgval.reports.files import check_output, dataset_of, write_table
+from chgval.reports.tables import LABELS_SCHEMA
 from chgval.runs.rewriting import write_changed
 
 
@@ -42,7 +43,8 @@ def run_apply(config: ApplyConfig) -> Applied:
         ChgvalError: decisions or dataset cannot be read, do not fit each other, or an output is in the way.
     """
     with locked(*config.outputs):
-        source = format_of(_data_of(config))
+        table, metadata = read_decisions(config.source)
+        source = format_of(_data_of(config, metadata))
         if config.labels_only:
             check_output(config.labels, *config.inputs)
             check_not_read(source, config.labels)
@@ -51,16 +53,18 @@ def run_apply(config: ApplyConfig) -> Applied:
             check_rewritable(source, config.target, overwrite=config.overwrite, link=config.link or "copy")
         check_output(config.kept_decisions, *config.inputs)
         rows = source.listed()
-        decisions = read_decisions(config.source, rows.ids, rows.labels_N, rows.class_names, source.source)
+        decisions = match_decisions(
+            table, config.source, rows.ids, rows.labels_N, rows.class_names, source.source
+        )
         if rows.has_annotators and (decisions.new_labels_N >= 0).any():
             raise DataError(
                 f"{config.source}: relabels rows of {source.source}, each of which has labels of several "
                 "annotators; none of them stands for all. Drop or keep such rows."
             )
         if config.labels_only:
-            table = _labels(rows, decisions)
-            write_table(config.labels, table)
-            num_written = table.num_rows
+            labels = _labels(rows, decisions)
+            write_table(config.labels, labels)
+            num_written = labels.num_rows
         else:
             changes = RowChanges(decisions.kept_N, decisions.new_labels_N)
             known = KnownRows(rows.ids, rows.labels_N)
@@ -69,12 +73,9 @@ def run_apply(config: ApplyConfig) -> Applied:
         return Applied(num_rows=len(rows.ids), num_written=num_written, counts=decisions.counts())
 
 
-def _data_of(config: ApplyConfig) -> DataConfig:
+def _data_of(config: ApplyConfig, metadata: dict[str, Any]) -> DataConfig:
     """Return how to read the dataset: as the user says, or as it was read for the table of decisions."""
-    if config.data.names_columns or config.source == STANDARD_STREAM:
-        return config.data
-    _, metadata = read_table(config.source, kind=DECISIONS)
-    if "settings" not in metadata:
+    if config.data.names_columns or "settings" not in metadata:
         return config.data
     known = dataset_of(metadata, config.source)
     return dataclasses.replace(known, source=config.dataset, split=config.split or known.split, features=None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chgval import progress
 from chgval.config import ManifestOutput, SelectConfig
 from chgval.errors import DataError, SettingsError
-from chgval.reports.decisions import DROP, KEEP, RELABEL, read_decisions
+from chgval.reports.decisions import DROP, KEEP, RELABEL, match_decisions, read_decisions
 from chgval.reports.files import (
     read_table,
     report_name,
@@ -175,7 +175,8 @@ def _dropped_by(source: str, report: Report, flagged_N: NDArray[np.bool_]) -> ND
     What they relabelled is left out too: its value is that of the label that it had.
     """
     ids, labels_N = list(report["id"]), report.integers("label")
-    decisions = read_decisions(source, ids, labels_N, report.class_names, "the report")
+    table, _ = read_decisions(source)
+    decisions = match_decisions(table, source, ids, labels_N, report.class_names, "the report")
     left_out_N: NDArray[np.bool_] = np.isin(decisions.word_N.astype(str), (DROP, RELABEL))
     left_out_N |= flagged_N & (decisions.word_N != KEEP)
     return left_out_N

@@ -22,7 +22,7 @@ from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError, first_few
 from chgval.files import output_errors
 from chgval.interruption import interruptible
-from chgval.reports.decisions import read_decisions
+from chgval.reports.decisions import match_decisions, read_decisions
 from chgval.reports.files import read_table, report_name
 from chgval.reports.tables import MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
@@ -196,7 +196,10 @@ def as_decided(dataset: Dataset, source: str) -> Dataset:
     Raises:
         DataError: the decisions cannot be read, or are about another dataset.
     """
-    decisions = read_decisions(source, dataset.ids, dataset.labels_N, dataset.class_names, dataset.source)
+    table, _ = read_decisions(source)
+    decisions = match_decisions(
+        table, source, dataset.ids, dataset.labels_N, dataset.class_names, dataset.source
+    )
     labels_N = np.where(decisions.new_labels_N >= 0, decisions.new_labels_N, dataset.labels_N)
     return dataclasses.replace(dataset, labels_N=np.where(decisions.kept_N, labels_N, -1))
 
