@@ -54,7 +54,7 @@ class NesterovSGD:
                 stay as they are.
         """
         moved = [
-            (parameter, gradient, momentum)
+            (parameter, _laid_out_as(parameter, gradient), momentum)
             for parameter, momentum in zip(self._parameters, self._momenta, strict=True)
             if (gradient := parameter.grad) is not None
         ]
@@ -85,6 +85,17 @@ class NesterovSGD:
         """Resume from the state of another optimizer of the same weights."""
         for momentum, kept in zip(self._momenta, state.values(), strict=True):
             momentum.copy_(kept)
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with the strides of its weights: fused kernels on CUDA devices refuse others.
+
+    Autograd keeps strides alike, but for sides of one, as those of 1x1 convolutions are; torch.compile
+    gives these others.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class LossScale:

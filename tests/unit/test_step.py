@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from chgval.data.loader import Batch
+from chgval.training import optimizers
 from chgval.training.graph import WARM_UP_STEPS, CapturedSteps
 from chgval.training.models import InputShape, build_model
 from chgval.training.optimizers import LossScale, NesterovSGD
@@ -205,6 +206,33 @@ def test_the_first_bad_loss_of_an_epoch_is_told():
     sums.clear()
     sums.load_state_dict(sums.after(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1)))
     assert sums.read().bad_step == 0
+
+
+def test_gradients_have_the_strides_of_their_weights(monkeypatch):
+    """As the kernels of CUDA devices want them; those of 1x1 convolutions come with others at times."""
+    seen = []
+
+    def watched(parameters, gradients, momenta, **settings):
+        seen.append([[tensor.stride() for tensor in group] for group in (parameters, gradients, momenta)])
+        sgd(parameters, gradients, momenta, **settings)
+
+    sgd = optimizers.sgd
+    monkeypatch.setattr(optimizers, "sgd", watched)
+    torch.manual_seed(0)
+    model = nn.Conv2d(4, 3, 1).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    ours = NesterovSGD(model.parameters(), recipe(), CPU)
+    ours.lr.fill_(0.1)
+    for _ in range(3):
+        gradient = torch.randn(3, 4, 1, 1)
+        assert gradient.stride() != model.weight.stride()
+        for layer in (model, plain):
+            layer.weight.grad, layer.bias.grad = gradient.clone(), torch.ones(3)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(model.weight, plain.weight)
+    assert all(parameters == gradients == momenta for parameters, gradients, momenta in seen)
 
 
 def test_float16_with_a_scaled_loss_trains_as_with_the_scaler_of_torch():
