@@ -1,6 +1,6 @@
 """How fast images are decoded on all cores, against one: small ones once, large ones at each use.
 
-    python benchmarks/decoding.py --work FOLDER [--images 8000] [--large 1200]
+    python benchmarks/decoding.py --work FOLDER [--images 24000] [--large 9000]
 
 Writes JPEG images of 32 and 224 pixels as class folders and as Parquet, and reads them with chgval as a run
 does. One core is a plain loop over the same decoder, in this process. The last line is an epoch of
@@ -102,8 +102,8 @@ def epoch_of_torchvision(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=8000)
-    parser.add_argument("--large", type=int, default=1200)
+    parser.add_argument("--images", type=int, default=24_000)
+    parser.add_argument("--large", type=int, default=9000)
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     small_folder, small_table = write(options.work, 32, options.images)

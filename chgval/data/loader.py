@@ -429,21 +429,27 @@ class _Collate:
         good = [(row, pixels) for row, pixels in samples if not isinstance(pixels, str)]
         problems = {row: reason for row, reason in samples if isinstance(reason, str)}
         indices_B = np.array([row for row, _ in good], dtype=np.int64)
+        if not good:
+            return _DecodedBatch(indices_B, _NO_PIXELS, problems)
         # In the order in which images lie in memory, and in which networks take them: colours innermost.
-        stacked_BSS3 = np.stack([pixels.transpose(1, 2, 0) for _, pixels in good]) if good else _NO_PIXELS
-        return _DecodedBatch(indices_B, self._placed(stacked_BSS3), problems)
+        images_SS3 = [pixels.transpose(1, 2, 0) for _, pixels in good]
+        shared_BSS3 = self._room((len(good), *images_SS3[0].shape))
+        if shared_BSS3 is None:
+            return _DecodedBatch(indices_B, np.stack(images_SS3), problems)
+        np.stack(images_SS3, out=shared_BSS3.numpy())
+        return _DecodedBatch(indices_B, shared_BSS3, problems)
 
-    def _placed(self, pixels_BSS3: Pixels) -> Pixels | Tensor:
+    def _room(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Return shared memory for uint8 pixels; None where it is not wanted, or there is none."""
         if not self._shares:
-            return pixels_BSS3
+            return None
         # Here, as a tensor that torch finds no room for when it is sent is waited for for ever.
-        shared_BSS3 = torch.from_numpy(pixels_BSS3)
+        room = torch.empty(shape, dtype=torch.uint8)
         try:
-            shared_BSS3.share_memory_()  # type: ignore[no-untyped-call]
+            return room.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
         except (OSError, RuntimeError):
             self._shares = False  # torch leaves a file open at each failure
-            return pixels_BSS3
-        return shared_BSS3
+            return None
 
 
 def _can_share(num_bytes: int) -> bool:
