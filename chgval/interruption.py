@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -116,7 +117,12 @@ def starting_workers() -> Iterator[None]:
 
 
 def end_with_parent(_: int) -> None:
-    """Leave it to the parent what a signal to all means, and end with the parent (as `worker_init_fn`)."""
+    """Make a new process a worker: its parent says what signals mean, and it ends with its parent.
+
+    Called as `worker_init_fn`, too.
+    """
+    # What the parent left behind is not freed here: graphs on a GPU, which a forked process must not touch.
+    gc.freeze()
     for signum in END_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     ignore_warnings()  # a process that was started anew does not inherit what is ignored

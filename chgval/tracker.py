@@ -134,6 +134,8 @@ class Tracker:
     ) -> None:
         """Take in one batch of a training step. Copies only; waits for nothing on the device.
 
+        Unknown labels on a CUDA device are the exception; pass the labels on the host then.
+
         Args:
             indices: which samples these are, from 0, shape (B,).
             logits: what the model returned for them, shape (B, C). Default: what the head returned last.
@@ -275,8 +277,10 @@ class Tracker:
             )
         if not self._all_labelled:
             labelled_B = self._labels_N[rows_B.to(self._labels_N.device)] >= 0
+            positions_K = labelled_B.nonzero()[:, 0]  # waits for a device only if the labels are there
             rows_B, logits, features = (
-                part[labelled_B.to(part.device)] for part in (rows_B, logits, features)
+                part[positions_K.to(part.device, non_blocking=part.device.type == "cuda")]
+                for part in (rows_B, logits, features)
             )
         return rows_B, logits, features
 

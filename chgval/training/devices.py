@@ -116,6 +116,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
+def without_search() -> Iterator[None]:
+    """Let cuDNN take the kernels that it thinks best, for passes too short to earn a search back."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+@contextmanager
 def device_settings(device: torch.device, precision: Precision) -> Iterator[None]:
     """Let cuDNN take the fastest kernels for the shapes that it sees, and TF32 only where it is wanted."""
     if device.type != "cuda":

@@ -5,9 +5,10 @@ Source of the technique: https://docs.pytorch.org/docs/stable/notes/cuda.html#cu
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -90,6 +91,7 @@ class CapturedSteps:
         """Free all graphs; they are captured anew."""
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         self._num_seen: Counter[tuple[int, bool]] = Counter()
+        self._latest: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
 
     def _made_plainly(self, batch: Batch, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -128,11 +130,26 @@ class CapturedSteps:
     def _capture(self, batch: Batch, weights_B: Tensor | None) -> _Captured:
         fixed = Batch(batch.indices_B.clone(), batch.inputs_B.clone(), batch.labels_B.clone())
         fixed_weights_B = None if weights_B is None else weights_B.clone()
-        graph = torch.cuda.CUDAGraph()
+        # Kept where this fails: torch's allocators may still point to it.
+        self._latest = graph = torch.cuda.CUDAGraph()
         # Threads that pin memory for the next batches go on meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with _nothing_collected(), capture:
             outputs = self._step(fixed, fixed_weights_B)
         return _Captured(graph, fixed, fixed_weights_B, outputs)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect garbage before the block and none in it: a graph of an earlier run would end the capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

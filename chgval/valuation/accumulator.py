@@ -132,7 +132,8 @@ class ValueAccumulator:
             self._take_in(indices_B, logits_BC.detach(), features_BD.detach())
 
     def _take_in(self, indices_B: Tensor, logits_BC: Tensor, features_BD: Tensor) -> None:
-        indices_B = indices_B.to(self.device)
+        # Of a batch that a loader made on the host.
+        indices_B = indices_B.to(self.device, non_blocking=self.device.type == "cuda")
         self._logits_NC.index_copy_(0, indices_B, logits_BC.to(self.device, torch.float32))
         self._features_ND.index_copy_(0, indices_B, features_BD.to(self.device, torch.float32))
         self._seen_N.index_fill_(0, indices_B, True)

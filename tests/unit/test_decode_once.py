@@ -1,5 +1,6 @@
 """Small images decoded on all cores: by processes, by threads, and one by one."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from chgval.data.decode_once import as_it_is, decode_once
 from chgval.data.images import ImageFiles, content_digest
 from chgval.data.pixel_file import PixelFile
 from chgval.errors import DataError
-from chgval.interruption import Interrupted
+from chgval.interruption import Interrupted, end_with_parent
 from tests.pictures import write_folder
 
 SIZE = 12
@@ -123,3 +124,34 @@ def test_what_processes_decode_at_a_time_has_a_limit_together():
     assert events.index("first ends") < events.index("second begins")
     with shared.taking(10**9):  # all units were given back
         pass
+
+
+class LeftBehind:
+    """Garbage in a cycle, that writes down which process frees it."""
+
+    def __init__(self, path):
+        self.itself, self.path = self, path
+
+    def __del__(self):
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def work_and_collect():
+    end_with_parent(0)
+    gc.collect()
+
+
+def test_workers_free_nothing_that_their_parent_left(tmp_path):
+    """A forked process must not touch what a GPU holds, such as the graphs of a run that was given up."""
+    gc.disable()
+    try:
+        LeftBehind(tmp_path / "freed")
+        worker = multiprocessing.get_context("fork").Process(target=work_and_collect)
+        worker.start()
+        worker.join(60)
+        assert worker.exitcode == 0
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "freed").read_text().split() == [str(os.getpid())]

@@ -1,6 +1,7 @@
 """The training step as a function: captured and replayed, out of memory, and in float16."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -111,6 +112,41 @@ def test_what_cannot_be_captured_is_made_plainly_and_says_why(monkeypatch):
     assert_same(captured.train(steps), plain.train(plain.make))
     torch.testing.assert_close(captured.state(), plain.state(), rtol=0, atol=0)
     assert steps.failure == NOT_PERMITTED
+
+
+class Abandoned:
+    """Garbage as a run leaves it that was given up: in a cycle, and with a graph that CUDA frees."""
+
+    def __init__(self, freed):
+        self.itself, self.freed = self, freed
+
+    def __del__(self):
+        self.freed.append(torch.utils._python_dispatch._get_current_dispatch_mode() is not None)
+
+
+def test_no_graph_of_an_earlier_run_is_freed_during_a_capture(monkeypatch):
+    """It would end the capture. The step makes so much garbage that Python would collect it."""
+    replace_cuda(monkeypatch)
+    freed = []
+
+    def step(batch, weights_B):
+        Abandoned(freed)
+        assert len([[] for _ in range(5000)]) == 5000
+        return torch.zeros(len(batch.indices_B), 3), torch.zeros(len(batch.indices_B), 2)
+
+    steps = CapturedSteps(step, CPU)
+    rows_B = torch.arange(4)
+    batch = Batch(rows_B, torch.zeros(4, 3), rows_B)
+    before = gc.get_threshold()
+    gc.set_threshold(100, 2, 2)
+    try:
+        for _ in range(2 * WARM_UP_STEPS):
+            steps(batch, None)
+    finally:
+        gc.set_threshold(*before)
+    assert steps.failure is None and gc.isenabled()
+    gc.collect()
+    assert len(freed) == WARM_UP_STEPS + 1 and not any(freed)
 
 
 def test_without_memory_to_capture_the_step_is_for_the_caller_to_split(monkeypatch):
