@@ -9,7 +9,8 @@ chgval itself does. Without a CUDA device it runs on the CPU, for a trial: add -
 Parts: tests (those marked cuda), epochs (none, online, exact, interleaved), rates (images a second by batch
 size, plain, captured and compiled, and by precision), busy (share of the time that kernels run), value (a
 whole run), digits (both devices), closed-form, memory (against --plan), selection. `--only PART ...` runs
-some. Each part that fails is told, and the others go on.
+some. Each part that fails is told, and the others go on; none begins after seven minutes. Parts that could
+leave the device in a bad state have a process of their own.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +38,8 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.value_parts import PARTS, run_once
+from value_parts import PARTS, run_once
+
 from chgval.config import DataConfig, TrainConfig, TrainingConfig, ValueConfig
 from chgval.data.dataset import Dataset, PixelImages
 from chgval.data.open import open_dataset
@@ -45,7 +49,8 @@ from chgval.runs.session import Run, make_trainer, make_valuing, prepared
 from chgval.runs.train import ready_for
 from chgval.training import graph
 from chgval.training.evaluation import evaluate
-from chgval.training.records import EpochRecord, PlainRecord
+from chgval.training.loop import Trainer
+from chgval.training.records import EpochRecord, PlainRecord, Record, SplitRecord
 from chgval.valuation.closed_form import Factors, chg_values
 from tests.cuda_checks import CHECKS
 from tests.pictures import write_folder
@@ -53,6 +58,14 @@ from tests.pictures import write_folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NOISE, FRACTION = 0.3, 0.3
 STRATEGIES = ("chg", "gradient", "auto", "adaptive-random")
+# Of a step, to time it.
+NUM_REPLAYS = 50
+# Rows that the bars of epochs are about.
+NUM_ROWS = 50_000
+# Seconds after which no part begins, and that a process may take.
+LAST_BEGINNING, LONGEST = 420, 120
+# An error in the first, and what the profiler leaves of the second, would spoil what follows.
+ISOLATED = ("tests", "busy")
 
 
 @dataclasses.dataclass
@@ -71,16 +84,34 @@ class Options:
 
 
 class Results:
-    """Rows of the table, printed as they come."""
+    """Rows of the table, printed and written as they come.
 
-    def __init__(self) -> None:
+    Args:
+        output: JSON file, if any.
+    """
+
+    def __init__(self, output: Path | None) -> None:
         self.rows: list[tuple[str, str, str, str]] = []
+        self._output = output
         self._console = Console(width=110)
+        self._started = time.perf_counter()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing long should begin any more."""
+        return time.perf_counter() - self._started > LAST_BEGINNING
 
     def add(self, part: str, what: str, found: str, bar: str = "") -> None:
         """Print a row, and keep it for the table."""
-        self.rows.append((part, what, found, bar))
         print(f"{part:<12} {what:<48} {found}{f'   (bar {bar})' if bar else ''}", flush=True)
+        self.take(part, what, found, bar)
+
+    def take(self, *row: str) -> None:
+        """Keep a row that was printed already."""
+        part, what, found, bar = row
+        self.rows.append((part, what, found, bar))
+        if self._output is not None:
+            self._output.write_text(json.dumps(self.rows, indent=1))
 
     def show(self) -> None:
         """Print the table."""
@@ -168,15 +199,18 @@ def epoch_times(options: Options, results: Results) -> None:
             run = stack.enter_context(prepared(config.data, config.train, dataset))
             config = dataclasses.replace(config, mode="online" if mode == "none" else mode)
             trainer = make_trainer(run) if mode == "none" else make_valuing(run, config)[2]
-            runs[mode] = trainer.records()
+            runs[mode] = noted(trainer.records(), results, "epochs")
         results.add("epochs", "recipe", described(run))
         times: dict[str, list[float]] = {mode: [] for mode in modes}
         for turn in range(num_epochs + 1):
             for mode in modes[turn % 3 :] + modes[: turn % 3]:
-                spent = seconds(lambda mode=mode: next_epoch(runs[mode], results))
+                spent = seconds(lambda mode=mode: next_epoch(runs[mode]))
                 if turn:
                     times[mode].append(spent)
-    for mode, bar in zip(modes, ("0.75 s", "1.03 x none", "1.45 x none"), strict=True):
+                else:
+                    results.add("epochs", f"{mode}, the first one", f"{spent:.3f} s")
+    bars = (f"{0.75 * len(dataset.usable_rows()) / NUM_ROWS:.2f} s", "1.03 x none", "1.45 x none")
+    for mode, bar in zip(modes, bars, strict=True):
         ratio = statistics.median(a / b for a, b in zip(times[mode], times["none"], strict=True))
         median = statistics.median(times[mode])
         rate = len(dataset.usable_rows()) / median
@@ -188,10 +222,18 @@ def described(run: Run) -> str:
     return f"{run.arch} on {run.device}, {run.precision}, batches of {recipe.batch_size}, lr {recipe.lr:g}"
 
 
-def next_epoch(records: Iterator[object], results: Results) -> None:
+def noted(records: Iterator[Record], results: Results, part: str) -> Iterator[Record]:
+    """Yield what a training tells, and add to the results what makes its figures others than they seem."""
     for record in records:
         if isinstance(record, PlainRecord):
-            results.add("epochs", "steps could not be captured", record.reason)
+            results.add(part, "NOT CAPTURED", record.reason)
+        if isinstance(record, SplitRecord):
+            results.add(part, "OUT OF MEMORY", f"batches are shown in {record.num_parts} parts")
+        yield record
+
+
+def next_epoch(records: Iterator[Record]) -> None:
+    for record in records:
         if isinstance(record, EpochRecord):
             return
 
@@ -204,18 +246,24 @@ def rates(options: Options, results: Results) -> None:
         (size, kind, "auto") for size in sizes for kind in ("plain", "graph")
     ]
     middle = sizes[len(sizes) // 2]
-    precisions = ("float32", "tf32", "bfloat16", "float16") if DEVICE.type == "cuda" else ("bfloat16",)
+    precisions = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("bfloat16",)
     kinds += [(middle, "graph", precision) for precision in precisions]
     kinds += [(middle, "compiled", "auto")] if DEVICE.type == "cuda" else []
     for size, kind, precision in kinds:
         what = f"batches of {size}, {kind}" + ("" if precision == "auto" else f", {precision}")
+        if results.is_late:
+            results.add("rates", what, "left out: no time")
+            continue
         try:
-            results.add("rates", what, f"{rate_of(options, dataset, size, kind, precision):,.0f} images/s")
+            rate = rate_of(options, results, dataset, size, kind, precision)
+            results.add("rates", what, f"{rate:,.0f} images/s")
         except Exception as error:
             results.add("rates", what, f"FAILED: {type(error).__name__}: {str(error)[:60]}")
 
 
-def rate_of(options: Options, dataset: Dataset, size: int, kind: str, precision: str) -> float:
+def rate_of(
+    options: Options, results: Results, dataset: Dataset, size: int, kind: str, precision: str
+) -> float:
     """Images a second, without the first steps, in batches of one size."""
     dataset = dataset.only(dataset.usable_rows()[: len(dataset.usable_rows()) // size * size])
     config = config_of(
@@ -241,7 +289,7 @@ def rate_of(options: Options, dataset: Dataset, size: int, kind: str, precision:
                 started = time.perf_counter()
             return steps >= first + wanted
 
-        for _ in trainer.records(is_stopped):
+        for _ in noted(trainer.records(is_stopped), results, "rates"):
             pass
         synchronise()
         return wanted * size / (time.perf_counter() - started)
@@ -255,11 +303,14 @@ def busy_share(options: Options, results: Results) -> None:
     dataset = images_of(options)
     config = config_of(options, epochs=4)
     with clean_memory(), prepared(config.data, config.train, dataset) as run:
-        records = make_valuing(run, config)[2].records()
-        next_epoch(records, results)
-        unprofiled = seconds(lambda: next_epoch(records, results))
+        trainer = make_valuing(run, config)[2]
+        records = noted(trainer.records(), results, "busy")
+        next_epoch(records)
+        unprofiled = seconds(lambda: next_epoch(records))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            spent = seconds(lambda: next_epoch(records, results))
+            spent = seconds(lambda: next_epoch(records))
+        num_steps = run.loader.num_batches(run.loader.rows)
+        replayed = replay_seconds(trainer)
     spans: list[tuple[float, float]] = []
     by_name: dict[str, float] = {}
     for event in profile.events():
@@ -271,12 +322,31 @@ def busy_share(options: Options, results: Results) -> None:
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, last))
         last = max(last, end)
-    share = busy / 1e6 / unprofiled
-    results.add("busy", "kernels run", f"{share:.1%} of an epoch of {unprofiled:.3f} s", ">= 85 %")
+    share, per_step = busy / 1e6 / unprofiled, len(spans) / num_steps
+    found = f"{share:.1%} of an epoch of {unprofiled:.3f} s, {per_step:,.0f} kernels a step"
+    results.add("busy", "kernels run", found, ">= 85 %")
     results.add("busy", "while profiled", f"{busy / 1e6 / spent:.1%} of an epoch of {spent:.3f} s")
+    if replayed is not None:
+        steps_share = num_steps * replayed / unprofiled
+        found = f"{steps_share:.1%} of an epoch, {1e3 * replayed:.2f} ms a step"
+        results.add("busy", "captured steps alone, without a profiler", found)
     total = sum(by_name.values())
     for name, duration in sorted(by_name.items(), key=lambda item: -item[1])[:8]:
         results.add("busy", name[:46], f"{duration / 1e3:.1f} ms  {duration / total:.1%}")
+
+
+def replay_seconds(trainer: Trainer) -> float | None:
+    """Return what one captured step takes on the device, many in a row; None where none was captured."""
+    graphs = [] if trainer._captured is None else list(trainer._captured._graphs.values())
+    if not graphs:
+        return None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(NUM_REPLAYS):
+        graphs[0].graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / NUM_REPLAYS
 
 
 def whole_value(options: Options, results: Results) -> None:
@@ -287,7 +357,10 @@ def whole_value(options: Options, results: Results) -> None:
     more = ["--epochs", "1", "--arch", "resnet8"] if options.small else []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "values.parquet"
-        found = run_once(options.data, ["--device", str(DEVICE), *more], output)
+        found, said = run_once(options.data, ["--device", str(DEVICE), *more], output, LONGEST)
+        for line in said.splitlines():
+            if "captured" in line or "out of device memory" in line:
+                results.add("value", "said", line)
         for part in PARTS:
             results.add("value", part, f"{found[part]:.2f} s", "30 s" if part == "whole" else "")
         if "clean_label" in pq.read_schema(options.data).names:
@@ -306,7 +379,7 @@ def digits(options: Options, results: Results) -> None:
     """The embedded digits where the user says nothing, and on both devices."""
     more = ["--epochs", "1"] if options.small else []
     for device in dict.fromkeys(("auto", "cpu", DEVICE.type)):
-        found = run_once("builtin:digits", ["--device", device, *more])
+        found, _ = run_once("builtin:digits", ["--device", device, *more], timeout=LONGEST)
         bar = "8 s" if device == "auto" else ""
         results.add(
             "digits", device, f"{found['whole']:.2f} s, of which training {found['training']:.2f}", bar
@@ -344,16 +417,21 @@ def closed_form(options: Options, results: Results) -> None:
 
 def memory(options: Options, results: Results) -> None:
     """What --plan tells of the device against what two epochs took."""
-    dataset, config = images_of(options), config_of(options, epochs=2)
-    with clean_memory(), prepared(config.data, config.train, dataset) as run:
-        told = measure_costs(run, config).device_bytes
-    if told is None:
+    if DEVICE.type != "cuda":
         results.add("memory", "told by --plan", "no CUDA device")
         return
+    dataset, config = images_of(options), config_of(options, epochs=2)
+    taken = 0
+    for _ in range(
+        2
+    ):  # in the first, cuDNN also searches for kernels, which takes memory that --plan does not
+        with clean_memory(), prepared(config.data, config.train, dataset) as run:
+            for _ in noted(make_valuing(run, config)[2].records(), results, "memory"):
+                pass
+            taken = torch.cuda.max_memory_reserved()
+        del run
     with clean_memory(), prepared(config.data, config.train, dataset) as run:
-        for _ in make_valuing(run, config)[2].records():
-            pass
-        taken = torch.cuda.max_memory_reserved()
+        told = measure_costs(run, config).device_bytes or 0
     results.add("memory", "told by --plan", f"{told / 2**20:,.0f} MiB")
     results.add("memory", "taken", f"{taken / 2**20:,.0f} MiB: {told / taken:.2f} x", "within 15 %")
 
@@ -390,7 +468,8 @@ def selection(options: Options, results: Results) -> None:
             every = dataclasses.replace(config, select_every=select_every(config, epochs))
             chooser = Chooser(run, every)
             trainer = make_trainer(run, average=chooser.average, choose=chooser)
-            spent = seconds(lambda trainer=trainer: [None for _ in trainer.records()])
+            records = noted(trainer.records(), results, "selection")
+            spent = seconds(lambda records=records: [None for _ in records])
             test = ready_for(run, config.data, tested)
             accuracy = evaluate(run.model, test.loader, test.labels_N, run.dataset.num_classes).accuracy
             kept = chooser.subset
@@ -411,6 +490,22 @@ SECTIONS: dict[str, Callable[[Options, Results], None]] = {
 }
 
 
+def run_apart(section: str, results: Results) -> None:
+    """Run a part in a process of its own, and take its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.json"
+        command = [sys.executable, *sys.argv, "--only", section, "--output", str(output)]
+        # Graphs and the end of a profiler do not go well together.
+        environment = {**os.environ, "TEARDOWN_CUPTI": "0"}
+        try:
+            subprocess.run(command, check=True, timeout=LONGEST, env=environment)
+        finally:
+            rows = json.loads(output.read_text()) if output.exists() else []
+            for part, *row in rows:
+                if part == section and row[0] != "took":
+                    results.take(part, *row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", help="Parquet file of images to train on")
@@ -422,19 +517,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     options = Options(given.data, given.test, given.small, given.arch, given.selection_epochs)
-    results = Results()
+    results = Results(given.output)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     results.add("machine", name, f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     for section in given.only:
         started = time.perf_counter()
+        if results.is_late:
+            results.add(section, "left out", "no time")
+            continue
         try:
-            SECTIONS[section](options, results)
+            if section in ISOLATED and len(given.only) > 1:
+                run_apart(section, results)
+            else:
+                SECTIONS[section](options, results)
         except Exception as error:
             traceback.print_exc()
             results.add(section, "FAILED", f"{type(error).__name__}: {str(error)[:80]}")
         results.add(section, "took", f"{time.perf_counter() - started:.1f} s")
-        if given.output is not None:
-            given.output.write_text(json.dumps(results.rows, indent=1))
     results.show()
 
 

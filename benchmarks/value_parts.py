@@ -48,8 +48,19 @@ print("PARTS " + json.dumps(seconds))
 """
 
 
-def run_once(source: str, options: list[str], output: Path | None = None) -> dict[str, float]:
-    """Return the seconds of each part of one run, in a process of its own; the report goes to `output`."""
+def run_once(
+    source: str, options: list[str], output: Path | None = None, timeout: float = TIMEOUT
+) -> tuple[dict[str, float], str]:
+    """Make one run, in a process of its own.
+
+    Args:
+        source: the dataset.
+        options: of chgval value.
+        output: where the report goes; None keeps none.
+        timeout: seconds after which the run is given up.
+    Returns:
+        The seconds of each part, and what the run said.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = output or Path(folder) / "values.parquet"
         arguments = [str(time.time()), "value", source, "-o", str(output), *options]
@@ -57,13 +68,13 @@ def run_once(source: str, options: list[str], output: Path | None = None) -> dic
         # Of this checkout, if chgval is not installed.
         places = [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("PARTS ")), None)
     if line is None:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")
     seconds: dict[str, Any] = json.loads(line.removeprefix("PARTS "))
     seconds["rest"] = 2 * seconds["whole"] - sum(seconds.values())
-    return seconds
+    return seconds, done.stderr
 
 
 def main() -> None:
@@ -71,7 +82,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--repetitions", type=int, default=3)
     options, of_value = parser.parse_known_args()
-    runs = [run_once(options.data, of_value) for _ in range(options.repetitions)]
+    runs = [run_once(options.data, of_value)[0] for _ in range(options.repetitions)]
     print("  ".join(f"{part} {statistics.median(run[part] for run in runs):.2f} s" for part in PARTS))
 
 

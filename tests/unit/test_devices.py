@@ -7,10 +7,18 @@ import torch
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings, PixelImages
 from chgval.errors import SettingsError
-from chgval.runs.session import device_for, make_valuing, prepare, prepared, read_dataset, settings_shown
+from chgval.runs.session import (
+    device_for,
+    make_trainer,
+    make_valuing,
+    prepare,
+    prepared,
+    read_dataset,
+    settings_shown,
+)
 from chgval.training import devices
 from chgval.training.devices import choose_precision, device_settings, has_room, pick_device
-from chgval.training.loop import Trainer
+from chgval.training.loop import Trainer, forward_all
 from chgval.training.models import SplitModel
 from chgval.training.records import EpochRecord, PlainRecord
 from tests.pictures import write_folder
@@ -141,6 +149,21 @@ def test_settings_of_cudnn_are_put_back():
         assert (cudnn.benchmark, cudnn.allow_tf32) == before
     with device_settings(torch.device("cpu"), "float32"):
         assert (cudnn.benchmark, cudnn.allow_tf32) == before
+
+
+def test_passes_without_training_search_for_no_kernels(image_folder):
+    """A search takes longer than such a pass; training earns it back."""
+    data, config = DataConfig(source=str(image_folder)), TrainConfig(epochs=1, arch="resnet8")
+    seen = []
+    with prepared(data, config, read_dataset(data, config)) as run:
+        run.model.register_forward_hook(
+            lambda *_: seen.append((run.model.training, torch.backends.cudnn.benchmark))
+        )
+        with device_settings(torch.device("cuda"), "float32"):
+            list(make_trainer(run).records())
+            forward_all(run.model, run.loader, lambda *_: None)
+            assert torch.backends.cudnn.benchmark
+    assert set(seen) == {(True, True), (False, False)}
 
 
 def test_what_fits_is_what_the_device_has_free(monkeypatch):
