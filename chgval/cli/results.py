@@ -184,7 +184,8 @@ def show_trained(console: Console, trained: Trained, config: TrainingConfig) -> 
             else f"accuracy {config.target_accuracy:.1%} reached in epoch {reached['epoch']}, after "
             f"{reached['seconds']:.1f} s"
         )
-    console.say(f"trained {len(trained.epochs)} epochs in {trained.seconds:.1f} s -> {trained.folder}")
+    epochs = "1 epoch" if len(trained.epochs) == 1 else f"{len(trained.epochs):,} epochs"
+    console.say(f"trained {epochs} in {trained.seconds:.1f} s -> {trained.folder}")
     following = None
     if trained.evaluation is None:
         tested = f"{trained.folder}-tested"
@@ -343,7 +344,7 @@ def _rate_line(summary: NoiseSummary) -> str:
     rate = summary.rate
     noise = f"{rate.rate:.1%} of the labels ({rate.low:.1%} to {rate.high:.1%})"
     if rate.is_unknown:
-        noise = "unknown how many of the labels are wrong"
+        noise = "unknown"
     return f"estimated noise: {noise}; {summary.num_flagged:,} of {summary.num_assessed:,} flagged"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from chgval.detection.calibration import estimate_rate
 from chgval.detection.settings import SETTINGS
 from chgval.detection.signals import Annotations, NoiseSignals
 from chgval.types import IntArray
@@ -33,10 +35,16 @@ def verdict_of(
         annotations: labels of several annotators, if there are any.
     """
     never = np.setdiff1d(labels_N[labels_N >= 0], predicted_N)
+    known_N = np.isfinite(noise.noise_score_N)
+    rate = None
+    if known_N.any():
+        found = estimate_rate(noise.noise_score_N[known_N], noise.noise_score_std_N[known_N])
+        rate = dataclasses.asdict(found)
     return {
         "explained": noise.explained,
         "memorised": noise.memorised,
         "never_predicted": [class_names[label] for label in never],
+        "rate": rate,
         "annotators": [] if annotations is None else _annotators(noise, annotations),
     }
 
@@ -89,6 +97,12 @@ def notes_on(verdict: Mapping[str, Any]) -> list[str]:
         notes.append(
             "the network has learned many labels by heart, so wrong ones are harder to tell. Train with "
             "augmentation (--augment crop-flip), for fewer epochs, or value embeddings."
+        )
+    rate = verdict.get("rate")
+    if rate is not None and rate["high"] - rate["low"] >= SETTINGS.widest_rate:
+        notes.append(
+            f"anything from {rate['low']:.0%} to {rate['high']:.0%} of the labels may be wrong, so flags are "
+            "guesses. Train longer (--epochs), on larger images (--image-size), or value embeddings."
         )
     never = verdict["never_predicted"]
     if never:

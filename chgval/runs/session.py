@@ -28,7 +28,7 @@ from chgval.interruption import interruptible
 from chgval.reports.files import is_report
 from chgval.reports.tables import InputRows
 from chgval.runs.embedding import embedded_dataset
-from chgval.system import usable_cores
+from chgval.system import has_amx, usable_cores
 from chgval.training.devices import (
     AUTOCAST,
     SMALL_IMAGE,
@@ -124,6 +124,11 @@ def device_for(train: TrainConfig, dataset: Dataset) -> torch.device:
 
 def _threads(train: TrainConfig, dataset: Dataset) -> int:
     if train.threads is not None:
+        if train.threads > usable_cores():
+            progress.warn(
+                f"--threads {train.threads}: more than the {usable_cores()} cores that can be used wait for "
+                "each other, and take many times as long."
+            )
         return train.threads
     is_small = isinstance(dataset.content, Embeddings) or dataset.input_size <= SMALL_IMAGE
     return 1 if is_small else min(torch.get_num_threads(), usable_cores())
@@ -195,7 +200,10 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         workers=data.workers,
         fail_on_error=data.on_error == "fail",
     )
+    if precision == "bfloat16" and device.type == "cpu" and not has_amx():
+        progress.say("note: this processor has no AMX; --precision float32 is mostly faster on it")
     if train.compile_model:
+        progress.say("note: the first steps compile the model, which takes a minute or more")
         model.backbone.compile()
     return Run(dataset, arch, model, loader, recipe, device, precision, generator)
 
@@ -313,8 +321,9 @@ def settings_shown(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
         *_device_shown(run, train),
         (
             "training",
-            f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.schedule} to lr {recipe.lr:g}, "
-            f"{recipe.augment}, seed {train.seed}",
+            f"{recipe.epochs:,} {'epoch' if recipe.epochs == 1 else 'epochs'}, batches of "
+            f"{recipe.batch_size:,}, {recipe.schedule} to lr {recipe.lr:g}, {recipe.augment}, "
+            f"seed {train.seed}",
         ),
     ]
 

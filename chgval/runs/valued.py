@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chgval import progress
@@ -144,6 +145,8 @@ def _value(
 
     if config.dataset is not None:
         raise SettingsError(f"--dataset: is for a report; {config.source} is a dataset itself.")
+    if config.values is not None and not Path(config.values).exists():
+        progress.say(f"note: {config.values} is not there; {config.source} is valued now, and it is written")
     value = config.value
     with unfinished_run(command, config) as unfinished:
         source = format_of(value.data)

@@ -87,12 +87,14 @@ def choose_recipe(
     # The others would need more epochs with larger batches: their steps cannot be longer.
     fills_gpu = device_type == "cuda" and has_batch_norm
     batch_size = config.batch_size or choose_batch_size(num_samples, image_size, fills_gpu=fills_gpu)
+    batch_size = min(batch_size, num_samples)
     if num_features is not None:
         # The curvature of the loss grows with the squared length of the (normalised) inputs.
         lr = min(0.1, 6.4 / num_features)
     else:
         # Larger batches make fewer steps, each so much longer (Goyal et al. 2017, arXiv:1706.02677).
-        lr = 0.3 * max(1.0, batch_size / BATCH_SIZE) if has_batch_norm else 0.01
+        scaled = min(batch_size, GPU_BATCH_SIZE) / BATCH_SIZE  # beyond, it was not tried
+        lr = 0.3 * max(1.0, scaled) if has_batch_norm else 0.01
         if config.weights is not None:
             lr *= FINE_TUNING
     return Recipe(

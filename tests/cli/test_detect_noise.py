@@ -107,6 +107,9 @@ def test_a_pipe_from_value_gives_what_the_dataset_gives(tmp_path):
     arguments = ["builtin:digits", "-o", direct, "--values", kept, "--all", *settings]
     assert invoke(*arguments).exit_code == 0
     assert piped.stdout == direct.read_bytes()
+    mistyped = tmp_path / "valeus.parquet"
+    said = invoke("builtin:digits", "--epochs", "1", "-o", tmp_path / "s.csv", "--values", mistyped).stderr
+    assert f"{mistyped} is not there; builtin:digits is valued now" in said
     assert pq.read_table(kept).equals(pq.read_table(pa.BufferReader(valued.stdout)))
 
 
@@ -314,7 +317,7 @@ def test_pictures_that_cannot_be_told_apart_have_no_suspects(tmp_path):
     result = invoke(tmp_path / "white", "--epochs", "3", "-o", tmp_path / "s.parquet")
     assert result.exit_code == 0, result.stderr
     text = " ".join(result.stderr.split())
-    assert "unknown how many of the labels are wrong; 0 of 60 flagged" in text
+    assert "estimated noise: unknown; 0 of 60 flagged" in text
     assert "nothing can be said about these labels" in text
     assert pq.read_table(tmp_path / "s.parquet").num_rows == 0
     # What the user flags all the same has no suggestion.

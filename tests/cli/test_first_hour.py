@@ -144,6 +144,7 @@ def test_tiny_images_take_one_thread_unless_told(tmp_path, size, given, threads,
     result = invoke("value", root, "--plan", *FAST, *given)
     assert result.exit_code == 0, result.stderr
     assert counts == [threads, 8]
+    assert ("warning: --threads 3: more than the 2 cores" in result.stderr) == (threads == 3)
 
 
 def test_something_is_said_before_pytorch_is_loaded_but_not_before_what_is_wrong_at_once():

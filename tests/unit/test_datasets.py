@@ -605,7 +605,7 @@ def test_what_is_no_parquet_is_said_and_not_called_truncated(tmp_path):
     ):
         read(tmp_path / "a.png")
     (tmp_path / "labels.txt").write_text("0.png ant\n")
-    with pytest.raises(DataError, match=r"labels\.txt: is no Parquet file, as its first bytes tell"):
+    with pytest.raises(DataError, match=r"labels\.txt: is no dataset that is read: expected"):
         read(tmp_path / "labels.txt")
     np.save(tmp_path / "a.npy", np.zeros((2, 2)))
     with pytest.raises(DataError, match=r"is a NumPy file, .* pass the dataset .* as --features"):

@@ -274,6 +274,23 @@ def test_a_network_that_predicts_right_labels_has_learned_nothing_by_heart():
     assert notes_on(verdict_of(signals, labels_N, labels_N, "abcde")) == []
 
 
+def test_that_an_estimate_says_little_is_told():
+    """Models that disagree: the interval is two of their deviations to either side, and two of the count."""
+    labels_N = np.arange(400) % 2
+    for deviation, is_told in ((0.01, False), (0.08, True)):
+        signals = dataclasses.replace(
+            scores.NoiseSignals.unknown(400),
+            explained=0.5,
+            noise_score_N=np.full(400, 0.2),
+            noise_score_std_N=np.full(400, deviation),
+        )
+        verdict = verdict_of(signals, labels_N, labels_N, ["a", "b"])
+        margin = 2 * np.sqrt(deviation**2 + 0.2 * 0.8 / 400)
+        assert verdict["rate"]["high"] == pytest.approx(0.2 + margin)
+        told = [f"anything from {max(0, 0.2 - margin):.0%} to {0.2 + margin:.0%} of the labels"] * is_told
+        assert [note[: len(told[0])] for note in notes_on(verdict)] == told
+
+
 def test_classes_that_are_never_predicted_are_named():
     signals = dataclasses.replace(scores.NoiseSignals.unknown(4), explained=0.5)
     (note,) = notes_on(verdict_of(signals, np.array([0, 1, 2, -1]), np.array([0, 0, 0, -1]), ["a", "b", "c"]))

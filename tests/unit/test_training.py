@@ -283,6 +283,10 @@ def test_defaults_follow_data_model_and_device():
     assert [(r.batch_size, r.lr) for r in on_gpu] == [(32, 0.3), (512, 1.2), (256, 0.6), (128, 0.01)]
     plain = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=None, flips=True)
     assert (plain.epochs, plain.batch_size, plain.lr, plain.augment) == (15, 128, 0.01, "crop-flip")
+    too_many = choose_recipe(
+        TrainConfig(batch_size=10**6), 1_500, has_batch_norm=True, num_features=None, flips=True
+    )
+    assert (too_many.batch_size, too_many.lr) == (1_500, 1.2)
     wide = choose_recipe(TrainConfig(), 10**6, has_batch_norm=False, num_features=2048, flips=True)
     assert wide.lr < 0.01
     assert choose_arch(None, "cuda") == "linear"

@@ -172,7 +172,7 @@ def list_image_folder(root: Path, split: str | None = None) -> FolderRows:
     present, labels_N = np.unique([label for _, label in samples], return_inverse=True)
     empty = [name for label, name in enumerate(folders) if label not in present]
     if empty:
-        notes.append(f"{len(empty)} folders without images are no classes ({_some(empty)})")
+        notes.append(f"folders without images are left out: {_some(empty)}")
     folders = [folders[label] for label in present]
     return FolderRows(
         root=root,

@@ -92,8 +92,13 @@ class ParquetReader:
         kind = OTHER_ENDINGS.get(Path(file).suffix.lower())
         if kind is not None and not begin.startswith(b"PAR1"):
             return DataError(f"{file}: is {kind}, which is not read; {OTHER_ADVICE[kind]}.")
+        if begin and not begin.startswith(b"PAR1") and file.lower().endswith(".parquet"):
+            return DataError(f"{file}: is no Parquet file, though it is called one.")
         if begin and not begin.startswith(b"PAR1"):
-            return DataError(f"{file}: is no Parquet file, as its first bytes tell.")
+            return DataError(
+                f"{file}: is no dataset that is read: expected a folder of class folders, or a file that "
+                "ends in .parquet, .csv, .tsv, .jsonl or .tar."
+            )
         where = "" if file == self.source else f"{self.source}: "
         return DataError(
             f"{where}{file}: cannot be read as Parquet ({first_line(error)}); the file may be truncated."
