@@ -97,9 +97,10 @@ def value(
       chgval value photos/ -o - --format csv | sort -t, -k5,5g | head
     """  # noqa: D301 (the backspace keeps the lines of the next paragraph)
     if plan:
+        from chgval.cli.results import show_plan
         from chgval.runs.plan import run_plan
 
-        console.settings(run_plan(config))
+        show_plan(console, run_plan(config))
         return
     from chgval.cli.results import show_values
     from chgval.runs.value import run_value

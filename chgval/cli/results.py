@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # these import torch, which reports do without
     from chgval.runs.detect_noise import Suspects
     from chgval.runs.embedding import Embedded
     from chgval.runs.issues import Issues
+    from chgval.runs.plan import Plan
     from chgval.runs.report import Written
     from chgval.runs.select import Selection
     from chgval.runs.train import Trained
@@ -55,9 +56,25 @@ HISTOGRAM_WIDTH = 40
 SHOWN_ANNOTATORS = 10
 
 
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print what a run would do and cost."""
+    console.settings(plan.shown)
+    costs = plan.costs
+    console.hand_over(
+        {
+            "samples_per_second": costs.rate,
+            "epochs": plan.num_epochs,
+            "seconds_per_epoch": costs.epoch_seconds,
+            "seconds": costs.epoch_seconds * plan.num_epochs,
+            "host_bytes": costs.host_bytes,
+            "device_bytes": costs.device_bytes,
+        }
+    )
+
+
 def show_values(console: Console, report: Report, config: ValueConfig) -> None:
     """Print what a run found, what to read before acting on it, and where its report is."""
-    _report(console, report, config.output, config.outputs)
+    _report(console, report, config.output, config.outputs, has_page=config.report is not None)
 
 
 def show_merged(console: Console, report: Report, config: MergeConfig) -> None:
@@ -73,7 +90,14 @@ def show_merged(console: Console, report: Report, config: MergeConfig) -> None:
     _report(console, report, config.output, config.outputs)
 
 
-def _report(console: Console, report: Report, output: OutputConfig | None, outputs: Sequence[Path]) -> None:
+def _report(
+    console: Console,
+    report: Report,
+    output: OutputConfig | None,
+    outputs: Sequence[Path],
+    *,
+    has_page: bool = False,
+) -> None:
     """Print what is in a values report, and where it is."""
     if console.is_quiet and not console.as_json:
         return
@@ -88,7 +112,7 @@ def _report(console: Console, report: Report, output: OutputConfig | None, outpu
     console.say(f"{len(report):,} rows ({count_statuses(report)}) in {console.seconds:.1f} s{target}")
     following = None
     if output is not None and not output.to_stdout:
-        following = _next(console, "report", output.path)
+        following = _next(console, "detect-noise" if has_page else "report", output.path)
     result = {
         **_outputs(outputs),
         "rows": len(report),
@@ -290,7 +314,7 @@ def show_page(console: Console, written: Written, config: ReportConfig) -> None:
     console.say(f"open it in a browser: {config.target.resolve().as_uri()}")
     following = None
     if written.dataset is not None:
-        console.say(f"then download your decisions, and apply them where {written.decisions} is")
+        console.say(f"decide there and download {written.decisions}; then, in the folder that it is in:")
         following = _next(console, "apply", written.decisions, "--dataset", written.dataset)
     result = {
         **_outputs(config.outputs),

@@ -25,15 +25,32 @@ SEPARATE_PASS_COST = 1.4
 TIMED_READINGS = 4
 
 
-def run_plan(config: ValueConfig) -> list[tuple[str, str]]:
-    """Return what a run would do and cost, as names and values.
+def run_plan(config: ValueConfig) -> Plan:
+    """Return what a run would do and cost.
 
     Raises:
         ChgvalError: see the modules that this calls.
     """
     dataset = read_dataset(config.data, config.train)
     with prepared(config.data, config.train, dataset) as run:
-        return [*value_settings_shown(run, config), *_shown(measure_costs(run, config), run, config)]
+        costs = measure_costs(run, config)
+        shown = [*value_settings_shown(run, config), *_shown(costs, run, config)]
+        return Plan(shown=shown, costs=costs, num_epochs=run.recipe.epochs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run would do and cost.
+
+    Attributes:
+        shown: for people, as names and values.
+        costs: measured.
+        num_epochs: of the run.
+    """
+
+    shown: list[tuple[str, str]]
+    costs: Costs
+    num_epochs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from chgval.config import CommandConfig, FromValues
+from chgval.config import ApplyConfig, CommandConfig, FromValues
 from chgval.errors import DataError
 from chgval.files import check_file, output_errors
 
@@ -21,7 +21,8 @@ def check_at_once(config: CommandConfig, *, writes: bool = True) -> None:
         OutputError: an output is in the way, or has no folder.
     """
     for source in config.inputs:
-        _check_there(source)
+        decided = isinstance(config, ApplyConfig) and source == config.source
+        _check_there(source, " The page that chgval report writes offers it as a download." * decided)
     if not writes or config.overwrites or config.resumes:
         return
     read = config.values if isinstance(config, FromValues) and config.reads_values else None
@@ -37,13 +38,13 @@ def check_at_once(config: CommandConfig, *, writes: bool = True) -> None:
             check_file(path, overwrite=False)
 
 
-def _check_there(source: str) -> None:
+def _check_there(source: str, advice: str) -> None:
     is_path = source not in ("", "-") and "://" not in source and not source.startswith("builtin:")
     if is_path and not glob.has_magic(source):
         try:
             Path(source).stat()
         except FileNotFoundError as error:
-            raise DataError(f"{source}: no such file or folder.") from error
+            raise DataError(f"{source}: no such file or folder.{advice}") from error
         except OSError as error:
             raise DataError(f"{source}: cannot be opened ({error.strerror}).") from error
         except ValueError:

@@ -256,3 +256,9 @@ def test_train_with_decisions_is_training_on_a_table_with_those_labels(photos, t
     assert model == same
     other = chgval.train("photos", output="other", **settings)
     assert (other.folder / "model.safetensors").read_bytes() != model
+
+
+def test_decisions_that_were_not_downloaded_yet_are_missing():
+    result = invoke("apply", "photos.decisions.csv", "--dataset", "photos/")
+    assert result.exit_code == 1
+    assert "photos.decisions.csv: no such file or folder. The page that chgval report" in result.stderr

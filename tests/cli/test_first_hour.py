@@ -101,6 +101,10 @@ def test_the_summary_as_json_is_what_is_printed_and_kept():
     assert [line["id"] for line in found["lowest"]] == [row["id"] for row in lowest]
     assert found["lowest"][0]["value"] == lowest[0]["value"]
     assert found["outputs"] == ["j.parquet"] and found["next"] == "chgval report j.parquet"
+    with_page = invoke("value", "photos/", *FAST, "--json", "-o", "k.parquet", "--report", "k.html")
+    assert json.loads(with_page.stdout)["next"] == "chgval detect-noise k.parquet"
+    plan = json.loads(invoke("value", "photos/", *FAST, "--json", "--plan").stdout)
+    assert plan["seconds"] == plan["epochs"] * plan["seconds_per_epoch"] > 0 and plan["device_bytes"] is None
     noise = json.loads(
         invoke("detect-noise", "j.parquet", "--expected-noise", "25%", "--json", "-q", "-o", "k.csv").stdout
     )

@@ -830,6 +830,14 @@ def test_missing_columns_name_those_that_exist(tmp_path):
         match=r"columns are emb, label; 'emb' holds embeddings: value, .* take --features-column emb\.",
     ):
         read(tmp_path / "e.parquet")
+    for name, advice in (
+        ("a/1.png", "pass that .*; or --features-column emb, if"),
+        ("a/1", "'emb' holds emb"),
+    ):
+        table = pa.table({"id": [name], "emb": [[1.0]], "label": [0]})
+        pq.write_table(table, tmp_path / "ids.parquet")
+        with pytest.raises(DataError, match=advice):
+            read(tmp_path / "ids.parquet")
     pq.write_table(pa.table({"image": [png()], "emb": [[1.0]]}), tmp_path / "f.parquet")
     with pytest.raises(DataError, match="column 'label' not found; columns are image, emb; pass a column of"):
         read(tmp_path / "f.parquet")

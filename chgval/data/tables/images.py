@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from chgval.data.decode import Encoded, UnreadableImageError
 from chgval.data.images import EXTENSIONS, ImageFiles, leads_into, read_image_file
-from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text
+from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text, is_vector
 from chgval.data.tables.shards import Shards
 from chgval.errors import DataError
 
@@ -60,7 +60,8 @@ def find_images(
         lower = {column.lower(): column for column in texts}
         known = [lower[name] for name in (*PATH_NAMES, *BARE_NAMES) if name in lower]
         others = [column for column in texts if column not in known]
-        found = _names_in(source, shards, known, others, may_lack=may_lack)
+        vectors = [field.name for field in schema if is_vector(field.type)]
+        found = _names_in(source, shards, known, others, may_lack=may_lack, vectors=vectors)
         if found is not None or may_lack:
             return found
     return ImageColumn(find_image_column(source, schema, name))
@@ -71,7 +72,13 @@ def _may_name(kind: pa.DataType) -> bool:
 
 
 def _names_in(
-    source: str, shards: Shards, known: Sequence[str], others: Sequence[str], *, may_lack: bool
+    source: str,
+    shards: Shards,
+    known: Sequence[str],
+    others: Sequence[str],
+    *,
+    may_lack: bool,
+    vectors: Sequence[str] = (),
 ) -> ImageColumn | None:
     """Return the first column that names files that are there.
 
@@ -81,6 +88,7 @@ def _names_in(
         known: columns called as those of file names are; their texts may lack the ending.
         others: columns that are looked at after those.
         may_lack: whether there may be none.
+        vectors: columns that may hold embeddings, which texts without the ending of an image are ids of.
     Raises:
         DataError: one looks like names of files, and there are none.
     """
@@ -103,8 +111,8 @@ def _names_in(
     for column in columns:
         given = names.get(column, [])
         looks_like = given and all(name.lower().endswith(EXTENSIONS) for name in given)
-        if (looks_like or (known == [column] and not others)) and not may_lack:
-            raise _not_there(source, folder, column, given)
+        if (looks_like or (known == [column] and not others and not vectors)) and not may_lack:
+            raise _not_there(source, folder, column, given, vectors)
     return None
 
 
@@ -129,7 +137,9 @@ def _is_there(folder: Path, name: str) -> bool:
         return False
 
 
-def _not_there(source: str, folder: Path, column: str, names: Sequence[str]) -> DataError:
+def _not_there(
+    source: str, folder: Path, column: str, names: Sequence[str], vectors: Sequence[str]
+) -> DataError:
     """Return what is wrong with names none of which is one of a file in the folder, and what to do."""
     first = names[0] if names else ""
     advice = "put the table into their folder, or pass that as --images-root"
@@ -149,6 +159,8 @@ def _not_there(source: str, folder: Path, column: str, names: Sequence[str]) -> 
                 advice = f"pass --images-root {' or '.join(places[:SHOWN_PLACES])}"
     except (OSError, ValueError):  # names that can be none of files
         pass
+    if vectors:
+        advice += f"; or --features-column {vectors[0]}, if that holds embeddings of them"
     return DataError(
         f"{source}: column '{column}' names no file in {folder} (the first is {first!r}); {advice}."
     )
