@@ -35,6 +35,7 @@ from chgval.training.devices import (
     SMALL_PIXELS,
     SMALL_PRODUCTS,
     Precision,
+    check_memory,
     choose_precision,
     device_settings,
     gains_from_amx,
@@ -190,6 +191,8 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         image_size=dataset.input_size,
         device_type=device.type,
     )
+    if device.type == "cpu" and not is_embedding:
+        check_memory(model, arch, recipe.batch_size, dataset.input_size)
     loader = make_loader(
         dataset,
         batch_size=recipe.batch_size,

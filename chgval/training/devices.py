@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chgval.data.loader import free_memory
 from chgval.errors import SettingsError
-from chgval.system import has_amx
+from chgval.system import has_amx, total_memory
+from chgval.training.models import SplitModel
 
 # What a backbone computes in. In tf32, convolutions round their inputs to 11 bits.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -99,6 +101,42 @@ def gains_from_amx(network: nn.Module, image_size: int) -> bool:
     normalises = any(isinstance(module, nn.BatchNorm2d) for module in modules)
     is_depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
     return normalises and not is_depthwise and image_size > SMALL_IMAGE and has_amx()
+
+
+def check_memory(model: SplitModel, arch: str, batch_size: int, image_size: int) -> None:
+    """Raise SettingsError where this machine has no memory for a training step on the CPU.
+
+    A GPU that has none says so, and takes its batches in parts; a process on a CPU would be killed.
+    """
+    needed, has = batch_size * kept_bytes(model, image_size), total_memory()
+    if has is not None and needed > has:
+        raise SettingsError(
+            f"{arch}: a batch of {batch_size:,} images of {image_size:,} px needs about "
+            f"{needed / 2**30:,.0f} GiB of memory, and there are {has / 2**30:,.0f}; pass a smaller "
+            "--batch-size or --image-size."
+        )
+
+
+def kept_bytes(model: SplitModel, image_size: int) -> int:
+    """Return what a training step keeps of each image for its gradients, in bytes.
+
+    Found on shapes alone, which takes no memory. Without the weights, and what they are converted to.
+    """
+    shapes = copy.deepcopy(model).to("meta").train()
+    shapes.backbone_dtype = None
+    own = {tensor.untyped_storage()._cdata for tensor in shapes.state_dict().values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    # A network that looks into its data cannot run without them: nothing is known of it.
+    with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        shapes(torch.empty(2, 3, image_size, image_size, device="meta"))  # one is too few to normalise
+    sizes = [tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own]
+    in_float32 = sum(sizes) // 2
+    return in_float32 if model.backbone_dtype is None else in_float32 // 2
 
 
 def has_room(device: torch.device, num_bytes: int, share: float) -> bool:

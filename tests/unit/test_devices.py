@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from chgval.config import DataConfig, TrainConfig, ValueConfig
 from chgval.data.dataset import Dataset, Embeddings, PixelImages
@@ -17,9 +18,9 @@ from chgval.runs.session import (
     settings_shown,
 )
 from chgval.training import devices
-from chgval.training.devices import choose_precision, device_settings, has_room, pick_device
+from chgval.training.devices import choose_precision, device_settings, has_room, kept_bytes, pick_device
 from chgval.training.loop import Trainer, forward_all
-from chgval.training.models import SplitModel
+from chgval.training.models import InputShape, SplitModel, build_model
 from chgval.training.records import EpochRecord, PlainRecord
 from tests.pictures import write_folder
 from tests.recorded_graph import replace_cuda
@@ -138,6 +139,45 @@ def test_a_cpu_takes_bfloat16_where_it_is_faster(tmp_path, monkeypatch, has_amx,
 def test_numbers_that_a_device_has_not_are_refused(name, device, capability, has):
     with pytest.raises(SettingsError, match=f"--precision {name}: this {device} device has only {has}"):
         choose_precision(name, device, capability, has_batch_norm=True, gains_on_cpu=True)
+
+
+def test_what_a_step_keeps_of_an_image():
+    """By hand: what each layer needs for its gradients, and each tensor once."""
+    size = 10
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten())
+    model = SplitModel(backbone, nn.Linear(4 * size**2, 5))
+    assert kept_bytes(model, size) == 4 * (3 + 4) * size**2  # the images, and what the ReLU returns
+    model.backbone_dtype = torch.bfloat16
+    assert kept_bytes(model, size) == 2 * (3 + 4) * size**2
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "mobilenet_v3_small", "vit_b_16", "densenet121"])
+def test_what_a_step_keeps_is_what_autograd_holds_then(arch):
+    """On the CPU: all storages that its graph holds, but for weights; attention keeps less there."""
+    model = build_model(arch, 3, InputShape(64), torch.Generator().manual_seed(0)).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    held = {}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        model(torch.rand(2, 3, 64, 64))
+    expected = sum(t.untyped_storage().nbytes() for pointer, t in held.items() if pointer not in own) / 2
+    assert kept_bytes(model, 64) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_killed(image_folder, monkeypatch):
+    data, config = DataConfig(source=str(image_folder)), TrainConfig(epochs=1, device="cpu")
+    dataset = read_dataset(data, config)
+    monkeypatch.setattr(devices, "total_memory", lambda: 10**5)
+    told = "a batch of 8 images of 12 px needs about 0 GiB of memory, and there are 0; pass a smaller"
+    with pytest.raises(SettingsError, match=told), prepared(data, config, dataset):
+        pass
+    monkeypatch.setattr(devices, "total_memory", lambda: None)
+    with prepared(data, config, dataset) as run:
+        assert run.recipe.batch_size == 8
 
 
 def test_settings_of_cudnn_are_put_back():
