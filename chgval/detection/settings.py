@@ -40,8 +40,9 @@ class ScoreSettings:
             are called learned by heart. At most 0.33 in the trials; without augmentation it is little tried.
         deviations: half the width of the rate's interval, in standard deviations.
         least_precision: flags shall be right at least this often.
-        widest_rate: width of the rate's interval from which a person is told that it says little. Trained to
-            the end, runs have at most 0.1; after two epochs 0.58.
+        widest_rate: width of the rate's interval from which a person is told that it says little. In the
+            20 of 166 trials that had more, the rate was off by 0.12 (median; the others 0.01 to 0.04), and F1
+            of the flags 0.74 of the best cut's (0.85 to 0.96).
     """
 
     shrinkages: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6, 0.9)

@@ -101,8 +101,9 @@ def notes_on(verdict: Mapping[str, Any]) -> list[str]:
     rate = verdict.get("rate")
     if rate is not None and rate["high"] - rate["low"] >= SETTINGS.widest_rate:
         notes.append(
-            f"anything from {rate['low']:.0%} to {rate['high']:.0%} of the labels may be wrong, so flags are "
-            "guesses. Train longer (--epochs), on larger images (--image-size), or value embeddings."
+            f"anything from {rate['low']:.0%} to {rate['high']:.0%} of the labels may be wrong, so flags may "
+            "end too early or too late: go by the order. Train longer (--epochs), on larger images "
+            "(--image-size), or value embeddings, for a surer estimate."
         )
     never = verdict["never_predicted"]
     if never:
