@@ -16,11 +16,14 @@ from typer.core import TyperCommand
 
 from chgval.cli.reporting import reporting
 from chgval.config import OUTPUT_PANEL, SHOWN_SAMPLES, strategies
-from chgval.errors import SettingsError
+from chgval.errors import SettingsError, first_few
 from chgval.registry import names_in
 from chgval.runs.preflight import check_at_once
 from chgval.settings import Setting, SettingPath, as_share, build, settings_in
 from chgval.settings_file import read_settings
+
+# Of what was typed and is not taken.
+SHOWN_EXTRA = 3
 
 
 class PanelCommand(TyperCommand):
@@ -28,6 +31,18 @@ class PanelCommand(TyperCommand):
 
     Typer groups only in rich's boxes, and loading those takes longer than all else that --help does.
     """
+
+    allow_extra_args = True  # to say better what is wrong with them
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was typed, and refuse what is left over, as where a shell has expanded a pattern."""
+        rest: list[str] = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:  # as for completion
+            ctx.fail(
+                f"{ctx.info_name} takes no {first_few(ctx.args, SHOWN_EXTRA)} besides. Quote patterns, as in "
+                '"shards/*.parquet"; images are read by their folder.'
+            )
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options of each panel; or only those that most people need."""

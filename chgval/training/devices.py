@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chgval.data.loader import free_memory
 from chgval.errors import SettingsError
 from chgval.system import has_amx, total_memory
-from chgval.training.models import SplitModel
+from chgval.training.models import IMAGE_ARCHS_OF_CHGVAL, SplitModel
 
 # What a backbone computes in. In tf32, convolutions round their inputs to 11 bits.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -25,6 +25,8 @@ WITH_FLOAT16, WITH_BFLOAT16 = (7, 0), (8, 0)
 SMALL_PIXELS, SMALL_PRODUCTS = 5e6, 2e10
 # Side of images in pixels up to which neither more threads nor AMX make a step faster.
 SMALL_IMAGE = 16
+# Pixels of a batch that our own networks train on everywhere: 1.5 GiB. To ask takes as long as to load torch.
+FITTING_PIXELS = 2**20
 # Of what CUDA and its libraries say where there is no memory, besides torch.OutOfMemoryError.
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine to execute this computation")
 
@@ -108,6 +110,8 @@ def check_memory(model: SplitModel, arch: str, batch_size: int, image_size: int)
 
     A GPU that has none says so, and takes its batches in parts; a process on a CPU would be killed.
     """
+    if arch in IMAGE_ARCHS_OF_CHGVAL and batch_size * image_size**2 <= FITTING_PIXELS:
+        return
     needed, has = batch_size * kept_bytes(model, image_size), total_memory()
     if has is not None and needed > has:
         raise SettingsError(

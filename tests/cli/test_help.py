@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import chgval
 from chgval.cli import app
-from tests.commands import imported_by
+from tests.commands import imported_by, invoke
 
 PAGES = Path(__file__).parents[2] / "docs" / "commands"
 NAMES = [
@@ -135,3 +135,12 @@ def test_the_installed_script_and_the_module_are_the_same_program():
         pytest.skip("chgval is not installed as a script in this environment")
     installed = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert installed.stdout == module.stdout == f"chgval {chgval.__version__}\n"
+
+
+def test_a_pattern_that_the_shell_has_expanded_is_told_in_a_line():
+    result = invoke("value", *(f"photos/{number}.png" for number in range(200)), "--epochs", "2")
+    assert result.exit_code == 2
+    told = "value takes no photos/1.png, photos/2.png, photos/3.png, ... besides. Quote patterns"
+    assert told in result.stderr and len(result.stderr) < 400
+    assert "No such option: --epoch" in invoke("value", "photos/", "--epochz", "2").stderr
+    assert invoke("merge", "a.parquet", "b.parquet", "-o", "c.parquet").exit_code == 1  # takes several

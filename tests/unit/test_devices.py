@@ -172,6 +172,9 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_killed(image_folder, m
     data, config = DataConfig(source=str(image_folder)), TrainConfig(epochs=1, device="cpu")
     dataset = read_dataset(data, config)
     monkeypatch.setattr(devices, "total_memory", lambda: 10**5)
+    with prepared(data, config, dataset):  # so little is not looked at
+        pass
+    monkeypatch.setattr(devices, "FITTING_PIXELS", 8 * 12**2 - 1)
     told = "a batch of 8 images of 12 px needs about 0 GiB of memory, and there are 0; pass a smaller"
     with pytest.raises(SettingsError, match=told), prepared(data, config, dataset):
         pass
