@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from chgval.config import STANDARD_STREAM, DataConfig, OutputConfig, ReportFormat
 from chgval.errors import DataError, OutputError, first_line
 from chgval.files import ARRAY_ENDING, METADATA_KEY, check_file, check_free, output_errors, replacing
-from chgval.reports.tables import VALUES, TableKind, epoch_table
+from chgval.reports.tables import KINDS, VALUES, TableKind, epoch_table
 from chgval.spreadsheets import with_marks, without_marks
 from chgval.valuation.signals import EpochSignals
 
@@ -264,6 +264,14 @@ def read_table(
         table.validate(full=True)  # nothing else looks whether offsets lie within the file, and text is UTF-8
         missing = [column for column in wanted.names if column not in table.column_names]
         if missing:
+            file.seek(0)
+            has = set(_parse(file, wanted, whole=True, others_are_text=True).column_names)
+            other = next((known for known in KINDS if has.issuperset(known.schema.names)), None)
+            if other is not None:
+                raise DataError(
+                    f"{name}: is what chgval {other.command} writes ({other.what}); pass {kind.what}, as "
+                    f"chgval {kind.command} writes."
+                )
             raise DataError(
                 f"{name}: no column '{missing[0]}'; expected {kind.what} of this version of chgval. Make "
                 f"it anew with chgval {kind.command}."

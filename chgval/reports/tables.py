@@ -223,6 +223,8 @@ VALUES = TableKind(VALUES_SCHEMA, "a values report", "value")
 SUSPECTS = TableKind(SUSPECTS_SCHEMA, "suspects", "detect-noise")
 MANIFEST = TableKind(MANIFEST_SCHEMA, "a subset", "select")
 ISSUES = TableKind(ISSUES_SCHEMA, "issues", "detect-issues")
+# Those that can be told by their columns.
+KINDS = (VALUES, SUSPECTS, MANIFEST, ISSUES)
 DECISIONS = TableKind(DECISIONS_SCHEMA, "decisions", "report", others_are_text=True)
 
 

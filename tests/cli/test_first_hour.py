@@ -166,3 +166,17 @@ def test_something_is_said_before_pytorch_is_loaded_but_not_before_what_is_wrong
     assert torch.search(mistake) is None
     [error] = [line for line in mistake.splitlines() if not line.startswith("import time:")]
     assert error.startswith("error: fotos")
+
+
+def test_a_table_of_another_command_is_told_by_what_writes_it():
+    assert invoke("value", "photos/", *FAST, "-o", "t.parquet").exit_code == 0
+    assert invoke("detect-noise", "t.parquet", "-o", "t-s.parquet", "--all").exit_code == 0
+    assert invoke("select", "t.parquet", "--fraction", "0.5", "-o", "t-m.parquet").exit_code == 0
+    tables = {"t-s.parquet": "detect-noise writes (suspects)", "t-m.parquet": "select writes (a subset)"}
+    for table, told in tables.items():
+        for command in ("report", "detect-noise"):
+            result = invoke(command, table, "-o", "t.html" if command == "report" else "t-x.csv")
+            wanted = f"{table}: is what chgval {told}; pass a values report, as chgval value writes"
+            assert result.exit_code == 1 and wanted in result.stderr, result.stderr
+    told = invoke("train", "photos/", "--subset", "t-s.parquet", "-o", "t-trained").stderr
+    assert "is what chgval detect-noise writes (suspects); pass a subset, as chgval select writes" in told
