@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ Side = Literal["left", "right"]
 # A terminal shows more of a training the wider it is.
 WIDTH_FOR_STATE, WIDTH_FOR_BAR = 72, 90
 LINE_WIDTH = 80
+# Of a value beside its name, on however narrow a terminal.
+LEAST_ROOM = 20
 NARROWEST_NAME = 8
 GAP = "  "
 
@@ -134,7 +137,7 @@ class Console:
     def say_next(self, command: str) -> None:
         """Print a command to run, in one piece whatever the width: it is to be copied."""
         if not self.is_quiet:
-            self._rich.print(Text("next: ", style="bold") + Text(printable(command)))
+            self._rich.print(Text.assemble(("next: ", "bold"), printable(command)))
 
     def hand_over(self, result: Mapping[str, object]) -> None:
         """Print a result as JSON on standard output, if that was asked for."""
@@ -150,18 +153,26 @@ class Console:
     def warn(self, text: str) -> None:
         """Print one line about something that the user should look at."""
         if not self.is_quiet:
-            self._print(Text("warning: ", style="yellow") + Text(printable(text)))
+            self._print(Text.assemble(("warning: ", "yellow"), printable(text)))
 
     def fail(self, text: str) -> None:
         """Print why the command could not do what it was asked."""
-        self._print(Text("error: ", style="bold red") + Text(printable(text)))
+        self._print(Text.assemble(("error: ", "bold red"), printable(text)))
 
     def settings(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print names and values in two columns."""
         if not self.is_quiet:
             width = max(len(name) for name, _ in pairs)
             for name, value in pairs:
-                self._print(Text(f"{name:<{width}}  ", style="bold") + Text(printable(value)))
+                lines = [printable(value)]
+                if self._rich.is_terminal:
+                    room = max(LEAST_ROOM, self._rich.width - width - 2)
+                    lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False) or [
+                        ""
+                    ]
+                for number, line in enumerate(lines):
+                    shown = "" if number else name
+                    self._print(Text.assemble((f"{shown:<{width}}  ", "bold"), line))
 
     @contextmanager
     def following(self, total_steps: int) -> Iterator[Callable[[Record], None]]:

@@ -136,7 +136,7 @@ def _shown(costs: Costs, run: Run, config: ValueConfig) -> list[tuple[str, str]]
     memory.append(f"{_gibibytes(costs.valuing_bytes)} of it for valuing, on {costs.valued_on}")
     memory.append(f"{_gibibytes(costs.scoring_bytes)} for noise scores, in the end")
     return [
-        ("speed", f"{costs.rate:,.0f} samples/s, over {costs.num_timed:,} samples"),
+        ("speed", f"{costs.rate:,.0f} samples/s, measured on {costs.num_timed:,}"),
         ("time", f"about {whole} ({_duration(costs.epoch_seconds)} an epoch)"),
         *(("" if number else "memory", text) for number, text in enumerate(memory)),
         *([] if config.output is None else [("output", config.output.target)]),
@@ -145,7 +145,7 @@ def _shown(costs: Costs, run: Run, config: ValueConfig) -> list[tuple[str, str]]
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

@@ -76,3 +76,23 @@ def test_prose_breaks_at_spaces_and_commands_nowhere(columns, monkeypatch):
     assert all(cell_len(line) <= columns for line in lines[:-1])
     words = " ".join(line.strip() for line in lines[:-1]).split()
     assert words == ["warning:", *text.split()]
+
+
+def test_settings_are_in_two_columns_whose_names_alone_are_bold(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console = Console()
+    console.settings([("data", "photos/: 10,000 rows, 10,000 usable, 10 classes, 32 px"), ("time", "2 min")])
+    console.fail("none")
+    stream.flush()
+    written = stream.buffer.getvalue().decode()
+    bold = re.findall(r"\x1b\[1(?:;\d+)?m(.*?)\x1b\[0m", written)
+    assert [text.strip() for text in bold if text.strip()] == ["data", "time", "error:"]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", written).splitlines()
+    assert [line[:6] for line in lines[:-1]] == ["data  ", "      ", "time  "]
+    assert " ".join(line[6:].strip() for line in lines[:2]).endswith("usable, 10 classes, 32 px")
+    assert all(len(line) <= 40 for line in lines)
