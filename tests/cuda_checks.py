@@ -4,7 +4,7 @@ Each takes a small folder of images (`tests.pictures.write_folder`), and raises 
 """
 
 import gc
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import numpy as np
@@ -15,7 +15,7 @@ from chgval.data import loader
 from chgval.runs import session
 from chgval.runs.session import make_valuing, prepare, read_dataset
 from chgval.training import graph
-from chgval.training.devices import device_settings
+from chgval.training.devices import cudnn_settings, device_settings
 from chgval.training.records import EpochRecord, PlainRecord, SplitRecord
 from chgval.training.strategies import REGISTRY, Predictions, Question
 from chgval.valuation.closed_form import Factors, chg_values
@@ -37,20 +37,10 @@ def first_values(source, device, mode="online", **settings):
     return next(r.signals.value_N for r in trainer.records() if isinstance(r, EpochRecord))
 
 
-@contextmanager
-def deterministic():
-    """Let cuDNN take kernels only that give the same each time."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.deterministic = cudnn.deterministic, True
-    try:
-        yield
-    finally:
-        cudnn.deterministic = before
-
-
 def all_values(source, **settings):
     """Values of a run of three epochs in float32 on the GPU, and what else it told."""
-    with device_settings(torch.device("cuda"), "float32"), deterministic():
+    # With kernels only that give the same each time.
+    with device_settings(torch.device("cuda"), "float32"), cudnn_settings(deterministic=True):
         _, accumulator, trainer = run_on(
             source, "cuda", epochs=3, augment="crop-flip", precision="float32", **settings
         )

@@ -173,14 +173,7 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         mean, std = mean or trained_mean, std or trained_std
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    precision = choose_precision(
-        train.precision,
-        device.type,
-        capability,
-        has_batch_norm=has_batch_norm,
-        gains_on_cpu=gains_from_amx(model, 0 if is_embedding else dataset.input_size),
-    )
+    precision = _precision(train, device, model, dataset.input_size, has_batch_norm=has_batch_norm)
     model.backbone_dtype = AUTOCAST.get(precision)
     recipe = choose_recipe(
         train,
@@ -203,12 +196,26 @@ def prepare(data: DataConfig, train: TrainConfig, dataset: Dataset) -> Run:
         workers=data.workers,
         fail_on_error=data.on_error == "fail",
     )
-    if precision == "bfloat16" and device.type == "cpu" and not has_amx():
-        progress.say("note: this processor has no AMX; --precision float32 is mostly faster on it")
     if train.compile_model:
         progress.say("note: the first steps compile the model, which takes a minute or more")
         model.backbone.compile()
     return Run(dataset, arch, model, loader, recipe, device, precision, generator)
+
+
+def _precision(
+    train: TrainConfig, device: torch.device, model: SplitModel, input_size: int, *, has_batch_norm: bool
+) -> Precision:
+    """Return what the backbone computes in, and say so where that is slow."""
+    precision = choose_precision(
+        train.precision,
+        device.type,
+        torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        has_batch_norm=has_batch_norm,
+        gains_on_cpu=has_batch_norm and gains_from_amx(model, input_size),
+    )
+    if precision == "bfloat16" and device.type == "cpu" and not has_amx():
+        progress.say("note: this processor has no AMX; --precision float32 is mostly faster on it")
+    return precision
 
 
 def make_accumulator(run: Run, config: ValueConfig) -> ValueAccumulator:

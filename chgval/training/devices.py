@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Literal
 
 import torch
@@ -94,15 +94,13 @@ def choose_precision(
 
 
 def gains_from_amx(network: nn.Module, image_size: int) -> bool:
-    """Say whether this processor computes steps of a network on images faster in bfloat16.
+    """Say whether this processor computes a network with batch normalisation on images faster in bfloat16.
 
-    It does if it has AMX and the network is one of plain convolutions and batch normalisation, as ResNets
-    are. Without AMX, conversions take more than AVX512_BF16 saves; so they do in depthwise convolutions.
+    It does if it has AMX and the network is one of plain convolutions, as ResNets are. Without AMX,
+    conversions take more than AVX512_BF16 saves; so they do in depthwise convolutions.
     """
-    modules = list(network.modules())
-    normalises = any(isinstance(module, nn.BatchNorm2d) for module in modules)
-    is_depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
-    return normalises and not is_depthwise and image_size > SMALL_IMAGE and has_amx()
+    is_depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
+    return not is_depthwise and image_size > SMALL_IMAGE and has_amx()
 
 
 def check_memory(model: SplitModel, arch: str, batch_size: int, image_size: int) -> None:
@@ -158,26 +156,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def without_search() -> Iterator[None]:
-    """Let cuDNN take the kernels that it thinks best, for passes too short to earn a search back."""
+def cudnn_settings(**settings: bool) -> Iterator[None]:
+    """Give attributes of torch.backends.cudnn these values in the block, and put them back after it."""
     cudnn = torch.backends.cudnn
-    before, cudnn.benchmark = cudnn.benchmark, False
+    before = {name: getattr(cudnn, name) for name in settings}
     try:
+        for name, value in settings.items():
+            setattr(cudnn, name, value)
         yield
     finally:
-        cudnn.benchmark = before
+        for name, value in before.items():
+            setattr(cudnn, name, value)
 
 
-@contextmanager
-def device_settings(device: torch.device, precision: Precision) -> Iterator[None]:
+def device_settings(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Let cuDNN take the fastest kernels for the shapes that it sees, and TF32 only where it is wanted."""
     if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32 = True, precision != "float32"
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.allow_tf32 = before
+        return nullcontext()
+    return cudnn_settings(benchmark=True, allow_tf32=precision != "float32")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chgval.data.loader import Batch, Loader
 from chgval.errors import DataError, DeviceMemoryError, NonFiniteError
-from chgval.training.devices import is_out_of_memory, without_search
+from chgval.training.devices import cudnn_settings, is_out_of_memory
 from chgval.training.graph import CapturedSteps
 from chgval.training.optimizers import LossScale, NesterovSGD
 from chgval.training.recipe import Recipe
@@ -327,7 +327,8 @@ def forward_all(
     """
     model.eval()
     num_parts = 1
-    with torch.inference_mode(), without_search():
+    # Such passes are too short to earn a search for the fastest kernels back.
+    with torch.inference_mode(), cudnn_settings(benchmark=False):
         for batch in loader.plain_batches():
             inputs_B = batch.inputs_B if view is None else view(batch.inputs_B)
             while True:
