@@ -167,9 +167,7 @@ class Console:
                 lines = [printable(value)]
                 if self._rich.is_terminal:
                     room = max(LEAST_ROOM, self._rich.width - width - 2)
-                    lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False) or [
-                        ""
-                    ]
+                    lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False)
                 for number, line in enumerate(lines):
                     shown = "" if number else name
                     self._print(Text.assemble((f"{shown:<{width}}  ", "bold"), line))

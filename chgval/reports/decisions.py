@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from chgval.errors import DataError, first_few
-from chgval.reports.files import read_table, report_name
+from chgval.reports.files import report_name
 from chgval.reports.tables import DECISIONS
 from chgval.types import IntArray
 
@@ -42,17 +42,6 @@ class Decisions:
     def counts(self) -> dict[str, int]:
         """Return how often each was decided."""
         return {word: int((self.word_N == word).sum()) for word in WORDS}
-
-
-def read_decisions(source: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Return a table of decisions, and its metadata (empty for CSV and JSON lines).
-
-    Args:
-        source: a file, or "-" for standard input.
-    Raises:
-        DataError: it cannot be read, or lacks a column.
-    """
-    return read_table(source, kind=DECISIONS)
 
 
 def match_decisions(

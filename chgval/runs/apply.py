@@ -16,9 +16,9 @@ from chgval.data.formats.base import KnownRows, ListedRows, RowChanges
 from chgval.data.open import check_not_read, check_rewritable
 from chgval.errors import DataError
 from chgval.files import check_apart, locked
-from chgval.reports.decisions import Decisions, match_decisions, read_decisions
-from chgval.reports.files import check_output, dataset_of, write_table
-from chgval.reports.tables import LABELS_SCHEMA
+from chgval.reports.decisions import Decisions, match_decisions
+from chgval.reports.files import check_output, dataset_of, read_table, write_table
+from chgval.reports.tables import DECISIONS, LABELS_SCHEMA
 from chgval.runs.rewriting import write_changed
 
 
@@ -43,7 +43,7 @@ def run_apply(config: ApplyConfig) -> Applied:
         ChgvalError: decisions or dataset cannot be read, do not fit each other, or an output is in the way.
     """
     with locked(*config.outputs):
-        table, metadata = read_decisions(config.source)
+        table, metadata = read_table(config.source, kind=DECISIONS)
         source = format_of(_data_of(config, metadata))
         if config.labels_only:
             check_output(config.labels, *config.inputs)

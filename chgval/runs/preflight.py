@@ -21,8 +21,10 @@ def check_at_once(config: CommandConfig, *, writes: bool = True) -> None:
         OutputError: an output is in the way, or has no folder.
     """
     for source in config.inputs:
-        decided = isinstance(config, ApplyConfig) and source == config.source
-        _check_there(source, " The page that chgval report writes offers it as a download." * decided)
+        advice = ""
+        if isinstance(config, ApplyConfig) and source == config.source:
+            advice = " The page that chgval report writes offers it as a download."
+        _check_there(source, advice)
     if not writes or config.overwrites or config.resumes:
         return
     read = config.values if isinstance(config, FromValues) and config.reads_values else None

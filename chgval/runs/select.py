@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chgval import progress
 from chgval.config import ManifestOutput, SelectConfig
 from chgval.errors import DataError, SettingsError
-from chgval.reports.decisions import DROP, KEEP, RELABEL, match_decisions, read_decisions
+from chgval.reports.decisions import DROP, KEEP, RELABEL, match_decisions
 from chgval.reports.files import (
     read_table,
     report_name,
@@ -23,7 +23,7 @@ from chgval.reports.files import (
     write_table,
 )
 from chgval.reports.report import Report
-from chgval.reports.tables import MANIFEST_SCHEMA, RANKED_BY, SUSPECTS
+from chgval.reports.tables import DECISIONS, MANIFEST_SCHEMA, RANKED_BY, SUSPECTS
 from chgval.runs.summaries import NO_LABEL, SelectedClass, summarise_selection
 from chgval.runs.valued import values_of
 from chgval.types import FloatArray, IntArray
@@ -175,7 +175,7 @@ def _dropped_by(source: str, report: Report, flagged_N: NDArray[np.bool_]) -> ND
     What they relabelled is left out too: its value is that of the label that it had.
     """
     ids, labels_N = list(report["id"]), report.integers("label")
-    table, _ = read_decisions(source)
+    table, _ = read_table(source, kind=DECISIONS)
     decisions = match_decisions(table, source, ids, labels_N, report.class_names, "the report")
     left_out_N: NDArray[np.bool_] = np.isin(decisions.word_N.astype(str), (DROP, RELABEL))
     left_out_N |= flagged_N & (decisions.word_N != KEEP)

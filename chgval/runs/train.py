@@ -22,9 +22,9 @@ from chgval.data.open import open_dataset
 from chgval.errors import DataError, SettingsError, first_few
 from chgval.files import output_errors
 from chgval.interruption import interruptible
-from chgval.reports.decisions import match_decisions, read_decisions
+from chgval.reports.decisions import match_decisions
 from chgval.reports.files import read_table, report_name
-from chgval.reports.tables import MANIFEST
+from chgval.reports.tables import DECISIONS, MANIFEST
 from chgval.runs.checkpoint import Checkpoint, HasState
 from chgval.runs.choosing import Chooser, Holdout, select_every, strategy_of
 from chgval.runs.embedding import digest_of, embedded_dataset
@@ -196,7 +196,7 @@ def as_decided(dataset: Dataset, source: str) -> Dataset:
     Raises:
         DataError: the decisions cannot be read, or are about another dataset.
     """
-    table, _ = read_decisions(source)
+    table, _ = read_table(source, kind=DECISIONS)
     decisions = match_decisions(
         table, source, dataset.ids, dataset.labels_N, dataset.class_names, dataset.source
     )

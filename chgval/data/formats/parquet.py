@@ -89,12 +89,13 @@ class ParquetReader:
         kind = next((kind for beginning, kind in BEGINNINGS.items() if begin.startswith(beginning)), None)
         if kind is not None:
             return DataError(f"{file}: is {kind}, and no Parquet; {ADVICE[kind]}.")
-        kind = OTHER_ENDINGS.get(Path(file).suffix.lower())
-        if kind is not None and not begin.startswith(b"PAR1"):
+        ending, is_parquet = Path(file).suffix.lower(), begin.startswith(b"PAR1")
+        kind = OTHER_ENDINGS.get(ending)
+        if kind is not None and not is_parquet:
             return DataError(f"{file}: is {kind}, which is not read; {OTHER_ADVICE[kind]}.")
-        if begin and not begin.startswith(b"PAR1") and file.lower().endswith(".parquet"):
-            return DataError(f"{file}: is no Parquet file, though it is called one.")
-        if begin and not begin.startswith(b"PAR1"):
+        if begin and not is_parquet:
+            if ending == ".parquet":
+                return DataError(f"{file}: is no Parquet file, though it is called one.")
             return DataError(
                 f"{file}: is no dataset that is read: expected a folder of class folders, or a file that "
                 "ends in .parquet, .csv, .tsv, .jsonl or .tar."

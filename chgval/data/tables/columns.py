@@ -69,7 +69,7 @@ def find_image_column(source: str, schema: pa.Schema, name: str | None) -> str:
             f"{source}: column '{several[0]}' holds lists of images; write one image for each row, such as "
             "the first of each list."
         )
-    lists = [field.name for field in schema if is_vector(field.type)]
+    lists = vector_columns(schema)
     of_bytes = [name for name in lists if pa.types.is_uint8(schema.field(name).type.value_type)]
     advice = "images are structs or binary"
     if of_bytes:
@@ -245,6 +245,11 @@ def is_vector(kind: pa.DataType) -> bool:
     return bool(
         is_list(kind) and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
     )
+
+
+def vector_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns that can hold embeddings."""
+    return [field.name for field in schema if is_vector(field.type)]
 
 
 def as_column(file: str, name: str, values: Sequence[Any]) -> pa.Array:

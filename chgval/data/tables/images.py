@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from chgval.data.decode import Encoded, UnreadableImageError
 from chgval.data.images import EXTENSIONS, ImageFiles, leads_into, read_image_file
-from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text, is_vector
+from chgval.data.tables.columns import IMAGE_NAMES, find_image_column, is_image, is_text, vector_columns
 from chgval.data.tables.shards import Shards
 from chgval.errors import DataError
 
@@ -60,7 +60,7 @@ def find_images(
         lower = {column.lower(): column for column in texts}
         known = [lower[name] for name in (*PATH_NAMES, *BARE_NAMES) if name in lower]
         others = [column for column in texts if column not in known]
-        vectors = [field.name for field in schema if is_vector(field.type)]
+        vectors = vector_columns(schema)
         found = _names_in(source, shards, known, others, may_lack=may_lack, vectors=vectors)
         if found is not None or may_lack:
             return found
