@@ -241,6 +241,30 @@ def _listed_set(data: DataConfig) -> _TestSet:
     return _TestSet(data.source, found.listed().ids, found)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What was found in each row.
+
+    Attributes:
+        flags: which rows have each issue, by its name.
+        pairs: of copies.
+        copy_of_N: the first row of each copy; -1 for none.
+        conflict_N: a copy with another label; -1 for none.
+        leak_N, leak_similarity_N: the row of the test set that each is, and how similar; -1 and NaN for none.
+        factor_N: outlier factors; NaN for none.
+        scores: of properties of images, by the name of their column.
+    """
+
+    flags: dict[str, NDArray[np.bool_]]
+    pairs: Pairs
+    copy_of_N: IntArray
+    conflict_N: IntArray
+    leak_N: IntArray
+    leak_similarity_N: FloatArray
+    factor_N: FloatArray
+    scores: dict[str, FloatArray]
+
+
 def _find(report: Report, source: Format, tested: _TestSet | None, config: IssuesConfig) -> Issues:
     if config.quality and source.config.takes_features:
         raise SettingsError(
@@ -249,59 +273,41 @@ def _find(report: Report, source: Format, tested: _TestSet | None, config: Issue
     num_rows, labels_N = len(report), report.integers("label")
     features_ND = _features(report, source, config)
     compared = _compare(source, num_rows, features_ND, tested)
-    test_ids = [] if tested is None else tested.ids
     factor_N, notes = _outliers(features_ND, num_rows)
     group_N = groups_of(compared.pairs, num_rows)
     conflict_N = other_labels(group_N, labels_N)
     leak_N, leak_similarity_N = _best(compared.leaks, num_rows)
-    _, similarity_N = _best(_both_ways(compared.pairs), num_rows)
-    found: dict[str, NDArray[np.bool_]] = {
+    flags: dict[str, NDArray[np.bool_]] = {
         **({} if compared.leaks is None else {LEAK: leak_N >= 0}),
         CONFLICT: conflict_N >= 0,
         COPY: (group_N >= 0) & (conflict_N < 0),
         **({} if features_ND is None else {OUTLIER: np.nan_to_num(factor_N) >= LEAST_FACTOR}),
     }
     explained: dict[str, float] = {}
-    columns: dict[str, pa.Array] = {}
+    scores: dict[str, FloatArray] = {}
     if config.quality:
         progress.say("looking for dark, blurry and odd images")
         quality = image_quality(source, compared.readable, num_rows)
-        found |= {name.replace("_", " "): quality.flags[name] for name in PROPERTIES}
-        columns = {f"{name}_score": or_null(quality.scores[name]) for name in PROPERTIES}
-        explained = {
-            name.replace("_", " "): explained_by_labels(quality.scores[name], labels_N) for name in PROPERTIES
-        }
-    ids = report["id"]
-    copy_of_N = np.where(group_N == np.arange(num_rows), -1, group_N)
-    table = pa.table(
-        {
-            **{name: report.table[name] for name in ("index", "id", "label", "label_name")},
-            "issues": _listed(found, num_rows),
-            "outlier_factor": or_null(factor_N),
-            "copy_of": or_null(copy_of_N),
-            "copy_of_id": [None if row < 0 else ids[row] for row in copy_of_N.tolist()],
-            "copy_similarity": or_null(similarity_N),
-            "conflicts_with": or_null(conflict_N),
-            "test_id": [None if row < 0 else test_ids[row] for row in leak_N.tolist()],
-            "test_similarity": or_null(leak_similarity_N),
-            "decision": _proposed(
-                found,
-                _is_plain_copy(compared.pairs, copy_of_N, labels_N),
-                np.nan_to_num(leak_similarity_N) >= PLAIN_SIMILARITY,
-                copy_of_N,
-            ),
-            "new_label_name": pa.nulls(num_rows, pa.string()),
-        },
-        schema=ISSUES_SCHEMA,
+        for name in PROPERTIES:
+            flags[name.replace("_", " ")] = quality.flags[name]
+            scores[f"{name}_score"] = quality.scores[name]
+            explained[name.replace("_", " ")] = explained_by_labels(quality.scores[name], labels_N)
+    found = _Found(
+        flags=flags,
+        pairs=compared.pairs,
+        copy_of_N=np.where(group_N == np.arange(num_rows), -1, group_N),
+        conflict_N=conflict_N,
+        leak_N=leak_N,
+        leak_similarity_N=leak_similarity_N,
+        factor_N=factor_N,
+        scores=scores,
     )
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    counts = {name: int(flags_N.sum()) for name, flags_N in found.items()}
-    names = np.where(labels_N < 0, "", report["label_name"])
+    ids, names = report["id"], np.where(labels_N < 0, "", report["label_name"])
+    counts = {name: int(flags_N.sum()) for name, flags_N in flags.items()}
     worst = np.argsort(-np.nan_to_num(factor_N), kind="stable")[: min(MOST_SHOWN, counts.get(OUTLIER, 0))]
-    doubled = np.flatnonzero(found[CONFLICT])[:MOST_SHOWN]
+    doubled = np.flatnonzero(flags[CONFLICT])[:MOST_SHOWN]
     return Issues(
-        table=table,
+        table=_table(report, found, [] if tested is None else tested.ids),
         counts=counts,
         explained=explained,
         notes=notes,
@@ -311,6 +317,36 @@ def _find(report: Report, source: Format, tested: _TestSet | None, config: Issue
             for row, other in zip(doubled, conflict_N[doubled], strict=True)
         ],
     )
+
+
+def _table(report: Report, found: _Found, test_ids: Sequence[str]) -> pa.Table:
+    """Return what was found, as docs/reports.md describes it: one row per input row."""
+    num_rows, ids = len(report), report["id"]
+    _, similarity_N = _best(_both_ways(found.pairs), num_rows)
+    table = pa.table(
+        {
+            **{name: report.table[name] for name in ("index", "id", "label", "label_name")},
+            "issues": _listed(found.flags, num_rows),
+            "outlier_factor": or_null(found.factor_N),
+            "copy_of": or_null(found.copy_of_N),
+            "copy_of_id": [None if row < 0 else ids[row] for row in found.copy_of_N.tolist()],
+            "copy_similarity": or_null(similarity_N),
+            "conflicts_with": or_null(found.conflict_N),
+            "test_id": [None if row < 0 else test_ids[row] for row in found.leak_N.tolist()],
+            "test_similarity": or_null(found.leak_similarity_N),
+            "decision": _proposed(
+                found.flags,
+                _is_plain_copy(found.pairs, found.copy_of_N, report.integers("label")),
+                np.nan_to_num(found.leak_similarity_N) >= PLAIN_SIMILARITY,
+                found.copy_of_N,
+            ),
+            "new_label_name": pa.nulls(num_rows, pa.string()),
+        },
+        schema=ISSUES_SCHEMA,
+    )
+    for name, score_N in found.scores.items():
+        table = table.append_column(name, or_null(score_N))
+    return table
 
 
 def _outliers(features_ND: NDArray[np.floating] | None, num_rows: int) -> tuple[FloatArray, list[str]]:
